@@ -1,0 +1,32 @@
+# make quickstart: set up, train on real images, draw samples.  make test: set up, run every test.
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/quickstart
+ARGS ?=
+# torch: its CUDA build where `nvidia-smi` finds a GPU, else the CPU build from this index. TORCH_INDEX= (empty)
+# takes whatever pip is configured to find; TORCH_INDEX=URL asks another index first.
+TORCH_INDEX ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: setup quickstart test lint
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(VENV)/bin/pip install --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) $(TORCH))
+	$(VENV)/bin/pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# --resume: a second `make quickstart` goes on where the first was stopped.
+quickstart: setup
+	$(VENV)/bin/deepspeed fastdit/train.py --preset quickstart --ds_config zero1 --out $(RUN) --resume $(ARGS)
+
+test: setup
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
