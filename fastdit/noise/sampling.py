@@ -1,0 +1,185 @@
+"""From noise to samples: ODE and ancestral samplers with classifier-free guidance, for every noise process.
+
+`sample` is the one entry. A sampler sees the network as a function of (x, level), which `_GuidedNetwork`
+makes of it; the sampler's state is float64, the network is called in float32.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdit.errors import UserError
+
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+DrawNoise = Callable[[Sequence[int]], Tensor]
+Progress = Callable[[Iterable[int]], Iterable[int]]
+
+
+@torch.no_grad()
+def sample(
+    process,
+    network: Network,
+    noise: Tensor,
+    y: Tensor,
+    *,
+    steps: int,
+    sampler: str | None = None,
+    guidance: float = 1.0,
+    guidance_interval: tuple[float, float] | None = None,
+    guided_channels: int | None = None,
+    null_label: int | None = None,
+    draw_noise: DrawNoise | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Samples (n, C, H, W) float32 of classes y (n,) int64 from unit-variance `noise` (n, C, H, W).
+
+    network: the raw model, (x (m, C, H, W) float32, t (m,) float32, y (m,)) -> (m, out_channels(C), H, W).
+    steps: sampler steps. Heun calls the network 2 steps - 1 times, the others `steps` times.
+    sampler: one of process.samplers; the first if None.
+    guidance: null + guidance * (conditional - null) of the prediction (Ho, Salimans 2022), both from one
+        batch of 2n, labels y then null_label. At 1 the network is called on the conditional n alone.
+    guidance_interval: (lo, hi) in units of process.noise_to_signal. Guidance acts where lo < it <= hi
+        (Kynkaanniemi et al. 2024); elsewhere the network is called on the conditional n alone.
+    guided_channels: guide only the first so many channels (the original DiT: 3), the others are conditional.
+        By default all C. A predicted variance is never guided.
+    draw_noise: shape -> fresh unit-variance noise, for `ddpm`; see PerSampleNoise.
+    progress: wraps the iterable of steps, for example tqdm.tqdm.
+
+    Raises UserError for settings a user can mend, ValueError for tensors or callables that do not fit.
+    """
+    sampler = sampler or process.samplers[0]
+    if sampler not in process.samplers:
+        choices = ", ".join(process.samplers)
+        raise UserError(f"sampler: {process.name} has no sampler {sampler!r}; choose one of {choices}")
+    if steps < 1:
+        raise UserError(f"steps: {steps}; sampling takes at least 1")
+    if guidance != 1 and null_label is None:
+        raise UserError("guidance: the model has no null class to guide with; set guidance to 1")
+    if guidance_interval is not None and not guidance_interval[0] < guidance_interval[1]:
+        raise UserError(f"guidance_interval: {guidance_interval}; must be (lo, hi) with lo < hi")
+    if guided_channels is not None and not 1 <= guided_channels <= noise.shape[1]:
+        raise UserError(f"guided_channels: {guided_channels}; samples have {noise.shape[1]} channels")
+    if y.shape != noise.shape[:1]:
+        raise ValueError(f"{tuple(y.shape)} labels for noise of shape {tuple(noise.shape)}")
+
+    channels = guided_channels or noise.shape[1]
+    predict = _GuidedNetwork(process, network, y, null_label, guidance, guidance_interval, channels)
+    progress = progress or (lambda order: order)
+    return _SAMPLERS[sampler](process, predict, noise.double(), steps, draw_noise, progress).float()
+
+
+class PerSampleNoise:
+    """A `draw_noise` whose row i depends on seed, indices[i] and how often it was called, and nothing else.
+
+    So a sample is the same whatever batch, rank or device it is drawn in: the numbers are made on the CPU.
+    Use one object for both the initial noise (its first call) and a sampler's fresh noise.
+    """
+
+    def __init__(self, seed: int, indices: Sequence[int], device: torch.device | str):
+        """seed and indices: non-negative integers of any size."""
+        self._device = device
+        # torch's CPU generator keeps 32 bits of a seed, so 50,000 samples might hold duplicates
+        self._rows = [
+            np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(int(index),))))
+            for index in indices
+        ]
+
+    def __call__(self, shape: Sequence[int]) -> Tensor:
+        """Standard normal float32 of `shape` (n, C, H, W), n the number of indices (else ValueError)."""
+        if shape[0] != len(self._rows):
+            raise ValueError(f"noise of shape {tuple(shape)} asked of {len(self._rows)} sample indices")
+        rows = [row.standard_normal(tuple(shape[1:]), dtype=np.float32) for row in self._rows]
+        return torch.from_numpy(np.stack(rows)).to(self._device)
+
+
+@dataclass
+class _GuidedNetwork:
+    """(x (n, C, H, W), level) -> the network's raw output in x's dtype, guided where guidance acts."""
+
+    process: object
+    network: Network
+    y: Tensor
+    null_label: int | None
+    guidance: float
+    interval: tuple[float, float] | None
+    channels: int
+
+    def __call__(self, x: Tensor, level: float) -> Tensor:
+        levels = torch.full(x.shape[:1], level, dtype=x.dtype, device=x.device)
+        net_x, net_t = (tensor.float() for tensor in self.process.network_input(x, levels))
+        if not self._acts(level):
+            return self.network(net_x, net_t, self.y).to(x.dtype)
+        labels = torch.cat([self.y, torch.full_like(self.y, self.null_label)])
+        out = self.network(net_x.repeat(2, 1, 1, 1), net_t.repeat(2), labels)
+        conditional, null = out.to(x.dtype).chunk(2)
+        guided = torch.lerp(null, conditional, self.guidance)[:, : self.channels]
+        return torch.cat([guided, conditional[:, self.channels :]], dim=1)
+
+    def _acts(self, level: float) -> bool:
+        if self.guidance == 1 or self.interval is None:
+            return self.guidance != 1
+        # on the CPU, where reading a number back waits for nothing
+        noise_to_signal = self.process.noise_to_signal(torch.tensor([level], dtype=torch.float64)).item()
+        return self.interval[0] < noise_to_signal <= self.interval[1]
+
+
+def _ode(process, predict, noise, steps, draw_noise, progress, *, second_order: bool) -> Tensor:
+    """The probability-flow ODE dx/dlevel = (x - x0_hat) / level of EDM (Karras Alg. 1) and of straight flows.
+
+    By Heun's method, or Euler's. The step to level 0, where the slope is not defined, is always Euler's.
+    """
+
+    def slope(x: Tensor, level: float) -> Tensor:
+        levels = torch.full(x.shape[:1], level, dtype=x.dtype, device=x.device)
+        return (x - process.clean(predict(x, level), x, levels)) / level
+
+    levels = process.ode_levels(steps).tolist()
+    x = levels[0] * noise
+    for i in progress(range(steps)):
+        now, then = levels[i], levels[i + 1]
+        d = slope(x, now)
+        x_then = x + (then - now) * d
+        if second_order and then > 0:
+            x_then = x + (then - now) * (d + slope(x_then, then)) / 2
+        x = x_then
+    return x
+
+
+def _ddpm(process, predict, noise, steps, draw_noise, progress) -> Tensor:
+    """Ancestral sampling with the learned variance (Ho Alg. 2, Nichol Eq. 15) on a chain of `steps`."""
+    if draw_noise is None and steps > 1:
+        raise ValueError("the ddpm sampler needs draw_noise")
+    c, x = process.chain(steps), noise
+    mean_shift = (c.beta / np.sqrt(1 - c.alpha_bar)).tolist()
+    scale = np.sqrt(1 - c.beta).tolist()
+    log_max, log_min = np.log(c.beta).tolist(), np.log(c.posterior_var).tolist()
+    for i in progress(range(steps)[::-1]):
+        eps, v = predict(x, float(c.timestep[i])).chunk(2, dim=1)
+        x = (x - mean_shift[i] * eps) / scale[i]
+        if i > 0:
+            log_var = log_min[i] + (v + 1) / 2 * (log_max[i] - log_min[i])
+            x = x + torch.exp(0.5 * log_var) * draw_noise(x.shape)
+    return x
+
+
+def _ddim(process, predict, noise, steps, draw_noise, progress) -> Tensor:
+    """Deterministic DDIM (Song, Meng, Ermon 2021, Eq. 12 with sigma = 0) on a chain of `steps`."""
+    c, x = process.chain(steps), noise
+    signal, sigma = np.sqrt(c.alpha_bar).tolist(), np.sqrt(1 - c.alpha_bar).tolist()
+    signal_prev, sigma_prev = np.sqrt(c.alpha_bar_prev).tolist(), np.sqrt(1 - c.alpha_bar_prev).tolist()
+    for i in progress(range(steps)[::-1]):
+        eps = predict(x, float(c.timestep[i])).chunk(2, dim=1)[0]
+        x = signal_prev[i] * (x - sigma[i] * eps) / signal[i] + sigma_prev[i] * eps
+    return x
+
+
+_SAMPLERS = {
+    "heun": partial(_ode, second_order=True),
+    "euler": partial(_ode, second_order=False),
+    "ddpm": _ddpm,
+    "ddim": _ddim,
+}
