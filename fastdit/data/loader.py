@@ -1,0 +1,193 @@
+"""The loader: an endless, exactly resumable stream of batches on the device.
+
+    order.py (which samples) -> pipeline.py (DALI prepares them ahead) -> Loader (position, labels, noise)
+
+Its state is the position in the global stream of samples, the same on every rank and for any number of ranks,
+and the samples found corrupt. What DALI has prefetched is no part of it.
+"""
+
+import logging
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+
+from fastdit.data.order import Order, Request, noise_seed
+from fastdit.data.pipeline import BatchFailed, ImageReader, LatentReader, SyntheticReader, undecodable
+from fastdit.data.sources import Source
+from fastdit.errors import UserError
+
+log = logging.getLogger(__name__)
+_READERS = {"image": ImageReader, "latent": LatentReader, "synthetic": SyntheticReader}
+
+
+def make_loader(
+    source: Source,
+    *,
+    batch: int,
+    size: int | tuple[int, int],
+    channels: int,
+    rank: int = 0,
+    world: int = 1,
+    seed: int = 0,
+    flip: bool = True,
+    shuffle: bool = True,
+    device: str | torch.device = "cpu",
+    threads: int = 2,
+    prefetch: int = 2,
+    on_corrupt: Literal["stop", "skip"] = "stop",
+    latent_scale: float = 1.0,
+    latent_shift: float = 0.0,
+) -> "Loader":
+    """A loader of micro-batches of `batch` samples for one rank out of `world`.
+
+    It yields `(x, y)` for ever, on `device`: x float32 (batch, channels, H, W), y int64 (batch,).
+
+    - Images: in [-1, 1], scaled to cover `size` (one number or (H, W)) and centre-cropped; see ImageReader.
+    - Latents: `(mean + std * noise - latent_shift) * latent_scale`, the noise drawn anew at every read;
+      `size` and `channels` must be the stored ones.
+    - flip: half of the samples, others in each epoch, are mirrored. Latents need stored mirrored posteriors.
+    - threads: DALI's CPU threads. prefetch: batches prepared ahead.
+    - on_corrupt: an image that cannot be decoded raises UserError ("stop"), or the next good id takes its
+      place from then on ("skip", counted in `Loader.skipped`).
+
+    Raises UserError where the source does not fit the arguments, ValueError where they make no sense.
+    """
+    if min(batch, threads) < 1 or prefetch < 0 or not 0 <= rank < world:
+        raise ValueError(f"no loader with {batch=}, {threads=}, {prefetch=}, {rank=}, {world=}")
+    if on_corrupt not in ("stop", "skip"):
+        raise ValueError(f"{on_corrupt=} is neither 'stop' nor 'skip'")
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    _check_fit(source, size, channels, flip)
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    options: dict[str, Any] = {"batch": batch, "device": device, "threads": threads, "prefetch": prefetch}
+    if source.kind == "image":
+        options |= {"size": size, "channels": channels}
+    order = Order(source.n, batch, seed, rank, world, shuffle, flip)
+    return Loader(source, order, options, on_corrupt == "skip", latent_scale, latent_shift)
+
+
+def _check_fit(source: Source, size: tuple[int, int], channels: int, flip: bool) -> None:
+    if source.kind == "image":
+        if channels not in (1, 3):
+            raise UserError(f"{source.path}: images have 1 or 3 channels, the model takes {channels}")
+        return
+    found, wanted = tuple(source.samples.shape[-3:]), (channels, *size)
+    if found != wanted:
+        raise UserError(
+            f"{source.path}: its samples are {found} (channels, height, width), the model takes {wanted}; "
+            "set the model's channels and input size to match"
+        )
+    if source.kind == "latent" and flip and not source.samples.has_flips:
+        raise UserError(f"{source.path}: has no latents of mirrored images; turn flip off or encode them too")
+
+
+class Loader:
+    """An endless iterator of `(x, y)`, made by `make_loader`.
+
+    `position` counts the samples that all ranks together have yielded so far.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        order: Order,
+        options: dict[str, Any],
+        skip_corrupt: bool,
+        latent_scale: float,
+        latent_shift: float,
+    ):
+        """`options` are the reader's: batch, device, threads, prefetch, and for images size and channels."""
+        self.source, self.order, self.position = source, order, 0
+        self._options, self._skip_corrupt = options, skip_corrupt
+        self._scale, self._shift = latent_scale, latent_shift
+        self._corrupt: set[int] = set()
+        self._reader: ImageReader | LatentReader | SyntheticReader | None = None
+        self._generator = torch.Generator(options["device"])
+
+    @property
+    def images_per_epoch(self) -> int:
+        """The number of samples of the source."""
+        return self.source.n
+
+    @property
+    def skipped(self) -> int:
+        """How many corrupt samples this rank has met and replaced."""
+        return len(self._corrupt)
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next batch. Raises UserError for an image that is corrupt or has another number of channels."""
+        while True:
+            if self._reader is None:
+                self._reader = _READERS[self.source.kind](self.source, self._requests(), **self._options)
+            try:
+                request, x = next(self._reader)
+                break
+            except BatchFailed as failure:
+                self._set_aside(failure)
+        if self.source.kind == "latent":
+            x = self._draw(request, x)
+        y = torch.from_numpy(self.source.labels[request.ids]).to(x.device, non_blocking=True)
+        self.position += self.order.stride
+        return x, y
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers and lists of numbers: where the stream stands after the last batch yielded."""
+        corrupt = sorted(self._corrupt)
+        return {"position": self.position, "n": self.source.n, "seed": self.order.seed, "corrupt": corrupt}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues exactly where `state` was taken, also with another number of ranks or another batch size.
+
+        Raises UserError if the state belongs to a source of another length or to another seed.
+        """
+        mine = self.state_dict()
+        for field, name in (("n", "number of samples"), ("seed", "seed")):
+            if state[field] != mine[field]:
+                raise UserError(
+                    f"{self.source.path}: the {name} is {mine[field]}, the checkpoint's was {state[field]}; "
+                    "resume with the same data and seed"
+                )
+        self.close()
+        self.position, self._corrupt = state["position"], set(state["corrupt"])
+
+    def close(self) -> None:
+        """Stops the work ahead and its threads. The next batch asked for starts it again."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _requests(self) -> Iterator[Request]:
+        """The batches from here on; runs ahead of what is yielded."""
+        position = self.position
+        while True:
+            yield self.order.request(position, self._corrupt)
+            position += self.order.stride
+
+    def _draw(self, request: Request, posterior: torch.Tensor) -> torch.Tensor:
+        """One draw from each posterior (b, 2, C, H, W), a function of the seed and the position."""
+        mean, std = posterior.unbind(1)
+        self._generator.manual_seed(noise_seed(self.order.seed, request.position))
+        noise = torch.empty_like(mean).normal_(generator=self._generator)
+        return noise.mul_(std).add_(mean).sub_(self._shift).mul_(self._scale)
+
+    def _set_aside(self, failure: BatchFailed) -> None:
+        """Finds the failed batch's corrupt images; stops, or excludes them and starts again at that batch."""
+        self.close()
+        is_image = self.source.kind == "image"
+        corrupt = undecodable(self.source, failure.request.ids, **self._options) if is_image else []
+        if not corrupt:  # not the data's fault: out of memory, say
+            raise failure
+        for i in corrupt:
+            what = f"{self.source.where(i)}: the image (sample {i}) is corrupt and cannot be decoded"
+            if not self._skip_corrupt:
+                raise UserError(f"{what}; replace or remove it, or set on_corrupt to skip") from failure
+            log.warning("%s; skipped", what)
+        self._corrupt.update(corrupt)
+        if len(self._corrupt) == self.source.n:
+            raise UserError(f"{self.source.path}: none of its {self.source.n} images can be decoded")

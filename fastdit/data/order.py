@@ -1,0 +1,91 @@
+"""The order of samples: a pure function of the seed, so that a loader's whole state is one number.
+
+The global stream is the concatenation of the epochs' permutations. Position `p` counts samples over all
+ranks: it belongs to epoch `p // n` and shows sample `permutation(seed, epoch)[p % n]`. Batches may span an
+epoch border, so each sample comes exactly once an epoch whatever the batch, and no rank ever runs short.
+
+Only numpy's bit streams (`SeedSequence`, `Philox`) are used, which numpy keeps the same in all its versions.
+It does not promise that for `permutation`, and a resumed run must not change its order after an upgrade.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+# Spawn keys: one family of independent streams per use.
+_EPOCHS, _NOISE = 0, 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """One rank's batch: its first sample's `position` in the global stream, the sample `ids` (b,) int64, and
+    `flips` (b,) bool: which of them are mirrored."""
+
+    position: int
+    ids: np.ndarray
+    flips: np.ndarray
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which samples rank `rank` of `world` shows, `batch` at a time, out of `n`.
+
+    A global micro-batch is `world * batch` consecutive positions and the ranks take consecutive runs of it:
+    worlds of different sizes with the same global batch see the same global batches.
+    """
+
+    n: int
+    batch: int
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    shuffle: bool = True
+    flip: bool = True
+
+    @property
+    def stride(self) -> int:
+        """Samples in a global micro-batch."""
+        return self.world * self.batch
+
+    def request(self, position: int, excluded: Collection[int] = ()) -> Request:
+        """This rank's part of the global micro-batch that starts at `position`.
+
+        A sample in `excluded` is replaced by the next id that is not; at least one must remain.
+        """
+        start = position + self.rank * self.batch
+        epochs, places = np.divmod(np.arange(start, start + self.batch, dtype=np.int64), self.n)
+        ids, flips = places.copy(), np.zeros(self.batch, dtype=bool)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            order, flipped = epoch_order(self.seed, int(epoch), self.n)
+            if self.shuffle:
+                ids[here] = order[places[here]]
+            if excluded:
+                ids[here] = [_next_good(i, excluded, self.n) for i in ids[here].tolist()]
+            if self.flip:
+                flips[here] = flipped[ids[here]]
+        return Request(start, ids, flips)
+
+
+def _next_good(i: int, excluded: Collection[int], n: int) -> int:
+    while i in excluded:
+        i = (i + 1) % n
+    return i
+
+
+@lru_cache(maxsize=3)  # the running epoch, the next (prefetch), one more for a second loader
+def epoch_order(seed: int, epoch: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """One epoch's permutation of the ids, (n,) int64, and whether each id is mirrored in it, (n,) bool."""
+    bits = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_EPOCHS, epoch)))
+    ids = np.argsort(bits.random_raw(n), kind="stable")
+    flips = (bits.random_raw(n) >> np.uint64(63)).astype(bool)
+    ids.flags.writeable = flips.flags.writeable = False
+    return ids, flips
+
+
+def noise_seed(seed: int, position: int) -> int:
+    """A 63-bit seed for the posterior draws of the batch whose first sample stands at `position`."""
+    state = np.random.SeedSequence(seed, spawn_key=(_NOISE, position)).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))

@@ -1,0 +1,209 @@
+"""DALI pipelines: which samples come, and in what order, is order.py's; the work is DALI's.
+
+    images    encoded bytes -> decode -> resize -> centre crop -> mirror -> float32 CHW in [-1, 1]
+    latents   stored posterior -> float32 on the device
+
+DALI's threads read the pages of the memory maps and decode (the GPU decodes where there is one) while the
+training step runs. The same graphs run on a machine without a GPU.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from contextlib import closing
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, types
+from nvidia.dali.data_node import DataNode
+
+from fastdit.data.order import Request
+from fastdit.data.sources import Source
+from fastdit.errors import UserError
+
+_KINDS = {1: "grey", 2: "grey and alpha", 3: "colour", 4: "colour and alpha, or CMYK"}
+
+
+class BatchFailed(RuntimeError):
+    """DALI could not prepare the batch of `request`; the batches after it can still be had."""
+
+    def __init__(self, request: Request):
+        super().__init__(f"the batch at position {request.position} failed")
+        self.request = request
+
+
+class DaliReader:
+    """Iterates over `(request, tensor)`, in the order of `requests`, preparing `prefetch` batches ahead.
+
+    Raises BatchFailed when the turn of a batch has come that DALI could not prepare.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        requests: Iterable[Request],
+        *,
+        batch: int,
+        device: torch.device,
+        threads: int,
+        prefetch: int,
+    ):
+        self.source, self.device = source, device
+        self._requests = iter(requests)
+        # DALI gets views of memory maps, not copies: what is in flight is kept alive here.
+        self._in_flight: deque[tuple[Request, tuple]] = deque()
+        self._given: tuple[Request, tuple] | None = None
+        self._pipe = Pipeline(
+            batch_size=batch,
+            num_threads=threads,
+            device_id=None if device.type == "cpu" else device.index,
+            prefetch_queue_depth=prefetch + 1,
+            exec_dynamic=True,  # outputs own their memory: torch may keep them without a copy
+        )
+        with self._pipe:
+            self._pipe.set_outputs(*self._graph())
+        self._pipe.build()
+
+    def __next__(self) -> tuple[Request, torch.Tensor]:
+        # Outputs bound to torch's stream need no host synchronisation.
+        stream = None if self.device.type == "cpu" else torch.cuda.current_stream(self.device)
+        try:
+            outputs = self._pipe.run(stream)
+        except RuntimeError as error:
+            if not self._in_flight:
+                raise
+            raise BatchFailed(self._in_flight.popleft()[0]) from error
+        self._given = self._in_flight.popleft()  # its inputs outlive what the GPU may still have queued
+        request, _ = self._given
+        return request, self._tensor(request, *outputs)
+
+    def close(self) -> None:
+        """Stops DALI's threads. Tensors given out stay valid."""
+        del self._pipe
+        self._in_flight.clear()
+        self._given = None
+
+    def _feed(self) -> tuple:
+        request = next(self._requests)
+        inputs = self._inputs(request)
+        self._in_flight.append((request, inputs))
+        return inputs
+
+    def _graph(self) -> tuple[DataNode, ...]:
+        """Builds the DALI graph on `self._feed` and returns its outputs."""
+        raise NotImplementedError
+
+    def _inputs(self, request: Request) -> tuple:
+        """What `self._feed` gives DALI for `request`."""
+        raise NotImplementedError
+
+    def _tensor(self, request: Request, *outputs) -> torch.Tensor:
+        """DALI's outputs for `request` as one torch tensor, without a copy."""
+        raise NotImplementedError
+
+
+class ImageReader(DaliReader):
+    """Image files to float32 (b, channels, *size) in [-1, 1].
+
+    The image is scaled until it just covers `size` (cubic filter with antialiasing, extents rounded to whole
+    pixels, values rounded to 8 bits: Pillow's bicubic, but for repeating the edge beyond the border), then
+    the centre is cut out. EXIF orientation is applied. A palette image counts as RGB.
+    Raises UserError for an image with other than `channels` channels.
+    """
+
+    def __init__(self, source: Source, requests: Iterable[Request], *, size: tuple[int, int], channels: int, **options):
+        self.size, self.channels = size, channels
+        super().__init__(source, requests, **options)
+
+    def _graph(self) -> tuple[DataNode, ...]:
+        encoded, mirror = fn.external_source(
+            self._feed, num_outputs=2, batch=True, no_copy=True, dtype=[types.UINT8, types.INT32], ndim=[1, 0]
+        )
+        image = fn.decoders.image(
+            encoded,
+            device="cpu" if self.device.type == "cpu" else "mixed",
+            output_type=types.GRAY if self.channels == 1 else types.RGB,
+            jpeg_fancy_upsampling=True,  # the CPU decoder always does; so both agree
+        )
+        covering = fn.resize(
+            image,
+            mode="not_smaller",
+            size=self.size,
+            interp_type=types.INTERP_CUBIC,
+            antialias=True,
+            subpixel_scale=False,
+        )
+        x = fn.crop_mirror_normalize(
+            covering,
+            crop=self.size,
+            rounding="truncate",
+            mirror=mirror,
+            mean=127.5,
+            std=127.5,
+            dtype=types.FLOAT,
+            output_layout="CHW",
+        )
+        return x, fn.peek_image_shape(encoded, image_type=types.ANY_DATA)
+
+    def _inputs(self, request: Request) -> tuple:
+        return [self.source.read(i) for i in request.ids.tolist()], request.flips.astype(np.int32)
+
+    def _tensor(self, request: Request, images, shapes) -> torch.Tensor:
+        channels = np.asarray(shapes.as_array())[:, 2]
+        wrong = np.flatnonzero(channels != self.channels)
+        if len(wrong):
+            where, found = self.source.where(request.ids[wrong[0]]), int(channels[wrong[0]])
+            raise UserError(
+                f"{where}: {found} channels ({_KINDS[found]}) where the model takes {self.channels}; "
+                f"convert it to plain {_KINDS[self.channels]}"
+            )
+        return torch.from_dlpack(images.as_tensor())
+
+
+class LatentReader(DaliReader):
+    """Latents to float32 (b, 2, C, H, W): mean and std, of the mirrored image where the request flips."""
+
+    def _graph(self) -> tuple[DataNode, ...]:
+        dtype = types.FLOAT16 if self.source.samples.dtype == np.float16 else types.FLOAT
+        (posterior,) = fn.external_source(self._feed, num_outputs=1, batch=True, no_copy=True, dtype=[dtype], ndim=[4])
+        if self.device.type == "cuda":
+            posterior = posterior.gpu()
+        return (fn.cast(posterior, dtype=types.FLOAT),)
+
+    def _inputs(self, request: Request) -> tuple:
+        halves = (slice(2, 4) if flip else slice(0, 2) for flip in request.flips)
+        return ([self.source.read(i)[half] for i, half in zip(request.ids.tolist(), halves)],)
+
+    def _tensor(self, request: Request, posteriors) -> torch.Tensor:
+        return torch.from_dlpack(posteriors.as_tensor())
+
+
+class SyntheticReader:
+    """Synthetic images from a pool that lies on the device: float32 (b, C, H, W) in [-1, 1]. No DALI here."""
+
+    def __init__(self, source: Source, requests: Iterable[Request], *, device: torch.device, **_unused):
+        self._requests, self._device = iter(requests), device
+        self._pool = torch.from_numpy(source.samples.pool).to(device).float().sub_(127.5).div_(127.5)
+
+    def __next__(self) -> tuple[Request, torch.Tensor]:
+        request = next(self._requests)
+        ids = torch.from_numpy(request.ids % len(self._pool)).to(self._device, non_blocking=True)
+        flips = torch.from_numpy(request.flips).to(self._device, non_blocking=True)
+        x = self._pool[ids]
+        return request, torch.where(flips[:, None, None, None], x.flip(-1), x)
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+def undecodable(source: Source, ids: np.ndarray, **options) -> list[int]:
+    """Those of `ids` that DALI cannot decode, tried one by one. `options` as for ImageReader."""
+    singles = [Request(k, ids[k : k + 1], np.zeros(1, dtype=bool)) for k in range(len(ids))]
+    options |= {"batch": 1, "threads": 1, "prefetch": 0}
+    bad = []
+    with closing(ImageReader(source, singles, **options)) as probe:
+        for _ in singles:
+            try:
+                next(probe)
+            except BatchFailed as failure:
+                bad += failure.request.ids.tolist()
+    return bad

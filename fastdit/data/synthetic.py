@@ -1,0 +1,41 @@
+"""Made-up images behind the same interface as real ones: for benchmarks and tests, at no cost for reading."""
+
+import re
+
+import numpy as np
+
+from fastdit.errors import UserError
+
+_DEFAULT = "synthetic:3x64x64:10:10000"
+_POOL = 64
+
+
+class SyntheticSamples:
+    """`n` images (C, H, W) uint8; image `i` has label `i % classes` and is number `i % 64` of a pool."""
+
+    is_latent = False
+
+    def __init__(self, shape: tuple[int, int, int], classes: int, n: int):
+        self.shape = shape
+        self.labels = np.arange(n, dtype=np.int64) % classes
+        bits = np.random.Philox(np.random.SeedSequence((*shape, classes)))
+        values = bits.random_raw(_POOL * int(np.prod(shape))) >> np.uint64(56)
+        self.pool = values.astype(np.uint8).reshape(_POOL, *shape)
+
+    @classmethod
+    def parse(cls, text: str) -> "SyntheticSamples":
+        """From `synthetic` or `synthetic:CxHxW:CLASSES:N`. Raises UserError."""
+        full = _DEFAULT if text == "synthetic" else text
+        if (match := re.fullmatch(r"synthetic:(\d+)x(\d+)x(\d+):(\d+):(\d+)", full)) is None:
+            raise UserError(f"{text}: not of the form synthetic:CxHxW:CLASSES:N, for example {_DEFAULT}")
+        c, h, w, classes, n = map(int, match.groups())
+        if 0 in (c, h, w, classes, n):
+            raise UserError(f"{text}: every number must be at least 1")
+        return cls((c, h, w), classes, n)
+
+    def read(self, i: int) -> np.ndarray:
+        """Image `i`: uint8 (C, H, W)."""
+        return self.pool[i % _POOL]
+
+    def where(self, i: int) -> str:
+        return f"synthetic image {i}"
