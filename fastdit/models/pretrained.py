@@ -1,0 +1,256 @@
+"""Reads DiT checkpoints written elsewhere, and writes the original layout back, bit for bit.
+
+Three layouts, as plain dicts of tensors:
+
+    official    the original DiT's .pt: a state dict, or {"model", "ema", ...}; an adaLN Linear in every block
+    diffusers   DiTTransformer2DModel: split q, k, v; the (t, y) embedder repeated in every block
+    ours        `DiT.state_dict()`: all adaLN projections stacked in one Linear
+
+Nothing is unpickled: tensors come through safetensors or torch's weights-only loader.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastdit.errors import UserError
+
+from .dit import DiT, sincos_positions
+
+State = dict[str, Tensor]
+
+_OFFICIAL_TOP = {
+    "patch_embed": "x_embedder.proj",
+    "time_embed.fc1": "t_embedder.mlp.0",
+    "time_embed.fc2": "t_embedder.mlp.2",
+    "head": "final_layer.linear",
+}
+_OFFICIAL_BLOCK = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+_OFFICIAL_LABELS = "y_embedder.embedding_table.weight"
+_DIFFUSERS_EMBEDDER = {
+    "timestep_embedder.linear_1.weight": "t_embedder.mlp.0.weight",
+    "timestep_embedder.linear_1.bias": "t_embedder.mlp.0.bias",
+    "timestep_embedder.linear_2.weight": "t_embedder.mlp.2.weight",
+    "timestep_embedder.linear_2.bias": "t_embedder.mlp.2.bias",
+    "class_embedder.embedding_table.weight": _OFFICIAL_LABELS,
+}
+# What fixes a model's size: our key, the dimension, the name a user knows it by.
+_FIELDS = (
+    ("patch_embed.weight", 0, "width"),
+    ("patch_embed.weight", 1, "channels"),
+    ("patch_embed.weight", 3, "patch"),
+    ("blocks.0.fc1.weight", 0, "MLP width"),
+    ("label_embed.weight", 0, "number of classes, the null class included,"),
+    ("head.weight", 0, "number of outputs per token"),
+)
+# What our block computes. Its norms have eps 1e-6 like the original's; diffusers' default, 1e-5 in the norm
+# before the MLP, moves outputs by a few 1e-6.
+_DIFFUSERS_CONFIG = {
+    "norm_type": ("ada_norm_zero",),
+    "activation_fn": ("gelu-approximate",),
+    "attention_bias": (True,),
+    "norm_elementwise_affine": (False,),
+    "norm_eps": (1e-5, 1e-6),
+}
+
+
+def load_checkpoint(model: DiT, path: str | Path, which: str = "ema") -> None:
+    """Fill `model` from a checkpoint in any of the three layouts, recognised by its content.
+
+    path: a .pt or .safetensors file, or the folder that diffusers' `save_pretrained` wrote.
+    which: "ema" or "model", for files that hold both.
+    Raises UserError, naming the file and the field, if it cannot be read or is not exactly this model.
+    Call it before the engine shards the weights.
+    """
+    path = Path(path)
+    try:
+        state = _read_folder(model, path) if path.is_dir() else _read_file(model, path, which)
+        _check_fits(model, state)
+    except KeyError as missing:
+        raise UserError(f"{path}: {missing.args[0]} is missing; this is not a whole DiT checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None
+    model.load_state_dict(state)
+
+
+def save_official(state: State, path: str | Path, *, grid: tuple[int, int], ema: State | None = None) -> None:
+    """Write `state` (ours) as an original DiT .pt: a bare state dict, or {"model", "ema"} if `ema` is given.
+
+    grid: the model's `grid`, for its position table. Raises as `to_official` does.
+    """
+    weights = to_official(state, grid)
+    torch.save(weights if ema is None else {"model": weights, "ema": to_official(ema, grid)}, path)
+
+
+def from_official(state: State) -> State:
+    """Official -> ours, without the position table, keeping unknown keys. KeyError for a missing one."""
+    state = {key: value for key, value in state.items() if key != "pos_embed"}
+    depth = _depth(state, "blocks")
+    ours = {key: state.pop(official) for key, official in _official_keys(depth)}
+    for leaf in ("weight", "bias"):
+        parts = [state.pop(f"{module}.{leaf}") for module in _official_adaln(depth)]
+        ours[f"adaln.{leaf}"] = torch.cat(parts)
+    return ours | {"time_embed.freq_shift": torch.tensor(0)} | state
+
+
+def to_official(state: State, grid: tuple[int, int]) -> State:
+    """Ours -> official, on the CPU, with the position table of a (rows, cols) grid.
+
+    Raises KeyError for a missing key, and UserError for weights that came from diffusers: the original layout
+    has no place for their time frequencies.
+    """
+    if int(state["time_embed.freq_shift"]):
+        raise UserError(
+            "time_embed.freq_shift: these weights use diffusers' time frequencies, which the original DiT "
+            "does not have; export safetensors instead"
+        )
+    depth, width = _depth(state, "blocks"), state["patch_embed.weight"].shape[0]
+    official = {"pos_embed": sincos_positions(grid, width)[None]}
+    official |= {key: state[ours].detach().cpu() for ours, key in _official_keys(depth)}
+    for leaf in ("weight", "bias"):
+        parts = state[f"adaln.{leaf}"].detach().cpu().split([6 * width] * depth + [2 * width])
+        official |= {f"{module}.{leaf}": part for module, part in zip(_official_adaln(depth), parts)}
+    return official
+
+
+def from_diffusers(state: State) -> State:
+    """Diffusers -> ours, by way of official, keeping unknown keys.
+
+    Raises KeyError for a missing key, ValueError if the blocks' (t, y) embedders differ, as after training in
+    diffusers: a DiT has one.
+    """
+    state = dict(state)
+    depth = _depth(state, "transformer_blocks")
+    official: State = {}
+    for name, key in _DIFFUSERS_EMBEDDER.items():
+        first, *others = (state.pop(f"transformer_blocks.{i}.norm1.emb.{name}") for i in range(depth))
+        if not all(torch.equal(first, other) for other in others):
+            raise ValueError(f"norm1.emb.{name} differs between blocks; fastdit has one embedder for all")
+        official[key] = first
+    for leaf in ("weight", "bias"):
+        official[f"x_embedder.proj.{leaf}"] = state.pop(f"pos_embed.proj.{leaf}")
+        official[f"final_layer.adaLN_modulation.1.{leaf}"] = state.pop(f"proj_out_1.{leaf}")
+        official[f"final_layer.linear.{leaf}"] = state.pop(f"proj_out_2.{leaf}")
+        for i in range(depth):
+            ours, theirs = f"blocks.{i}", f"transformer_blocks.{i}"
+            qkv = [state.pop(f"{theirs}.attn1.to_{part}.{leaf}") for part in "qkv"]
+            official[f"{ours}.attn.qkv.{leaf}"] = torch.cat(qkv)
+            official[f"{ours}.attn.proj.{leaf}"] = state.pop(f"{theirs}.attn1.to_out.0.{leaf}")
+            official[f"{ours}.mlp.fc1.{leaf}"] = state.pop(f"{theirs}.ff.net.0.proj.{leaf}")
+            official[f"{ours}.mlp.fc2.{leaf}"] = state.pop(f"{theirs}.ff.net.2.{leaf}")
+            official[f"{ours}.adaLN_modulation.1.{leaf}"] = state.pop(f"{theirs}.norm1.linear.{leaf}")
+    return from_official(official) | {"time_embed.freq_shift": torch.tensor(1)} | state
+
+
+def _official_keys(depth: int) -> Iterator[tuple[str, str]]:
+    """(ours, official) of every tensor that only changes its name."""
+    yield "label_embed.weight", _OFFICIAL_LABELS
+    modules = list(_OFFICIAL_TOP.items())
+    for i in range(depth):
+        modules += [(f"blocks.{i}.{ours}", f"blocks.{i}.{key}") for ours, key in _OFFICIAL_BLOCK.items()]
+    for ours, key in modules:
+        for leaf in ("weight", "bias"):
+            yield f"{ours}.{leaf}", f"{key}.{leaf}"
+
+
+def _official_adaln(depth: int) -> list[str]:
+    """The modules whose rows, in this order, are our one `adaln` Linear."""
+    return [f"{module}.adaLN_modulation.1" for module in (*(f"blocks.{i}" for i in range(depth)), "final_layer")]
+
+
+def _depth(state: State, blocks: str) -> int:
+    found = [int(match[1]) for key in state if (match := re.match(rf"{blocks}\.(\d+)\.", key))]
+    if not found:
+        raise KeyError(f"{blocks}.0")
+    return 1 + max(found)
+
+
+def _read_file(model: DiT, path: Path, which: str) -> State:
+    state = _read_tensors(path, which)
+    if "patch_embed.weight" in state:
+        return state
+    if "x_embedder.proj.weight" not in state:
+        raise ValueError("not a DiT checkpoint: it has neither x_embedder.proj.weight nor patch_embed.weight")
+    ours = from_official(state)
+    _check_fits(model, ours)
+    positions, expected = state["pos_embed"], sincos_positions(model.grid, model.width)[None]
+    if positions.shape != expected.shape:
+        tokens = f"{positions[..., 0].numel()} in this file, {expected.shape[1]} in this model"
+        raise ValueError(f"number of tokens is {tokens}; change input_size")
+    if not torch.allclose(positions.float(), expected, atol=1e-5 if positions.dtype == torch.float32 else 1e-2):
+        raise ValueError(f"pos_embed is not the sin-cos table of this model's {model.grid} grid")
+    return ours
+
+
+def _read_folder(model: DiT, path: Path) -> State:
+    config_path = path / "config.json"
+    if not config_path.exists():
+        raise ValueError("it has no config.json; give diffusers' transformer folder, or a file")
+    try:
+        config = dict(json.loads(config_path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config.json cannot be read ({error})") from None
+    _check_config(model, config)
+    weights = [path / f"diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "bin")]
+    existing = [file for file in weights if file.exists()]
+    if not existing:
+        raise ValueError(f"it has neither {weights[0].name} nor {weights[1].name}")
+    return from_diffusers(_read_tensors(existing[0], "model"))
+
+
+def _check_config(model: DiT, config: dict[str, Any]) -> None:
+    for field, allowed in _DIFFUSERS_CONFIG.items():
+        if config.get(field) not in allowed:
+            raise ValueError(f"{field} is {config.get(field)!r} in config.json, a DiT has {allowed[0]!r}")
+    size, heads = config.get("sample_size"), config.get("num_attention_heads")
+    for field, theirs, ours in (
+        ("input size", (size, size), model.input_size),
+        ("number of heads", heads, model.heads),
+    ):
+        if theirs != ours:
+            raise ValueError(f"{field} is {theirs} in config.json, {ours} in this model; build it to match")
+
+
+def _read_tensors(path: Path, which: str) -> State:
+    if not path.exists():
+        raise ValueError("no such file; give a .pt or .safetensors file, or a diffusers folder")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:  # the original's trainer stores its arguments, a bag of plain values, beside the weights
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can fail anywhere in either reader
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path.name} cannot be read as a checkpoint ({reason})") from None
+    if isinstance(state, dict) and ("model" in state or "ema" in state):
+        if which not in state:
+            raise ValueError(f"it holds no {which!r} weights, only {', '.join(map(str, state))}")
+        state = state[which]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError("not a checkpoint: it does not hold a dict of tensors")
+    return state
+
+
+def _check_fits(model: DiT, state: State) -> None:
+    """ValueError unless `state` (ours) has exactly `model`'s tensors; the most telling difference first."""
+    expected = model.state_dict()
+    pairs = [("depth", _depth(state, "blocks"), model.depth)]
+    for key, dim, field in _FIELDS:
+        if key in state and state[key].dim() == expected[key].dim():
+            pairs.append((field, state[key].shape[dim], expected[key].shape[dim]))
+    for field, theirs, ours in pairs:
+        if theirs != ours:
+            raise ValueError(f"{field} is {theirs} in this file, {ours} in this model; build it to match")
+    for key in sorted(expected.keys() ^ state.keys()):
+        raise ValueError(f"{key} {'is missing' if key in expected else 'is not part of this model'}")
+    for key, value in expected.items():
+        if state[key].shape != value.shape:
+            raise ValueError(f"{key} is {tuple(state[key].shape)}, this model needs {tuple(value.shape)}")

@@ -1,0 +1,177 @@
+"""Attention on every backend usable here, against a softmax written out in fp64."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastdit.kernels import attention, attention_backends, describe_attention
+from fastdit.kernels.attention import BACKENDS, _flash_attn, _problem, _run
+
+CPU_BACKENDS = attention_backends("cpu")
+
+
+def reference(q, k, v):
+    """(B, N, H, d) in fp64, from the formula."""
+    q, k, v = (x.double() for x in (q, k, v))
+    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return torch.einsum("bhnm,bmhd->bnhd", weights / weights.sum(-1, keepdim=True), v)
+
+
+def make_qkv(batch, tokens, heads, dim, *, fused, dtype=torch.float32, device="cpu", seed=0):
+    """A leaf and its three (B, N, H, d) views: strided, of a fused projection, or each contiguous."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, tokens, 3, heads, dim) if fused else (3, batch, tokens, heads, dim)
+    leaf = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+    return leaf, leaf.unbind(2 if fused else 0)
+
+
+def test_cpu_has_the_promised_backends():
+    assert {"sdpa", "math"} <= set(CPU_BACKENDS) <= set(BACKENDS)
+    assert not {"flash_attn", "cudnn", "efficient"} & set(CPU_BACKENDS)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dim", [24, 64, 72])
+@pytest.mark.parametrize("backend", ["auto", *CPU_BACKENDS])
+def test_values_and_gradients(backend, dim, fused):
+    leaf, qkv = make_qkv(3, 17, 2, dim, fused=fused)
+    out = attention(*qkv, backend=backend)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    (grad,) = torch.autograd.grad(out, leaf, upstream)
+
+    leaf64 = leaf.detach().double().requires_grad_()
+    out64 = reference(*leaf64.unbind(2 if fused else 0))
+    (grad64,) = torch.autograd.grad(out64, leaf64, upstream.double())
+    assert out.shape == (3, 17, 2, dim)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.double(), out64, rtol=0, atol=1e-6)
+    torch.testing.assert_close(grad.double(), grad64, rtol=0, atol=1e-5)
+
+
+def test_expanded_and_transposed_upstream_gradients():
+    leaf, qkv = make_qkv(2, 9, 3, 24, fused=True)
+    leaf64 = leaf.detach().double().requires_grad_()
+    out, out64 = attention(*qkv), reference(*leaf64.unbind(2))
+    (grad,) = torch.autograd.grad((out.transpose(1, 2) ** 2).sum() + out.sum(), leaf)
+    (grad64,) = torch.autograd.grad((out64**2).sum() + out64.sum(), leaf64)
+    torch.testing.assert_close(grad.double(), grad64, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_bf16_error_is_that_of_bf16(backend):
+    _, qkv = make_qkv(2, 33, 2, 72, fused=True, dtype=torch.bfloat16)
+    out = attention(*qkv, backend=backend)
+    assert out.dtype == torch.bfloat16
+    exact = reference(*qkv)
+    rounding = (exact.bfloat16().double() - exact).abs().max()
+    assert (out.double() - exact).abs().max() <= 2 * rounding
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_compiles_without_a_graph_break(backend):
+    _, qkv = make_qkv(2, 9, 2, 24, fused=True)
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v, backend=backend), fullgraph=True)
+    torch.testing.assert_close(compiled(*qkv), attention(*qkv, backend=backend), rtol=0, atol=1e-6)
+
+
+def test_backend_is_decided_in_inference_mode_too():
+    _problem.cache_clear()
+    _, qkv = make_qkv(2, 9, 2, 24, fused=True)
+    with torch.inference_mode():
+        out = attention(*qkv, backend="math")
+    torch.testing.assert_close(out.double(), reference(*qkv), rtol=0, atol=1e-6)
+
+
+def test_shapes_are_checked():
+    x = torch.zeros(2, 5, 3, 8)
+    with pytest.raises(ValueError, match=r"one shape, got \(2, 5, 3, 8\), \(2, 4, 3, 8\)"):
+        attention(x, x[:, :4], x)
+    with pytest.raises(ValueError, match="B, N, H, d"):
+        attention(x[0], x[0], x[0])
+
+
+@pytest.mark.parametrize("backend", ["flash_attn", "cudnn", "efficient"])
+def test_an_unusable_choice_says_why(backend):
+    x = torch.zeros(2, 5, 3, 8)
+    with pytest.raises(ValueError, match=f"'{backend}' cannot be used: it needs a CUDA device"):
+        attention(x, x, x, backend=backend)
+    with pytest.raises(ValueError, match=f"'{backend}' cannot be used"):
+        describe_attention(backend, "cpu", torch.float32, 8)
+
+
+def test_what_a_kernel_refuses_becomes_a_reason(monkeypatch):
+    def refuse(*args):
+        raise RuntimeError("No available kernel. Aborting execution.\nmore")
+
+    monkeypatch.setattr(sys.modules["fastdit.kernels.attention"], "_run", refuse)
+    _problem.cache_clear()
+    try:
+        x = torch.zeros(2, 5, 3, 8)
+        with pytest.raises(ValueError, match=r"'flash' cannot be used: No available kernel. Aborting execution.$"):
+            attention(x, x, x, backend="flash")
+    finally:
+        _problem.cache_clear()
+
+
+def test_an_unknown_choice_lists_the_known():
+    x = torch.zeros(2, 5, 3, 8)
+    with pytest.raises(ValueError, match="'xformers' is unknown; choose auto, flash_attn"):
+        attention(x, x, x, backend="xformers")
+
+
+def test_described_in_one_line():
+    assert describe_attention("auto", "cpu", torch.float32, 64) == "attention: torch sdpa (cpu)"
+    assert describe_attention("math", torch.device("cpu"), torch.float32, 72) == "attention: torch math (cpu)"
+
+
+@pytest.mark.parametrize(
+    ("module", "label", "with_lse"),
+    [
+        ("flash_attn_interface", "flash-attn 3", False),
+        ("flash_attn_interface", "flash-attn 3", True),
+        ("flash_attn.cute", "flash-attn 4", True),
+        ("flash_attn", "flash-attn 2", False),
+    ],
+)
+def test_each_flash_attn_package_is_called_as_it_expects(monkeypatch, module, label, with_lse):
+    """A stand-in with the package's name and signature; some versions also return the log-sum-exp."""
+
+    def flash_attn_func(q, k, v):
+        out = reference(q, k, v).to(q.dtype)
+        return (out, torch.zeros(())) if with_lse else out
+
+    for name in ("flash_attn_interface", "flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, name, None)  # None: importing it raises ImportError
+    monkeypatch.setitem(sys.modules, module.split(".")[0], SimpleNamespace())
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(flash_attn_func=flash_attn_func))
+    _flash_attn.cache_clear()
+    try:
+        assert _flash_attn() == (label, flash_attn_func)
+        _, qkv = make_qkv(2, 5, 3, 24, fused=True)
+        torch.testing.assert_close(_run("flash_attn", *qkv).double(), reference(*qkv), rtol=0, atol=1e-6)
+    finally:
+        _flash_attn.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dim", [64, 72])
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_on_a_gpu(backend, dim):
+    if backend not in ("auto", *attention_backends("cuda", torch.bfloat16, dim)):
+        pytest.skip(f"{backend} is not usable here")
+    leaf, qkv = make_qkv(3, 65, 4, dim, fused=True, dtype=torch.bfloat16, device="cuda")
+    leaf64 = leaf.detach().double().requires_grad_()
+    plain = leaf.detach().clone().requires_grad_()
+    outs = [
+        (attention(*qkv, backend=backend), leaf),
+        (attention(*plain.unbind(2), backend="math"), plain),
+        (reference(*leaf64.unbind(2)), leaf64),
+    ]
+    results = [(out, torch.autograd.grad(out.float().square().sum(), source)[0]) for out, source in outs]
+    for got, low, exact in zip(*results):  # 2 x torch's own error in that precision, plus a rounding
+        allowed = 2 * (low.double() - exact).abs().max() + 2**-8 * exact.abs().max()
+        assert (got.double() - exact).abs().max() <= allowed
