@@ -1,0 +1,60 @@
+"""Saving and resuming, to the bit, with the files' side left to `checkpoint_files`."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from fastdit.engine.checkpoint_files import EMA_FILE, checkpoints, manifest, seal, sync
+from fastdit.engine.runtime import Runtime
+from fastdit.engine.weights import ema_state
+from fastdit.errors import UserError
+
+STATE = "deepspeed"
+
+
+def save(engine, runtime: Runtime, folder: Path, step: int, rank_state: dict, meta: dict, keep: int) -> Path:
+    """Write the checkpoint of `step` (a collective) and remove all but the `keep` newest. Returns its folder."""
+    final, partial = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
+    if runtime.first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    runtime.barrier()
+    engine.save_checkpoint(str(partial), tag=STATE, save_latest=False, exclude_frozen_parameters=False)
+    torch.save(rank_state, partial / f"rank-{runtime.rank}.pt")
+    weights = ema_state(engine, "cpu")
+    if runtime.first:
+        save_file(weights, partial / EMA_FILE)
+    del weights
+    runtime.barrier()
+    if runtime.first:
+        for script in partial.glob("*.py"):  # DeepSpeed copies its converters beside every checkpoint
+            script.unlink()
+        seal(partial, {"step": step, "world": runtime.world, **meta})
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        sync(folder)
+        for old in checkpoints(folder)[keep:]:
+            shutil.rmtree(old)
+    runtime.barrier()
+    return final
+
+
+def restore(engine, runtime: Runtime, checkpoint: Path, meta: dict) -> tuple[int, dict]:
+    """Load `checkpoint` into the engine (a collective). Returns its step and this rank's own state.
+
+    Raises UserError when it belongs to another network or number of ranks.
+    """
+    written = manifest(checkpoint)
+    for key, mine in {"world": runtime.world, **meta}.items():
+        if written.get(key) != mine:
+            raise UserError(
+                f"{checkpoint}: was written with {key} {written.get(key)}, this run has {mine}; make them equal"
+            )
+    loaded, _ = engine.load_checkpoint(str(checkpoint), tag=STATE)
+    if loaded is None:
+        raise UserError(f"{checkpoint}: DeepSpeed could not read it; resume from another folder")
+    # This program wrote it, and the hashes were just checked.
+    rank_state = torch.load(checkpoint / f"rank-{runtime.rank}.pt", weights_only=True)
+    return written["step"], rank_state

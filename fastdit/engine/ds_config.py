@@ -1,0 +1,116 @@
+"""The DeepSpeed configuration of a run. What the file says rules; where it contradicts a setting, the user is told."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastdit.config import Config
+from fastdit.errors import UserError
+
+SHIPPED = Path(__file__).parents[1] / "ds_configs"
+OURS = {
+    "optimizer": "AdamW with weight averages is fastdit's own: remove it and use --lr, --betas, --eps, --weight_decay",
+    "scheduler": "the schedule is fastdit's own: remove it and use --warmup, --schedule",
+    "fp16": "fp16 is not supported: use bf16",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the file and the settings agree on."""
+
+    deepspeed: dict
+    batch: int
+    micro_batch: int
+    accumulation: int
+    precision: str
+    stage: int
+
+
+def plan(config: Config, world: int, on_gpu: bool) -> Plan:
+    """Merge `config.ds_config` with the settings for `world` ranks.
+
+    Raises UserError when the file is missing, is not JSON, holds a section that fastdit owns, or contradicts a setting.
+    """
+    path, values = _read(config.ds_config)
+    for section, advice in OURS.items():
+        held = values.get(section)
+        if held and not (section == "fp16" and not held.get("enabled", True)):
+            raise UserError(f"{path}: section {section!r}: {advice}")
+
+    def agree(key: str, setting: str, mine):
+        theirs = values.get(key)
+        theirs = None if theirs == "auto" else theirs
+        if theirs is not None and mine is not None and theirs != mine:
+            raise UserError(f"{path}: {key} is {theirs}, but {setting} is {mine}; change one, or drop it there")
+        return mine if theirs is None else theirs
+
+    batch = agree("train_batch_size", "--batch", config.batch)
+    micro = agree("train_micro_batch_size_per_gpu", "--micro_batch", config.micro_batch)
+    accumulation = agree("gradient_accumulation_steps", "accumulation", None)
+    batch, micro, accumulation = _solve(batch, micro, accumulation, world)
+    clip = agree("gradient_clipping", "--grad_clip", config.grad_clip)
+    bf16 = values.get("bf16", {}).get("enabled", "auto")
+    precision = _precision(path, bf16, config.precision, on_gpu)
+    stage = values.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
+
+    merged = {
+        "steps_per_print": 2**31,  # fastdit prints its own lines
+        "zero_allow_untested_optimizer": True,  # AdamWEMA; every stage is tested
+        "zero_force_ds_cpu_optimizer": False,  # offload keeps AdamWEMA, which also runs on CPUs
+        **values,
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": float(clip or 0.0),
+        "bf16": {**values.get("bf16", {}), "enabled": precision == "bf16"},
+    }
+    if precision == "bf16":
+        merged.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+    return Plan(merged, batch, micro, accumulation, precision, stage)
+
+
+def _read(name: str) -> tuple[str, dict]:
+    shipped = sorted(path.stem for path in SHIPPED.glob("*.json"))
+    path = SHIPPED / f"{name}.json" if name in shipped else Path(name)
+    if not path.is_file():
+        raise UserError(f"--ds_config {name}: no such file; give a path or one of {', '.join(shipped)}")
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); mend it") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must hold one JSON object; see {SHIPPED / 'zero1.json'}")
+    return str(path), values
+
+
+def _solve(batch, micro, accumulation, world) -> tuple[int, int, int]:
+    """batch = micro * accumulation * world, from any two, or from the batch alone."""
+    if batch is None and micro is None:
+        raise UserError("batch: not set; give --batch, or train_batch_size in the DeepSpeed file")
+    if batch is None:
+        return micro * (accumulation or 1) * world, micro, accumulation or 1
+    if micro is None:
+        share = world * (accumulation or 1)
+        if batch % share:
+            raise UserError(
+                f"batch: {batch} does not divide among {world} ranks x {accumulation or 1} accumulation steps"
+            )
+        return batch, batch // share, accumulation or 1
+    if batch % (micro * world) or (accumulation or batch // (micro * world)) * micro * world != batch:
+        raise UserError(
+            f"batch: {batch} is not micro_batch {micro} x {accumulation or 'n'} accumulation steps x {world} ranks; "
+            "change one"
+        )
+    return batch, micro, batch // (micro * world)
+
+
+def _precision(path: str, bf16: bool | str, wanted: str, on_gpu: bool) -> str:
+    if bf16 == "auto":
+        return wanted if wanted != "auto" else ("bf16" if on_gpu else "fp32")
+    precision = "bf16" if bf16 else "fp32"
+    if wanted not in ("auto", precision):
+        raise UserError(f"{path}: bf16.enabled is {str(bf16).lower()}, but --precision is {wanted}; change one")
+    return precision

@@ -1,0 +1,120 @@
+"""What a run shows: sample grids on the way, and at the end pictures, class agreement, report and where they are."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastdit.engine import build, drawing
+from fastdit.engine.layout import GRID, GRIDS
+from fastdit.engine.records import read_metrics, versions
+from fastdit.engine.report import write_report
+from fastdit.engine.session import Session
+from fastdit.engine.weights import ema_state
+from fastdit.metrics.class_agreement import class_agreement
+
+KNOWN_IMAGES = 10_000  # the class-agreement judge's share of the training images, at most
+
+
+def draw_grid(session: Session, step: int) -> None:
+    """The class-by-class grid of the weights after `step` steps: samples/step-N.png and TensorBoard. A collective."""
+    if not _can_show(session):
+        return
+    classes = _shown_classes(session)
+    drawn = _samples(session, session.config.sample.per_class * len(classes), classes)
+    if drawn:
+        picture = drawing.grid(*drawn, session.source.class_names)
+        folder = session.run.folder / GRIDS
+        folder.mkdir(exist_ok=True)
+        picture.save(folder / f"step-{step:08d}.png")
+        session.run.recorder.image(step, np.asarray(picture))
+
+
+def finish(session: Session) -> None:
+    """Final pictures, class agreement and report; the last lines on the terminal say where they are. A collective."""
+    run, settings, figures = session.run, session.config.sample, {}
+    if _can_show(session):
+        classes = _shown_classes(session)
+        on_grid = settings.per_class * len(classes)
+        drawn = _samples(session, max(on_grid, settings.agreement), classes)
+        if drawn:
+            images, labels = drawn
+            drawing.grid(images[:on_grid], labels[:on_grid], session.source.class_names).save(run.folder / GRID)
+            if n := settings.agreement:
+                share = _agreement(session, images[:n], labels[:n])
+                figures["class agreement"] = f"{share:.1%} of {n} samples (5-NN on raw pixels of the training images)"
+    if session.runtime.first:
+        report = write_report(run.folder, figures | _facts(session), versions())
+        run.say(_farewell(session, report, figures))
+    session.runtime.barrier()
+
+
+def _samples(session: Session, n: int, classes: list[int]) -> tuple[np.ndarray, np.ndarray] | None:
+    """n samples of the EMA weights, the work shared by the ranks: uint8 (n, H, W, C) and labels (n,) on rank 0."""
+    runtime = session.runtime
+    network = build.build_network(session.config, session.shape)
+    network.load_state_dict(ema_state(session.run.engine, "cpu"))
+    labels = drawing.balanced_labels(n, classes)
+    drawn = drawing.draw(
+        network.to(runtime.device).eval(),
+        session.process,
+        session.config.sample,
+        session.shape,
+        labels,
+        indices=range(runtime.rank, n, runtime.world),
+        seed=0,
+        device=runtime.device,
+    )
+    parts = runtime.gather(drawing.to_uint8(drawn))
+    if parts is None:
+        return None
+    images = np.empty((n, *parts[0].shape[1:]), np.uint8)
+    for rank, part in enumerate(parts):
+        images[rank :: runtime.world] = part
+    return images, labels
+
+
+def _agreement(session: Session, images: np.ndarray, labels: np.ndarray) -> float:
+    batch, count = 500, min(session.source.n, KNOWN_IMAGES)
+    here = {"rank": 0, "world": 1, "device": torch.device("cpu")}
+    loader = build.build_loader(session.config, session.source, batch=batch, flip=False, **here)
+    pairs = [next(loader) for _ in range(-(-count // batch))]
+    loader.close()
+    known, known_labels = (torch.cat(parts)[:count] for parts in zip(*pairs))
+    samples = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    return class_agreement(samples, torch.from_numpy(labels), known, known_labels)
+
+
+def _can_show(session: Session) -> bool:
+    return session.source.kind != "latent" and session.shape.channels in (1, 3)
+
+
+def _shown_classes(session: Session) -> list[int]:
+    return list(range(min(session.shape.classes, session.config.sample.max_classes)))
+
+
+def _facts(session: Session) -> dict[str, str]:
+    config, run, settings = session.config, session.run, session.config.sample
+    lines = read_metrics(run.folder)
+    last = lines[-1] if lines else {}
+    sampler = f"{settings.sampler or session.process.samplers[0]}, {settings.steps} steps"
+    return {
+        "method": f"{config.method}, noise {session.process.name}, {session.parameters / 1e6:.1f} M parameters",
+        "data": f"{session.source.n:,} samples of {session.source.path}",
+        "trained": f"{config.steps:,} steps of {run.plan.batch} in {run.seconds:.0f} s",
+        "last loss": f"{last['loss']:.4f}" if last.get("loss") is not None else "none",
+        "speed": f"{last['images_per_sec']:.0f} images/s at the end" if last else "none",
+        "sampled with": f"{sampler}, guidance {settings.guidance:g}, EMA {config.ema.kind}, seed 0",
+    }
+
+
+def _farewell(session: Session, report: Path, figures: dict[str, str]) -> str:
+    folder = session.run.folder
+    shown = {**figures, **({"pictures": folder / GRID} if (folder / GRID).exists() else {}), "report": report}
+    following = {
+        f"python fastdit/sample.py --run {folder} --n 64 --guidance 2 --out grid.png": "more pictures",
+        f"deepspeed fastdit/train.py --resume --out {folder} --steps {2 * session.config.steps}": "train on",
+        f"tensorboard --logdir {folder}": "curves",
+    }
+    lines = [f"{key}: {value}" for key, value in shown.items()]
+    return "\n".join(["", *lines, "what to run next:", *(f"  {run}   # {why}" for run, why in following.items())])

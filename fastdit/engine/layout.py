@@ -1,0 +1,10 @@
+"""Names inside a run's folder."""
+
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+VERSIONS = "versions.json"
+GRID = "samples.png"
+GRIDS = "samples"  # step-NNNNNNNN.png, during training
+CURVES = "curves.png"
+REPORT = "report.html"
+BOARD = "tensorboard"

@@ -1,0 +1,164 @@
+"""The training loop. No host sync in a step: scalars leave the device at the log interval only."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from fastdit.config import Config
+from fastdit.engine import checkpoint, checkpoint_files, schedules
+from fastdit.engine.ds_config import Plan
+from fastdit.engine.layout import CHECKPOINTS
+from fastdit.engine.meter import Meter
+from fastdit.engine.records import Recorder, peak_flops
+from fastdit.engine.runtime import Runtime, StopRequest
+from fastdit.engine.weights import EMA
+from fastdit.errors import UserError
+from fastdit.kernels import AdamWEMA
+from fastdit.models import flops_per_image
+
+
+@dataclass
+class Run:
+    """Everything a training run is made of."""
+
+    config: Config
+    plan: Plan
+    runtime: Runtime
+    folder: Path
+    identity: dict
+    engine: object
+    optimizer: AdamWEMA
+    method: object
+    loader: object
+    generator: torch.Generator
+    recorder: Recorder | None = None  # rank 0
+    seconds: float = 0.0  # of training, over all starts: without pictures, checkpoints, evaluation
+
+    def state(self) -> dict:
+        """This rank's own part of a checkpoint: where its data and its random numbers stand."""
+        state = {
+            "seconds": self.seconds,
+            "loader": self.loader.state_dict(),
+            "generator": self.generator.get_state(),
+            "torch": torch.get_rng_state(),
+        }
+        if self.runtime.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.runtime.device)
+        return state
+
+    def load_state(self, state: dict) -> None:
+        self.seconds = state["seconds"]
+        self.loader.load_state_dict(state["loader"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.runtime.device)
+
+    def save(self, step: int) -> Path:
+        return checkpoint.save(
+            self.engine,
+            self.runtime,
+            self.folder / CHECKPOINTS,
+            step,
+            self.state(),
+            self.identity,
+            self.config.keep_checkpoints,
+        )
+
+    def say(self, text: str) -> None:
+        if self.recorder:
+            self.recorder.say(text)
+
+
+@dataclass
+class Clock:
+    """Training time between two records, pauses taken out."""
+
+    since: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+
+    def read(self) -> tuple[float, int]:
+        """Seconds and steps since the last read."""
+        seconds, steps = time.perf_counter() - self.since, self.steps
+        self.since, self.steps = time.perf_counter(), 0
+        return seconds, steps
+
+    def paused(self, work, *args):
+        """The result of work(*args), its time not counted."""
+        begun = time.perf_counter()
+        result = work(*args)
+        self.since += time.perf_counter() - begun
+        return result
+
+
+def train(run: Run, first_step: int, draw_samples) -> bool:
+    """Train from `first_step` (finished steps) to `config.steps`; `draw_samples(step)` is called at its interval.
+
+    Returns whether the end was reached; False after SIGTERM or Ctrl-C, with a checkpoint saved.
+    Raises UserError when `max_nonfinite` steps in a row had a non-finite loss or gradient.
+    """
+    config, runtime = run.config, run.runtime
+    meter, clock, stop, stop_every = Meter(runtime.device, runtime.world), Clock(), StopRequest(runtime), 1
+    for step in range(first_step, config.steps):
+        for group in run.optimizer.param_groups:
+            group["lr"] = schedules.learning_rate(config, step)
+            group["emas"] = {EMA: schedules.ema_decay(config.ema, step)}
+        run.optimizer.forget_nonfinite()
+
+        for _ in range(run.plan.accumulation):
+            x0, y = next(run.loader)
+            loss, terms = run.method.loss(run.engine, x0, y, run.generator)
+            run.engine.backward(loss)
+            run.engine.step()
+            meter.add(terms)
+        meter.step(run.optimizer.nonfinite, step + 1)
+
+        done, last = step + 1, step + 1 == config.steps
+        clock.steps += 1
+        if run.recorder:
+            run.recorder.advance()
+        if done % config.log_every == 0 or last:
+            stop_every = _record(run, meter, clock, done)
+        if done % config.save_every == 0 or last:
+            clock.paused(run.save, done)
+        if config.sample_every and done % config.sample_every == 0 and not last:
+            clock.paused(draw_samples, done)
+        if done % stop_every == 0 and not last and stop.granted():
+            _record(run, meter, clock, done)
+            path = run.save(done)
+            run.say(f"stopped by {stop.name or 'a signal'} after step {done}; saved {path}; go on with --resume")
+            return False
+    return True
+
+
+def _record(run: Run, meter: Meter, clock: Clock, step: int) -> int:
+    """Write one line of metrics. Returns how many steps fit in about a second: how often to ask for a stop."""
+    if not meter.count:
+        return 1
+    values = meter.read()  # waits for the device
+    seconds, steps = run.runtime.agree(list(clock.read()))
+    worst, first_bad = values.pop("worst_streak"), values.pop("first_bad")
+    run.seconds += seconds
+    images = run.plan.batch * steps
+    values |= {
+        "lr": schedules.learning_rate(run.config, step - 1),
+        "grad_norm": float(run.engine.get_global_grad_norm() or 0.0),
+        "images": run.plan.batch * step,
+        "images_per_sec": images / seconds,
+        "seconds_per_step": seconds / steps,
+        "seconds": run.seconds,
+        "corrupt_skipped": run.loader.skipped,
+    }
+    if peak := peak_flops(run.runtime.device):
+        values["mfu"] = flops_per_image(run.engine.module) * images / seconds / run.runtime.world / peak
+    if run.recorder:
+        run.recorder.log(step, values)
+    if worst >= run.config.max_nonfinite:
+        good = checkpoint_files.checkpoints(run.folder / CHECKPOINTS)
+        raise UserError(
+            f"step {first_bad:.0f}: loss or gradient not finite, and so for {worst:.0f} steps in a row (all skipped); "
+            f"last checkpoint: {good[0] if good else 'none'}; resume it with a lower --lr, or check the data"
+        )
+    return max(1, min(run.config.log_every, round(steps / seconds)))

@@ -1,0 +1,41 @@
+"""Running means and failure counts that live on the device between two records."""
+
+import torch
+import torch.distributed as dist
+
+
+class Meter:
+    """Adds up named scalars without a host sync; `read` is the one transfer."""
+
+    def __init__(self, device: torch.device, world: int):
+        self.device, self.world = device, world
+        self.sums: dict[str, torch.Tensor] = {}
+        self.count = 0
+        zero = torch.zeros((), device=device)
+        self.streak, self.worst, self.skipped, self.first_bad = zero, zero, zero, zero - 1
+
+    def add(self, terms: dict[str, torch.Tensor]) -> None:
+        """0-dim float32 tensors on the device, the same names at every call."""
+        for name, value in terms.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+
+    def step(self, nonfinite: torch.Tensor, step: int) -> None:
+        """Note whether optimizer step `step` was skipped (0-dim float32: 1 is skipped, the same on all ranks)."""
+        self.streak = (self.streak + nonfinite) * nonfinite
+        self.first_bad = torch.where(self.streak == 1, float(step), self.first_bad)
+        self.worst = torch.maximum(self.worst, self.streak)
+        self.skipped = self.skipped + nonfinite
+
+    def read(self) -> dict[str, float]:
+        """Means over steps and ranks since the last read, and `skipped`, `worst_streak`, `first_bad`. A collective."""
+        names = list(self.sums)
+        means = torch.stack([self.sums[name].float() for name in names]) / self.count
+        if self.world > 1:
+            dist.all_reduce(means)
+            means /= self.world
+        failures = torch.stack([self.skipped, self.worst, self.first_bad])
+        values = torch.cat([means, failures]).tolist()
+        self.sums, self.count = {}, 0
+        self.worst = self.streak
+        return dict(zip([*names, "skipped", "worst_streak", "first_bad"], values))

@@ -1,0 +1,122 @@
+"""Opening a run, fresh or resumed, on every rank alike."""
+
+import json
+from pathlib import Path
+
+import deepspeed
+import numpy as np
+import torch
+
+from fastdit.config import CONFIG_FILE, Config, dump
+from fastdit.engine import build, checkpoint
+from fastdit.engine.checkpoint_files import newest_good
+from fastdit.engine.ds_config import plan
+from fastdit.engine.layout import CHECKPOINTS, VERSIONS
+from fastdit.engine.loop import Run
+from fastdit.engine.records import Recorder, versions
+from fastdit.engine.runtime import Runtime
+from fastdit.engine.weights import EMA
+from fastdit.errors import UserError
+from fastdit.kernels import AdamWEMA, describe_attention
+from fastdit.models import load_checkpoint
+
+
+class Session:
+    """One run and what it was built from."""
+
+    def __init__(self, config: Config, runtime: Runtime):
+        """Build everything and, with `config.resume`, load the newest good checkpoint. Raises UserError."""
+        self.config, self.runtime = config, runtime
+        folder = Path(config.out)
+        agreed = plan(config, runtime.world, runtime.device.type == "cuda")
+        self.source = build.open_data(config)
+        self.shape = build.shape_of(config, self.source.classes)
+        self.process = build.build_noise(config)
+        network = build.build_network(config, self.shape)
+        if config.init_from:
+            load_checkpoint(network, config.init_from)
+        self.parameters = sum(p.numel() for p in network.parameters())
+        self.attention = describe_attention(
+            config.model.attention,
+            runtime.device,
+            torch.bfloat16 if agreed.precision == "bf16" else torch.float32,
+            network.width // network.heads,
+        )
+        optimizer = AdamWEMA(
+            network.parameters(),
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            emas={EMA: config.ema.decay},
+        )
+        engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=agreed.deepspeed)
+        loader = build.build_loader(
+            config,
+            self.source,
+            batch=agreed.micro_batch,
+            rank=runtime.rank,
+            world=runtime.world,
+            device=runtime.device,
+        )
+        generator = torch.Generator(runtime.device)
+        generator.manual_seed(int(np.random.SeedSequence(config.seed, spawn_key=(runtime.rank,)).generate_state(1)[0]))
+        self.run = Run(
+            config=config,
+            plan=agreed,
+            runtime=runtime,
+            folder=folder,
+            identity=build.identity(config, self.shape),
+            engine=engine,
+            optimizer=optimizer,
+            method=build.build_method(config, self.shape),
+            loader=loader,
+            generator=generator,
+        )
+        self.first_step = self._resume() if config.resume else 0
+        if runtime.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CONFIG_FILE).write_text(dump(config))
+            (folder / VERSIONS).write_text(json.dumps(versions(), indent=1))
+            self.run.recorder = Recorder(folder, self.first_step, config.steps)
+            self.run.say(self._introduction())
+
+    def _resume(self) -> int:
+        run, folder = self.run, self.run.folder / CHECKPOINTS
+        say = print if self.runtime.first else (lambda text: None)
+        found = self.runtime.share(_attempt(lambda: newest_good(folder, say)) if self.runtime.first else None)
+        if isinstance(found, UserError):
+            raise found
+        if found is None:
+            say(f"{folder}: nothing to resume yet; starting at step 0")
+            return 0
+        step, state = checkpoint.restore(run.engine, self.runtime, found, run.identity)
+        run.load_state(state)
+        say(f"resumed {found}")
+        return step
+
+    def _introduction(self) -> str:
+        config, runtime, agreed, shape = self.config, self.runtime, self.run.plan, self.shape
+        source = f"{self.source.n:,} samples of {self.source.path} as {shape.channels}x{shape.height}x{shape.width}"
+        batch = f"{agreed.batch} = {agreed.micro_batch} x {agreed.accumulation} accumulated x {runtime.world} ranks"
+        return (
+            f"{config.method} on {source}, {shape.classes} classes\n"
+            f"{self.parameters / 1e6:.1f} M parameters, {agreed.precision}, {self.process.name}, {self.attention}\n"
+            f"{versions()['device']}, ZeRO-{agreed.stage}, batch {batch}\n"
+            f"steps {self.first_step} to {config.steps} into {self.run.folder}"
+        )
+
+    def close(self) -> None:
+        """Stop the loader and the records, and leave the process group, so that no rank complains about others."""
+        self.run.loader.close()
+        if self.run.recorder:
+            self.run.recorder.close()
+        torch.distributed.destroy_process_group()
+
+
+def _attempt(work):
+    """The result, or the UserError it raised: so that rank 0 can share either."""
+    try:
+        return work()
+    except UserError as error:
+        return error
