@@ -1,0 +1,44 @@
+"""Write a run's averaged weights for others: `python fastdit/export.py --run runs/x --out dit.pt`.
+
+`.pt` is the original DiT's layout (readable by everything that reads `DiT-XL-2-256x256.pt`), `.safetensors` ours.
+"""
+
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from fastdit.config import CONFIG_FILE, OneLineParser, load
+from fastdit.engine import build
+from fastdit.engine.checkpoint_files import choose, classes_of, sampled_weights
+from fastdit.errors import UserError, run_command
+from fastdit.models import save_official
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command, also installed as `fastdit-export`. Leaves the process: 0, or 2 after a UserError."""
+    run_command(_export, argv)
+
+
+def _export(argv: list[str]) -> None:
+    parser = OneLineParser(prog="fastdit-export", description="Write a run's averaged weights for other programs.")
+    parser.add_argument("--run", type=str, required=True, help="folder of the run")
+    parser.add_argument("--checkpoint", type=str | None, default=None, help="one of its checkpoints; default: newest")
+    parser.add_argument("--out", type=str, required=True, help=".pt: the original DiT's layout; .safetensors: ours")
+    args = parser.parse(argv)
+    out, run = Path(args.out), Path(args.run)
+    if out.suffix not in (".pt", ".safetensors"):
+        raise UserError(f"--out {out}: must end in .pt or .safetensors")
+    config = load(run / CONFIG_FILE)
+    checkpoint = choose(run, args.checkpoint)
+    weights = sampled_weights(checkpoint)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".safetensors":
+        save_file(weights, out)
+    else:
+        network = build.build_network(config, build.shape_of(config, classes_of(checkpoint)))
+        save_official(weights, out, grid=network.grid)
+    print(f"weights of {checkpoint} in {out}")
+
+
+if __name__ == "__main__":
+    main()

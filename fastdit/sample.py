@@ -1,0 +1,121 @@
+"""Draw samples from a run: `python fastdit/sample.py --run runs/x --classes 0,3 --n 64 --guidance 2 --out grid.png`."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from fastdit.config import CONFIG_FILE, OneLineParser, load
+from fastdit.data import open_source
+from fastdit.engine import build, drawing
+from fastdit.engine.checkpoint_files import choose, classes_of, sampled_weights
+from fastdit.errors import UserError, run_command
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command, also installed as `fastdit-sample`. Leaves the process: 0, or 2 after a UserError."""
+    run_command(_sample, argv)
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(prog="fastdit-sample", description="Draw samples with a run's averaged weights.")
+    parser.add_argument("--run", type=str, required=True, help="folder of the run")
+    parser.add_argument(
+        "--checkpoint",
+        type=str | None,
+        default=None,
+        help="one checkpoint folder; default: the newest good one",
+    )
+    parser.add_argument(
+        "--out",
+        type=str,
+        default="grid.png",
+        help=".png: a grid; .npz: images uint8 (n, H, W, C), labels (n,)",
+    )
+    parser.add_argument("--classes", type=str | None, default=None, help="labels, as 0,3,7; default: all in turn")
+    parser.add_argument("--n", type=int, default=64, help="number of samples")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise; sample i depends on the seed and i alone")
+    parser.add_argument(
+        "--batch", type=int, default=64, help="samples drawn at once; changes nothing but memory and rounding"
+    )
+    parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--steps",
+        type=int | None,
+        default=None,
+        help="sampler steps; these five default to the run's settings",
+    )
+    parser.add_argument("--sampler", type=str | None, default=None, help="edm, flow: heun, euler; ddpm: ddpm, ddim")
+    parser.add_argument("--guidance", type=float | None, default=None, help="classifier-free guidance scale; 1 is off")
+    parser.add_argument(
+        "--interval",
+        type=tuple[float, float] | None,
+        default=None,
+        help="noise-to-signal range of guidance, [lo, hi]",
+    )
+    parser.add_argument(
+        "--guided_channels", type=int | None, default=None, help="guide only the first so many channels"
+    )
+    return parser
+
+
+def _sample(argv: list[str]) -> None:
+    args = _parser().parse(argv)
+    out, run = Path(args.out), Path(args.run)
+    if out.suffix not in (".png", ".npz"):
+        raise UserError(f"--out {out}: must end in .png or .npz")
+    if args.n < 1 or args.batch < 1:
+        raise UserError(f"--n {args.n} --batch {args.batch}: both must be at least 1")
+    config = load(run / CONFIG_FILE)
+    checkpoint = choose(run, args.checkpoint)
+    shape = build.shape_of(config, classes_of(checkpoint))
+    if shape.channels not in (1, 3):
+        raise UserError(f"{run}: samples are latents of {shape.channels} channels; a picture needs their autoencoder")
+    classes = _classes(args.classes, shape.classes)
+
+    network = build.build_network(config, shape)
+    network.load_state_dict(sampled_weights(checkpoint))
+    network = network.to(args.device).eval()
+    chosen = {key: getattr(args, key) for key in ("steps", "sampler", "guidance", "interval", "guided_channels")}
+    settings = replace(config.sample, **{key: value for key, value in chosen.items() if value is not None})
+    labels = drawing.balanced_labels(args.n, classes)
+    images = drawing.to_uint8(
+        drawing.draw(
+            network,
+            build.build_noise(config),
+            settings,
+            shape,
+            labels,
+            indices=range(args.n),
+            seed=args.seed,
+            device=torch.device(args.device),
+            batch=args.batch,
+            progress=partial(tqdm, desc="sampling", unit="batch"),
+        )
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".npz":
+        np.savez(out, images=images, labels=labels)
+    else:
+        drawing.grid(images, labels, open_source(config.data.source, classes=config.data.classes).class_names).save(out)
+    print(f"{args.n} samples of {checkpoint} in {out}")
+
+
+def _classes(text: str | None, count: int) -> list[int]:
+    if text is None:
+        return list(range(count))
+    try:
+        classes = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--classes {text}: must be numbers with commas between, as 0,3,7") from None
+    wrong = [label for label in classes if not 0 <= label < count]
+    if wrong:
+        raise UserError(f"--classes {text}: {wrong[0]} is out of range; the run has classes 0 to {count - 1}")
+    return classes
+
+
+if __name__ == "__main__":
+    main()
