@@ -4,15 +4,18 @@ A preset (`fastdit/presets/NAME.yaml`, or a path) differs from these defaults on
 flag (`--lr 2e-4 --model.patch 4`). Parsing, type checks and `--help` are jsonargparse's.
 """
 
+import math
 import os
-import re
 from dataclasses import asdict, dataclass
+from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
+from fastdit.command_line import OneLineParser
 from fastdit.errors import UserError
 from fastdit.models import SIZES
 from fastdit.noise import DDPM, EDM, Flow
@@ -60,7 +63,7 @@ class ModelConfig:
         width: features per token.
         heads: attention heads.
         mlp_ratio: hidden width of the MLP over `width`.
-        attention: auto, flash_attn, cudnn, flash, efficient, math or sdpa.
+        attention: kernel of `fastdit.kernels.attention`; auto: flash-attn where it can be used, else torch's choice.
     """
 
     size: Literal["S", "B", "L", "XL"] = "S"
@@ -69,7 +72,7 @@ class ModelConfig:
     width: int | None = None
     heads: int | None = None
     mlp_ratio: float = 4.0
-    attention: str = "auto"
+    attention: Literal["auto", "flash_attn", "sdpa", "cudnn", "flash", "efficient", "math"] = "auto"
 
     def dims(self) -> dict[str, int]:
         """depth, width and heads after overrides."""
@@ -204,47 +207,60 @@ class Config:
     sample: SampleConfig = SampleConfig()
 
     def __post_init__(self):
-        for field in ("steps", "log_every", "save_every", "keep_checkpoints", "batch", "micro_batch"):
-            if (value := getattr(self, field)) is not None and value < 1:
-                raise UserError(f"{field}: must be at least 1, got {value}")
-        if not 0 <= self.label_drop <= 1:
-            raise UserError(f"label_drop: must lie in [0, 1], got {self.label_drop}")
-        dims = self.model.dims()
-        if dims["width"] % dims["heads"]:
-            raise UserError(f"model.width: {dims['width']} is not divisible by model.heads {dims['heads']}")
+        for field, (low, high) in _RANGES.items():
+            value = attrgetter(field)(self)
+            for number in value if isinstance(value, tuple) else (value,):
+                if number is not None and not low <= number <= high:
+                    wanted = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+                    raise UserError(f"{field}: must be {wanted}, got {number}")
+        self._check_model()
+        self._check_sampling()
+
+    def _check_model(self) -> None:
+        width, heads = (self.model.dims()[key] for key in ("width", "heads"))
+        if width % heads or width % 4:
+            raise UserError(f"model.width: {width} must be a multiple of model.heads ({heads}) and of 4; change one")
+        size, patch = self.data.size, self.model.patch
+        for side in (size,) if isinstance(size, int) else size:
+            if side % patch:
+                raise UserError(f"data.size: {side} is not a multiple of model.patch ({patch}); change one")
+
+    def _check_sampling(self) -> None:
+        process, settings = getattr(self.noise, self.noise.name), self.sample
+        if settings.sampler not in (None, *process.samplers):
+            choices = ", ".join(process.samplers)
+            raise UserError(f"sample.sampler: {process.name} has no {settings.sampler!r}; choose one of {choices}")
+        most = getattr(process, "steps", math.inf)
+        if settings.steps > most:
+            raise UserError(f"sample.steps: {settings.steps}; noise.{process.name}.steps allows at most {most}")
+        if settings.interval and not settings.interval[0] < settings.interval[1]:
+            raise UserError(f"sample.interval: {list(settings.interval)}; the first must be below the second")
+        if (settings.guided_channels or 0) > self.data.channels:
+            raise UserError(
+                f"sample.guided_channels: {settings.guided_channels}; data.channels is {self.data.channels}"
+            )
 
 
-class OneLineParser(ArgumentParser):
-    """An argument parser whose every error is one `UserError`."""
-
-    def error(self, message: str, *args, **kwargs) -> NoReturn:  # jsonargparse calls it with the exception too
-        raise UserError(_one_line(message))
-
-    def parse(self, argv: list[str]) -> Namespace:
-        """Typed values of a command line. Raises UserError."""
-        return self._typed(lambda: self.parse_args(argv))
-
-    def parse_values(self, values: dict) -> Namespace:
-        """Typed values of a mapping read from a file. Raises UserError."""
-        return self._typed(lambda: self.parse_object(values))
-
-    def _typed(self, read) -> Namespace:
-        try:
-            return self.instantiate(read())
-        except UserError:
-            raise
-        except Exception as error:  # argparse.ArgumentError, TypeError, KeyError: jsonargparse raises several
-            raise UserError(_one_line(error)) from None
-
-
-def _one_line(message: str) -> str:
-    message = re.sub(r"\s+", " ", str(message)).replace("Parser key ", "").strip()
-    return re.sub(r"<class '([\w.]+)'>", r"\1", message)
+# Smallest and largest value of each numeric field; none is always allowed where the type allows it.
+_POSITIVE = (
+    "steps batch micro_batch log_every save_every keep_checkpoints max_nonfinite data.size data.channels data.classes "
+    "data.threads model.patch model.depth model.width model.heads sample.steps sample.guided_channels "
+    "sample.per_class sample.max_classes"
+)
+_NOT_NEGATIVE = "warmup lr eps weight_decay grad_clip seed threads sample_every sample.interval sample.agreement"
+_RANGES = {
+    **dict.fromkeys(_POSITIVE.split(), (1, math.inf)),
+    **dict.fromkeys(_NOT_NEGATIVE.split(), (0, math.inf)),
+    "betas": (0, 1),
+    "label_drop": (0, 1),
+    "ema.decay": (0, 1),
+    "ema.std": (0.001, 0.28),  # a power-function profile cannot be wider than 12^-1/2
+}
 
 
 def _parser() -> OneLineParser:
     parser = OneLineParser(prog="fastdit-train", description="Train a diffusion transformer.")
-    parser.add_argument("--preset", action="config", help="named settings (or a path): " + ", ".join(presets()))
+    parser.add_argument("--preset", type=str, help="named settings (or a path): " + ", ".join(presets()))
     parser.add_class_arguments(Config, as_group=False)
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     return parser
@@ -269,35 +285,35 @@ def parse(argv: list[str]) -> Config:
     Raises UserError for an unknown field, a wrong type or an impossible value.
     """
     args = []
-    for arg in argv:
-        args += arg.split("=", 1) if arg.startswith(("--preset=", "--out=")) else [arg]
-    args = ["--resume=true" if arg == "--resume" else arg for arg in args]
-    front = _saved_settings(args)
+    for arg, after in zip(argv, [*argv[1:], None]):
+        if arg == "--resume" and after not in ("true", "false"):
+            args += ["--resume", "true"]
+        else:
+            args += arg.split("=", 1) if arg.startswith(("--preset=", "--out=", "--resume=")) else [arg]
+    files = _saved_settings(args)
     while "--preset" in args:
         at = args.index("--preset")
         if at + 1 >= len(args):
             raise UserError(f"--preset: name one of {', '.join(presets())}, or a YAML file")
-        front += ["--preset", _preset_path(args[at + 1])]
+        files.append(_preset_path(args[at + 1]))
         del args[at : at + 2]
-    return _config(_parser().parse(front + args))
+    parser, base = _parser(), None
+    for file in files:
+        base = parser.read(file, base)
+    return _config(parser.parse(args, base))
 
 
 def _saved_settings(args: list[str]) -> list[str]:
     """A resumed run needs no more than `--resume --out DIR`: its own config.yaml stands for the preset."""
-    if "--resume=true" not in args or "--preset" in args or "--out" not in args[:-1]:
-        return []
-    path = Path(args[args.index("--out") + 1]) / CONFIG_FILE
-    return ["--preset", str(path)] if path.is_file() else []
+    given = dict(pairwise(args))
+    path = Path(given.get("--out", Config.out)) / CONFIG_FILE
+    return [str(path)] if given.get("--resume") == "true" and "--preset" not in args and path.is_file() else []
 
 
 def load(path: str | Path) -> Config:
     """Read a `config.yaml` that a run wrote. Raises UserError when it is missing or not one."""
-    path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({_one_line(error)}); give the folder of a fastdit run") from None
-    return _config(_parser().parse_values(values))
+    parser = _parser()
+    return _config(parser.parse([], parser.read(path)))
 
 
 def _config(values: Namespace) -> Config:

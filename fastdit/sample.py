@@ -1,5 +1,6 @@
 """Draw samples from a run: `python fastdit/sample.py --run runs/x --classes 0,3 --n 64 --guidance 2 --out grid.png`."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,10 +9,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fastdit.config import CONFIG_FILE, OneLineParser, load
+from fastdit.command_line import OneLineParser
+from fastdit.config import CONFIG_FILE, Config, load
 from fastdit.data import open_source
 from fastdit.engine import build, drawing
-from fastdit.engine.checkpoint_files import choose, classes_of, sampled_weights
+from fastdit.engine.checkpoint_files import choose, classes_of, manifest, sampled_weights
 from fastdit.errors import UserError, run_command
 
 
@@ -38,9 +40,6 @@ def _parser() -> OneLineParser:
     parser.add_argument("--classes", type=str | None, default=None, help="labels, as 0,3,7; default: all in turn")
     parser.add_argument("--n", type=int, default=64, help="number of samples")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; sample i depends on the seed and i alone")
-    parser.add_argument(
-        "--batch", type=int, default=64, help="samples drawn at once; changes nothing but memory and rounding"
-    )
     parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--steps",
@@ -67,32 +66,37 @@ def _sample(argv: list[str]) -> None:
     out, run = Path(args.out), Path(args.run)
     if out.suffix not in (".png", ".npz"):
         raise UserError(f"--out {out}: must end in .png or .npz")
-    if args.n < 1 or args.batch < 1:
-        raise UserError(f"--n {args.n} --batch {args.batch}: both must be at least 1")
+    if args.n < 1 or args.seed < 0:
+        raise UserError(f"--n {args.n} --seed {args.seed}: take n from 1 and the seed from 0")
     config = load(run / CONFIG_FILE)
+    chosen = {key: getattr(args, key) for key in ("steps", "sampler", "guidance", "interval", "guided_channels")}
+    chosen = {key: value for key, value in chosen.items() if value is not None}
+    model = replace(config.model, attention="auto")  # the one it was trained with may not run here
+    config = replace(config, model=model, sample=replace(config.sample, **chosen))
+    device = _device(args.device)
     checkpoint = choose(run, args.checkpoint)
     shape = build.shape_of(config, classes_of(checkpoint))
+    written = manifest(checkpoint)
+    for field, value in build.identity(config, shape).items():
+        if written[field] != value:
+            raise UserError(f"{checkpoint}: has {field} {written[field]}, {run} has {value}; give one of that run")
     if shape.channels not in (1, 3):
         raise UserError(f"{run}: samples are latents of {shape.channels} channels; a picture needs their autoencoder")
     classes = _classes(args.classes, shape.classes)
 
     network = build.build_network(config, shape)
     network.load_state_dict(sampled_weights(checkpoint))
-    network = network.to(args.device).eval()
-    chosen = {key: getattr(args, key) for key in ("steps", "sampler", "guidance", "interval", "guided_channels")}
-    settings = replace(config.sample, **{key: value for key, value in chosen.items() if value is not None})
     labels = drawing.balanced_labels(args.n, classes)
     images = drawing.to_uint8(
         drawing.draw(
-            network,
+            network.to(device).eval(),
             build.build_noise(config),
-            settings,
+            config.sample,
             shape,
             labels,
             indices=range(args.n),
             seed=args.seed,
-            device=torch.device(args.device),
-            batch=args.batch,
+            device=device,
             progress=partial(tqdm, desc="sampling", unit="batch"),
         )
     )
@@ -100,8 +104,25 @@ def _sample(argv: list[str]) -> None:
     if out.suffix == ".npz":
         np.savez(out, images=images, labels=labels)
     else:
-        drawing.grid(images, labels, open_source(config.data.source, classes=config.data.classes).class_names).save(out)
+        drawing.grid(images, labels, _names(config, shape.classes)).save(out)
     print(f"{args.n} samples of {checkpoint} in {out}")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # no such kind; a torch built without it
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: cannot be used here ({reason}); give cpu or cuda") from None
+
+
+def _names(config: Config, classes: int) -> Sequence[str]:
+    """Of the classes; just their numbers where the training data is not at hand."""
+    try:
+        names = open_source(config.data.source, classes=config.data.classes).class_names
+    except UserError:
+        names = ()
+    return names if len(names) == classes else [str(label) for label in range(classes)]
 
 
 def _classes(text: str | None, count: int) -> list[int]:

@@ -3,7 +3,8 @@
 from functools import partial
 from pathlib import Path
 
-from fastdit.config import CONFIG_FILE, parse
+from fastdit.config import parse
+from fastdit.engine.checkpoint_files import holds_run
 from fastdit.errors import UserError, run_command
 
 
@@ -14,12 +15,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def _train(argv: list[str]) -> None:
     config = parse(argv)
-    if (Path(config.out) / CONFIG_FILE).exists() and not config.resume:
+    if not config.resume and holds_run(Path(config.out)):
         raise UserError(f"--out {config.out}: already holds a run; go on with --resume, or choose another folder")
 
-    from fastdit.engine import (
-        runtime,  # sets DeepSpeed's accelerator, so before anything that imports DeepSpeed
-    )
+    from fastdit.engine import runtime  # sets DeepSpeed's accelerator: before anything that imports DeepSpeed
 
     ranks = runtime.start(config)
     from fastdit.engine import gallery, loop

@@ -18,7 +18,8 @@ def save(engine, runtime: Runtime, folder: Path, step: int, rank_state: dict, me
     """Write the checkpoint of `step` (a collective) and remove all but the `keep` newest. Returns its folder."""
     final, partial = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
     if runtime.first:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in folder.glob(".step-*.partial"):  # by a crash while saving
+            shutil.rmtree(left)
         partial.mkdir(parents=True)
     runtime.barrier()
     engine.save_checkpoint(str(partial), tag=STATE, save_latest=False, exclude_frozen_parameters=False)

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from fastdit.engine.layout import CHECKPOINTS
+from fastdit.engine.layout import CHECKPOINTS, METRICS
 from fastdit.errors import UserError
 
 EMA_FILE = "ema.safetensors"
@@ -52,13 +52,19 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def holds_run(run: Path) -> bool:
+    """Whether a folder has results to lose: a line of metrics or a checkpoint."""
+    metrics = run / METRICS
+    return bool(checkpoints(run / CHECKPOINTS)) or (metrics.exists() and metrics.stat().st_size > 0)
+
+
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None when every file is as it was written."""
     try:
-        hashes = json.loads((folder / MANIFEST).read_text())["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+        hashes = json.loads((folder / MANIFEST).read_text())["sha256"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or unreadable"
-    for name, expected in hashes.items():
+    for name, expected in hashes:
         try:
             if _sha256(folder / name) != expected:
                 return f"{name} is not what was written"
@@ -98,15 +104,16 @@ def sampled_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def choose(run: Path, named: str | None) -> Path:
     """The checkpoint a command shall read: `named`, else the newest good one of `run`. Raises UserError if none."""
-    checkpoint = Path(named) if named else newest_good(run / CHECKPOINTS)
+    if named is not None:
+        if fault := damage(Path(named)):
+            raise UserError(f"--checkpoint {named}: {fault}; give a folder like {run / CHECKPOINTS}/step-00001000")
+        return Path(named)
+    checkpoint = newest_good(run / CHECKPOINTS)
     if checkpoint is None:
         raise UserError(f"{run}: holds no checkpoint yet; train it first")
     return checkpoint
 
 
 def classes_of(checkpoint: Path) -> int:
-    """Number of classes of the network in a checkpoint. Raises UserError when it is not one."""
-    try:
-        return manifest(checkpoint)["classes"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{checkpoint}: not a checkpoint of fastdit; give RUN/checkpoints/step-NNNNNNNN") from None
+    """Number of classes of the network in a checkpoint that `choose` gave."""
+    return manifest(checkpoint)["classes"]

@@ -10,6 +10,10 @@ from fastdit.config import SampleConfig
 from fastdit.engine.build import Shape
 from fastdit.noise.sampling import PerSampleNoise, sample
 
+# Samples drawn at once, always: matrix products round otherwise for another number of rows. On a CPU few, so that a
+# few samples are quick (more at once is no faster there); on a GPU enough to fill it.
+BATCH = {"cpu": 8, "cuda": 128}
+
 
 def balanced_labels(n: int, classes: Sequence[int]) -> np.ndarray:
     """n labels (int64) that go round `classes`: counts differ by at most one."""
@@ -27,14 +31,14 @@ def draw(
     indices: Sequence[int],
     seed: int,
     device: torch.device,
-    batch: int = 64,
     progress=None,
 ) -> torch.Tensor:
     """Samples (len(indices), C, H, W) float32 on the CPU; sample `i` has class labels[i] and noise (seed, i).
 
-    The network always sees batches of `batch` (the last is filled up by repetition), so that a sample does not
-    depend, even in rounding, on how many are drawn with it.
+    The last batch is filled up by repetition, so that a sample does not depend, even in rounding, on how many are
+    drawn with it.
     """
+    batch = BATCH[torch.device(device).type]
     rounds = [list(indices[at : at + batch]) for at in range(0, len(indices), batch)]
     parts = []
     for chunk in progress(rounds) if progress else rounds:

@@ -35,12 +35,15 @@ def plan(config: Config, world: int, on_gpu: bool) -> Plan:
     path, values = _read(config.ds_config)
     for section, advice in OURS.items():
         held = values.get(section)
-        if held and not (section == "fp16" and not held.get("enabled", True)):
+        if held and not (section == "fp16" and held.get("enabled") is False):
             raise UserError(f"{path}: section {section!r}: {advice}")
 
-    def agree(key: str, setting: str, mine):
+    def agree(key: str, setting: str, mine, kind=int):
         theirs = values.get(key)
         theirs = None if theirs == "auto" else theirs
+        if theirs is not None and (isinstance(theirs, bool) or not isinstance(theirs, kind) or theirs < (kind is int)):
+            wanted = "a whole number from 1" if kind is int else "a number from 0"
+            raise UserError(f'{path}: {key} is {theirs!r}; it must be {wanted}, or "auto"')
         if theirs is not None and mine is not None and theirs != mine:
             raise UserError(f"{path}: {key} is {theirs}, but {setting} is {mine}; change one, or drop it there")
         return mine if theirs is None else theirs
@@ -49,12 +52,16 @@ def plan(config: Config, world: int, on_gpu: bool) -> Plan:
     micro = agree("train_micro_batch_size_per_gpu", "--micro_batch", config.micro_batch)
     accumulation = agree("gradient_accumulation_steps", "accumulation", None)
     batch, micro, accumulation = _solve(batch, micro, accumulation, world)
-    clip = agree("gradient_clipping", "--grad_clip", config.grad_clip)
+    clip = agree("gradient_clipping", "--grad_clip", config.grad_clip, int | float)
     bf16 = values.get("bf16", {}).get("enabled", "auto")
+    if bf16 not in (True, False, "auto"):
+        raise UserError(f'{path}: bf16.enabled is {bf16!r}; it must be true, false or "auto"')
     precision = _precision(path, bf16, config.precision, on_gpu)
     stage = values.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
+    if precision == "bf16" and stage == 0:
+        raise UserError(f"{path}: ZeRO-0 cannot keep fp32 master weights for bf16; use zero1, or --precision fp32")
 
     merged = {
         "steps_per_print": 2**31,  # fastdit prints its own lines
@@ -83,6 +90,9 @@ def _read(name: str) -> tuple[str, dict]:
         raise UserError(f"{path}: not valid JSON ({error}); mend it") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: must hold one JSON object; see {SHIPPED / 'zero1.json'}")
+    for section in ("fp16", "bf16", "zero_optimization"):
+        if not isinstance(values.get(section, {}), dict):
+            raise UserError(f"{path}: section {section!r} must be an object; see {SHIPPED / 'zero1.json'}")
     return str(path), values
 
 
@@ -96,7 +106,8 @@ def _solve(batch, micro, accumulation, world) -> tuple[int, int, int]:
         share = world * (accumulation or 1)
         if batch % share:
             raise UserError(
-                f"batch: {batch} does not divide among {world} ranks x {accumulation or 1} accumulation steps"
+                f"batch: {batch} does not divide among {world} ranks x {accumulation or 1} accumulation steps; "
+                "change one"
             )
         return batch, batch // share, accumulation or 1
     if batch % (micro * world) or (accumulation or batch // (micro * world)) * micro * world != batch:

@@ -33,14 +33,16 @@ class Run:
     method: object
     loader: object
     generator: torch.Generator
+    meter: Meter
     recorder: Recorder | None = None  # rank 0
     seconds: float = 0.0  # of training, over all starts: without pictures, checkpoints, evaluation
 
     def state(self) -> dict:
-        """This rank's own part of a checkpoint: where its data and its random numbers stand."""
+        """This rank's own part of a checkpoint: where its data, random numbers and running means stand."""
         state = {
             "seconds": self.seconds,
             "loader": self.loader.state_dict(),
+            "meter": self.meter.state_dict(),
             "generator": self.generator.get_state(),
             "torch": torch.get_rng_state(),
         }
@@ -51,6 +53,7 @@ class Run:
     def load_state(self, state: dict) -> None:
         self.seconds = state["seconds"]
         self.loader.load_state_dict(state["loader"])
+        self.meter.load_state_dict(state["meter"])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch"])
         if "cuda" in state:
@@ -99,8 +102,8 @@ def train(run: Run, first_step: int, draw_samples) -> bool:
     Returns whether the end was reached; False after SIGTERM or Ctrl-C, with a checkpoint saved.
     Raises UserError when `max_nonfinite` steps in a row had a non-finite loss or gradient.
     """
-    config, runtime = run.config, run.runtime
-    meter, clock, stop, stop_every = Meter(runtime.device, runtime.world), Clock(), StopRequest(runtime), 1
+    config, meter = run.config, run.meter
+    clock, stop, stop_every = Clock(), StopRequest(run.runtime), 1
     for step in range(first_step, config.steps):
         for group in run.optimizer.param_groups:
             group["lr"] = schedules.learning_rate(config, step)
@@ -113,44 +116,49 @@ def train(run: Run, first_step: int, draw_samples) -> bool:
             run.engine.backward(loss)
             run.engine.step()
             meter.add(terms)
-        meter.step(run.optimizer.nonfinite, step + 1)
+        meter.step(_skipped(run), step + 1)
 
         done, last = step + 1, step + 1 == config.steps
         clock.steps += 1
         if run.recorder:
             run.recorder.advance()
         if done % config.log_every == 0 or last:
-            stop_every = _record(run, meter, clock, done)
+            stop_every = _record(run, clock, done)
         if done % config.save_every == 0 or last:
             clock.paused(run.save, done)
         if config.sample_every and done % config.sample_every == 0 and not last:
             clock.paused(draw_samples, done)
         if done % stop_every == 0 and not last and stop.granted():
-            _record(run, meter, clock, done)
             path = run.save(done)
             run.say(f"stopped by {stop.name or 'a signal'} after step {done}; saved {path}; go on with --resume")
             return False
     return True
 
 
-def _record(run: Run, meter: Meter, clock: Clock, step: int) -> int:
+def _skipped(run: Run) -> torch.Tensor:
+    """Whether gradients that are not finite kept the last update from the weights: 0-dim float32, 1 if so."""
+    if not run.engine.was_step_applied():  # ZeRO looks at the norm, before the optimizer sees a gradient
+        return torch.ones(())
+    return run.optimizer.nonfinite
+
+
+def _record(run: Run, clock: Clock, step: int) -> int:
     """Write one line of metrics. Returns how many steps fit in about a second: how often to ask for a stop."""
-    if not meter.count:
-        return 1
-    values = meter.read()  # waits for the device
+    values = run.meter.read()  # waits for the device
     seconds, steps = run.runtime.agree(list(clock.read()))
     worst, first_bad = values.pop("worst_streak"), values.pop("first_bad")
     run.seconds += seconds
     images = run.plan.batch * steps
     values |= {
         "lr": schedules.learning_rate(run.config, step - 1),
-        "grad_norm": float(run.engine.get_global_grad_norm() or 0.0),
         "images": run.plan.batch * step,
         "images_per_sec": images / seconds,
         "seconds_per_step": seconds / steps,
         "seconds": run.seconds,
         "corrupt_skipped": run.loader.skipped,
     }
+    if (norm := run.engine.get_global_grad_norm()) is not None:  # DeepSpeed does not tell it for ZeRO-0 in fp32
+        values["grad_norm"] = float(norm)
     if peak := peak_flops(run.runtime.device):
         values["mfu"] = flops_per_image(run.engine.module) * images / seconds / run.runtime.world / peak
     if run.recorder:

@@ -23,9 +23,18 @@ class Meter:
     def step(self, nonfinite: torch.Tensor, step: int) -> None:
         """Note whether optimizer step `step` was skipped (0-dim float32: 1 is skipped, the same on all ranks)."""
         self.streak = (self.streak + nonfinite) * nonfinite
-        self.first_bad = torch.where(self.streak == 1, float(step), self.first_bad)
+        self.first_bad = torch.where(self.streak > self.worst, step - self.streak + 1, self.first_bad)
         self.worst = torch.maximum(self.worst, self.streak)
         self.skipped = self.skipped + nonfinite
+
+    def state_dict(self) -> dict:
+        """What a resumed run must go on from, on the CPU. A streak of skipped steps is not: it gets a new chance."""
+        sums = {name: value.cpu() for name, value in self.sums.items()}
+        return {"sums": sums, "count": self.count, "skipped": self.skipped.cpu()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+        self.count, self.skipped = state["count"], state["skipped"].to(self.device)
 
     def read(self) -> dict[str, float]:
         """Means over steps and ranks since the last read, and `skipped`, `worst_streak`, `first_bad`. A collective."""

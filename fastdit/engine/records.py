@@ -136,4 +136,6 @@ def _forget_after(path: Path, step: int) -> None:
             continue
         if keep:
             kept.append(line + "\n")
-    path.write_text("".join(kept))
+    aside = path.with_suffix(".partial")
+    aside.write_text("".join(kept))
+    aside.replace(path)  # whole at every moment

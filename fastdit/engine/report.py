@@ -22,7 +22,7 @@ def write_report(folder: Path, facts: dict[str, str], versions: dict[str, str]) 
     _curves(metrics, folder / CURVES)
     template = jinja2.Template(files("fastdit.engine").joinpath("report.jinja").read_text(), autoescape=True)
     page = template.render(
-        name=folder.name,
+        name=folder.resolve().name,
         facts=facts,
         versions=versions,
         grid=_embedded(folder / GRID),

@@ -7,6 +7,7 @@ import socket
 import warnings
 from dataclasses import dataclass, field
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -112,18 +113,30 @@ def _quiet() -> None:
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C as a wish that the ranks grant together, at a step's end. Launchers send it twice: once wished
-    is enough."""
+    """SIGTERM and Ctrl-C as a wish that the ranks grant together, at a step's end. Launchers send more than one: the
+    first counts. SIGTERM to `deepspeed` itself ends that alone and reaches no rank, so its end is a wish too."""
 
     def __init__(self, runtime: Runtime):
         self.runtime = runtime
         self.name: str | None = None
+        self.launchers = _launchers()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._wish)
 
     def _wish(self, number, frame):
-        self.name = signal.Signals(number).name
+        self.name = self.name or signal.Signals(number).name
 
     def granted(self) -> bool:
         """Whether any rank was asked to stop: the same answer everywhere."""
+        if self.launchers != _launchers():
+            self.name = self.name or "the end of its launcher"
         return bool(self.runtime.agree([float(self.name is not None)])[0])
+
+
+def _launchers() -> list[int]:
+    """Process ids of the `deepspeed` command's two parts above this rank; none under other launchers."""
+    try:
+        starter = psutil.Process().parent()
+        return [starter.pid, starter.ppid()] if starter and "deepspeed.launcher.launch" in starter.cmdline() else []
+    except psutil.Error:  # it ended while we looked
+        return []

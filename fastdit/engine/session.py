@@ -13,6 +13,7 @@ from fastdit.engine.checkpoint_files import newest_good
 from fastdit.engine.ds_config import plan
 from fastdit.engine.layout import CHECKPOINTS, VERSIONS
 from fastdit.engine.loop import Run
+from fastdit.engine.meter import Meter
 from fastdit.engine.records import Recorder, versions
 from fastdit.engine.runtime import Runtime
 from fastdit.engine.weights import EMA
@@ -36,12 +37,7 @@ class Session:
         if config.init_from:
             load_checkpoint(network, config.init_from)
         self.parameters = sum(p.numel() for p in network.parameters())
-        self.attention = describe_attention(
-            config.model.attention,
-            runtime.device,
-            torch.bfloat16 if agreed.precision == "bf16" else torch.float32,
-            network.width // network.heads,
-        )
+        self.attention = _attention(config.model.attention, runtime.device, agreed.precision, network)
         optimizer = AdamWEMA(
             network.parameters(),
             lr=config.lr,
@@ -59,6 +55,7 @@ class Session:
             world=runtime.world,
             device=runtime.device,
         )
+        torch.manual_seed(config.seed)  # ours draws from `generator` alone; torch seeds its global one by chance
         generator = torch.Generator(runtime.device)
         generator.manual_seed(int(np.random.SeedSequence(config.seed, spawn_key=(runtime.rank,)).generate_state(1)[0]))
         self.run = Run(
@@ -72,6 +69,7 @@ class Session:
             method=build.build_method(config, self.shape),
             loader=loader,
             generator=generator,
+            meter=Meter(runtime.device, runtime.world),
         )
         self.first_step = self._resume() if config.resume else 0
         if runtime.first:
@@ -112,6 +110,14 @@ class Session:
         if self.run.recorder:
             self.run.recorder.close()
         torch.distributed.destroy_process_group()
+
+
+def _attention(backend: str, device: torch.device, precision: str, network) -> str:
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    try:
+        return describe_attention(backend, device, dtype, network.width // network.heads)
+    except ValueError as error:
+        raise UserError(f"model.attention: {error}") from None
 
 
 def _attempt(work):

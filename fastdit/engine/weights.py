@@ -11,10 +11,10 @@ def ema_state(engine, device: torch.device | str) -> dict[str, torch.Tensor]:
     """The whole EMA (fp32, on `device`) as a state dict of the network. A collective: call it on every rank.
 
     Parameters are gathered one at a time, so a GPU never holds more than the largest beside its own shard (when
-    `device` is the CPU). Before the first step the average is the weights themselves.
+    `device` is the CPU). Before the first update the average is the weights themselves.
     """
     optimizer = engine.optimizer
-    started = engine.global_steps > 0
+    started = engine.global_steps > engine.skipped_steps
     if started and hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._lazy_init_hp_params_optimizer_state()  # not linked yet right after a resume
     averages = {

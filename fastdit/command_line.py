@@ -1,0 +1,78 @@
+"""The commands' argument parser: jsonargparse's, with every error one line that a user can act on."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from fastdit.errors import UserError
+
+# jsonargparse's words, and ours
+_REWORDED = (
+    (r"^unrecognized arguments: (--[^\s=]+).*", r"\1: no such setting"),
+    (r"^unrecognized arguments: (\S+).*", r"\1: belongs to no flag; write --name value"),
+    (r"^Option '(\S+)' is not accepted.*", r"\1: no such setting"),
+    (r"^Group '(\S+)' does not accept option '(\S+)'.*", r"\1.\2: no such setting"),
+    (r"^argument (\S+): expected one argument", r"\1: expected a value"),
+    (r'^"([\w.]+)": ', r"\1: "),
+    (r"Unable to load config '(.*?)'.*", r"expected settings as {name: value}, got \1"),
+    (r"Does not validate against any .* Subtypes: \[(.*)\] Errors: .* Given value: ", r"expected one of \1, got "),
+    (r"Expected an? (.*)\. Got value: ", r"expected \1, got "),
+    (r"typing\.Literal\[(.*?)\]", r"one of \1"),
+    (r"expected tuple( with 2 elements)?", "expected a pair [a, b]"),
+    (r"tuple\[(.*?)\]", r"[\1]"),
+    (r"NoneType", "null"),
+    (r"^functools\.partial.*", "a section is null; fill it or leave it out"),
+)
+
+
+class OneLineParser(ArgumentParser):
+    """An argument parser whose every error is one `UserError`. Flags cannot be abbreviated."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str, *args, **kwargs) -> NoReturn:  # jsonargparse calls it with the exception too
+        raise UserError(self._explained(message))
+
+    def parse(self, argv: list[str], base: Namespace | None = None) -> Namespace:
+        """Typed values of a command line over those of `base`. Raises UserError."""
+        return self._typed(lambda: self.instantiate(self.parse_args(argv, base)))
+
+    def read(self, path: str | Path, base: Namespace | None = None) -> Namespace:
+        """Values of a YAML file over those of `base`, to give to `parse`. Raises UserError."""
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{path}: cannot be read ({_one_line(error)}); give a run, or a file of settings") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: holds no settings; write one `name: value` a line, as in a run's config.yaml")
+        sections = {action.dest.rpartition(".")[0] for action in self._actions}
+        values = {name: value for name, value in values.items() if value is not None or name not in sections}
+        return self._typed(lambda: self.parse_object(values, base), f"{path}: ")
+
+    def _typed(self, make, where: str = "") -> Namespace:
+        try:
+            return make()
+        except UserError as error:
+            raise UserError(f"{where}{error}") from None
+        except Exception as error:  # argparse.ArgumentError, TypeError, KeyError: jsonargparse raises several
+            raise UserError(where + self._explained(error)) from None
+
+    def _explained(self, message) -> str:
+        text = _one_line(message)
+        for pattern, words in _REWORDED:
+            text = re.sub(pattern, words, text)
+        if text.endswith(": no such setting"):
+            dashes, name = re.match(r"(-*)(.*): no", text).groups()
+            near = difflib.get_close_matches(name, [action.dest for action in self._actions], n=1)
+            text += f"; did you mean {dashes}{near[0]}?" if near else "; --help lists them all"
+        return text
+
+
+def _one_line(message) -> str:
+    message = re.sub(r"\s+", " ", str(message)).replace("Parser key ", "").strip()
+    return re.sub(r"<class '([\w.]+)'>", r"\1", message)

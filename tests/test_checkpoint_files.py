@@ -1,0 +1,150 @@
+"""Checkpoints as files: every kind of damage is found and named, and the newest whole one is taken."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fastdit.engine.checkpoint_files import (
+    EMA_FILE,
+    MANIFEST,
+    checkpoints,
+    choose,
+    classes_of,
+    damage,
+    manifest,
+    newest_good,
+    sampled_weights,
+    seal,
+)
+from fastdit.errors import UserError
+
+STATE = "deepspeed/zero_pp_rank_0_mp_rank_00_optim_states.pt"
+WEIGHTS = {"blocks.0.qkv.weight": torch.arange(12.0).reshape(3, 4), "freq_shift": torch.zeros((), dtype=torch.int64)}
+
+
+def write(folder: Path, step: int) -> Path:
+    path = folder / f"step-{step:08d}"
+    (path / "deepspeed").mkdir(parents=True)
+    (path / STATE).write_bytes(bytes(range(256)) * 40 + bytes([step % 256]))
+    torch.save({"step": step}, path / "rank-0.pt")
+    save_file(WEIGHTS, path / EMA_FILE)
+    seal(path, {"step": step, "world": 1, "classes": 7})
+    return path
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_a_sealed_checkpoint_is_whole_and_tells_what_it_is(tmp_path):
+    path = write(tmp_path, 20)
+    assert damage(path) is None
+    told = manifest(path)
+    assert (told["step"], told["world"], told["classes"], classes_of(path)) == (20, 1, 7, 7)
+    files = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()}
+    assert told["sha256"].keys() == files - {MANIFEST}
+    assert {STATE, "rank-0.pt", EMA_FILE} == files - {MANIFEST}
+
+
+@pytest.mark.parametrize("name", [STATE, "rank-0.pt", EMA_FILE])
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [(flip, "is not what was written"), (cut, "is not what was written"), (Path.unlink, "is missing")],
+    ids=["flipped", "cut", "gone"],
+)
+def test_damage_of_any_file_is_named(tmp_path, name, harm, words):
+    path = write(tmp_path, 20)
+    harm(path / name)
+    assert damage(path) == f"{name} {words}"
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"{", b"[]", b"3", b"{}", b'{"sha256": null}', b'{"sha256": ["x"]}', b"\xff\xfe"]
+)
+def test_a_missing_or_garbled_manifest_is_damage(tmp_path, content):
+    path = write(tmp_path, 20)
+    (path / MANIFEST).unlink()
+    if content is not None:
+        (path / MANIFEST).write_bytes(content)
+    assert damage(path) == f"{MANIFEST} is missing or unreadable"
+
+
+def test_a_file_or_an_empty_folder_in_its_place_is_damage(tmp_path):
+    (tmp_path / "step-00000001").write_text("not a folder")
+    (tmp_path / "step-00000002").mkdir()
+    for path in checkpoints(tmp_path):
+        assert damage(path) == f"{MANIFEST} is missing or unreadable"
+
+
+def test_order_is_by_step_and_unfinished_ones_do_not_count(tmp_path):
+    for step in (9, 100, 20):
+        write(tmp_path, step)
+    (tmp_path / ".step-00000200.partial").mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000100", "step-00000020", "step-00000009"]
+    assert checkpoints(tmp_path / "nowhere") == []
+
+
+def test_the_newest_good_one_and_what_is_said_on_the_way(tmp_path):
+    paths = {step: write(tmp_path, step) for step in (10, 20, 30, 40)}
+    said = []
+    assert newest_good(tmp_path, said.append) == paths[40]
+    assert said == []
+    flip(paths[40] / STATE)
+    (paths[30] / "rank-0.pt").unlink()
+    assert newest_good(tmp_path, said.append) == paths[20]
+    assert len(said) == 2
+    assert said[0].startswith(f"{paths[40]}: {STATE} is not what was written; falling back")
+    assert said[1].startswith(f"{paths[30]}: rank-0.pt is missing; falling back")
+
+
+def test_no_checkpoint_is_none_but_all_damaged_is_an_error(tmp_path):
+    assert newest_good(tmp_path) is None
+    for step in (10, 20):
+        flip(write(tmp_path, step) / EMA_FILE)
+    with pytest.raises(UserError, match=f"{tmp_path}: all 2 checkpoints are damaged; start a new run"):
+        newest_good(tmp_path, lambda text: None)
+
+
+def test_the_sampled_weights_come_back_exactly(tmp_path):
+    weights = sampled_weights(write(tmp_path, 20))
+    assert weights.keys() == WEIGHTS.keys()
+    assert all(torch.equal(weights[name], WEIGHTS[name]) for name in WEIGHTS)
+
+
+@pytest.mark.parametrize("harm", [cut, Path.unlink, lambda path: path.write_bytes(b"junk")])
+def test_unreadable_weights_are_one_line(tmp_path, harm):
+    path = write(tmp_path, 20)
+    harm(path / EMA_FILE)
+    with pytest.raises(UserError, match=f"{path / EMA_FILE}: cannot be read .*; use another checkpoint") as caught:
+        sampled_weights(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_choosing_for_a_command(tmp_path, capsys):
+    folder = tmp_path / "checkpoints"
+    old, new = write(folder, 10), write(folder, 20)
+    assert choose(tmp_path, None) == new
+    assert choose(tmp_path, str(old)) == old
+    flip(new / STATE)
+    assert choose(tmp_path, None) == old
+    assert f"{new}: {STATE} is not what was written" in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"--checkpoint {new}: {STATE} is not what was written"):
+        choose(tmp_path, str(new))
+    with pytest.raises(UserError, match=f"--checkpoint {tmp_path}: {MANIFEST} is missing .*; give a folder like"):
+        choose(tmp_path, str(tmp_path))
+    with pytest.raises(UserError, match="holds no checkpoint yet; train it first"):
+        choose(tmp_path / "other", None)
+
+
+def test_the_manifest_is_json_that_others_can_read(tmp_path):
+    path = write(tmp_path, 20)
+    assert json.loads((path / MANIFEST).read_text())["step"] == 20

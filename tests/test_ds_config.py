@@ -1,0 +1,200 @@
+"""The DeepSpeed file and the settings: what they agree on, and what is refused."""
+
+import json
+from itertools import product
+
+import pytest
+
+from fastdit.config import Config
+from fastdit.engine.ds_config import SHIPPED, Plan, plan
+from fastdit.errors import UserError
+
+NAMES = sorted(path.stem for path in SHIPPED.glob("*.json"))
+
+
+@pytest.fixture
+def agree(tmp_path):
+    """agree(file's values, world=1, on_gpu=False, **settings): the plan."""
+
+    def agree(values, world: int = 1, on_gpu: bool = False, **settings) -> Plan:
+        path = tmp_path / "mine.json"
+        path.write_text(values if isinstance(values, str) else json.dumps(values))
+        return plan(Config(ds_config=str(path), **settings), world, on_gpu)
+
+    return agree
+
+
+def refusal(agree, values, **settings) -> str:
+    with pytest.raises(UserError) as caught:
+        agree(values, **settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+WAYS = list(product((False, True), (False, True), (False, True), ("file", "flags"), (1, 3)))
+
+
+@pytest.mark.parametrize(("batch", "micro", "accumulation", "where", "world"), WAYS)
+def test_any_sufficient_part_of_the_batch_gives_the_rest(agree, batch, micro, accumulation, where, world):
+    """micro batch 4, accumulated 2 times; each of the three given or not. Accumulation is the file's alone."""
+    values, settings = {}, {}
+    for given, key, setting, value in (
+        (batch, "train_batch_size", "batch", 8 * world),
+        (micro, "train_micro_batch_size_per_gpu", "micro_batch", 4),
+    ):
+        if given and where == "file":
+            values[key] = value
+        elif given:
+            settings[setting] = value
+    if accumulation:
+        values["gradient_accumulation_steps"] = 2
+    if not batch and not micro:
+        assert "batch: not set" in refusal(agree, values, world=world, **settings)
+        return
+    agreed = agree(values, world=world, **settings)
+    if batch and (micro or accumulation):
+        expected = (8 * world, 4, 2)
+    elif batch:
+        expected = (8 * world, 8, 1)
+    else:
+        expected = (4 * world * (2 if accumulation else 1), 4, 2 if accumulation else 1)
+    assert (agreed.batch, agreed.micro_batch, agreed.accumulation) == expected
+    assert agreed.batch == agreed.micro_batch * agreed.accumulation * world
+    assert agreed.deepspeed["train_batch_size"] == agreed.batch
+    assert agreed.deepspeed["train_micro_batch_size_per_gpu"] == agreed.micro_batch
+    assert agreed.deepspeed["gradient_accumulation_steps"] == agreed.accumulation
+
+
+@pytest.mark.parametrize(
+    ("values", "settings", "words"),
+    [
+        ({"train_batch_size": 8}, {"batch": 16}, ["train_batch_size is 8", "--batch is 16", "change one"]),
+        ({"train_micro_batch_size_per_gpu": 8}, {"micro_batch": 4, "batch": 8}, ["--micro_batch is 4"]),
+        (
+            {"gradient_clipping": 0.5},
+            {"grad_clip": 1.0, "batch": 8},
+            ["gradient_clipping is 0.5", "--grad_clip is 1.0"],
+        ),
+        ({}, {"batch": 9, "world": 2}, ["batch: 9", "2 ranks", "change one"]),
+        ({"gradient_accumulation_steps": 3}, {"batch": 8}, ["batch: 8", "3 accumulation", "change one"]),
+        ({"gradient_accumulation_steps": 3}, {"batch": 8, "micro_batch": 4}, ["batch: 8", "micro_batch 4", "3 acc"]),
+        ({}, {"batch": 8, "micro_batch": 3}, ["batch: 8", "micro_batch 3", "change one"]),
+        ({}, {"batch": 4, "micro_batch": 4, "world": 2}, ["batch: 4", "2 ranks"]),
+        (
+            {"bf16": {"enabled": True}},
+            {"batch": 8, "precision": "fp32"},
+            ["bf16.enabled is true", "--precision is fp32"],
+        ),
+        ({"bf16": {"enabled": False}}, {"batch": 8, "precision": "bf16"}, ["bf16.enabled is false", "is bf16"]),
+    ],
+)
+def test_contradictions_name_both_sides(agree, values, settings, words):
+    text = refusal(agree, values, **settings)
+    assert [word for word in words if word not in text] == [], text
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"optimizer": {"type": "AdamW"}}, ["'optimizer'", "--lr", "--weight_decay"]),
+        ({"scheduler": {"type": "WarmupLR"}}, ["'scheduler'", "--warmup", "--schedule"]),
+        ({"fp16": {"enabled": True}}, ["'fp16'", "bf16"]),
+        ({"fp16": {"loss_scale": 1}}, ["'fp16'", "bf16"]),
+        ({"fp16": True}, ["'fp16'", "object"]),
+        ({"bf16": True}, ["'bf16'", "object"]),
+        ({"zero_optimization": 2}, ["'zero_optimization'", "object"]),
+        ({"zero_optimization": {"stage": 4}}, ["stage is 4", "0, 1, 2 or 3"]),
+        ({"zero_optimization": {"stage": "auto"}}, ["stage is 'auto'", "0, 1, 2 or 3"]),
+        ({"bf16": {"enabled": "yes"}}, ["bf16.enabled is 'yes'", "true, false"]),
+        ({"train_batch_size": "64"}, ["train_batch_size is '64'", "whole number from 1"]),
+        ({"train_batch_size": 0}, ["train_batch_size is 0", "whole number from 1"]),
+        ({"train_batch_size": True}, ["train_batch_size is True", "whole number"]),
+        ({"train_micro_batch_size_per_gpu": 1.5}, ["train_micro_batch_size_per_gpu is 1.5", "whole number"]),
+        ({"gradient_accumulation_steps": -1}, ["gradient_accumulation_steps is -1", "whole number"]),
+        ({"gradient_clipping": -1}, ["gradient_clipping is -1", "a number from 0"]),
+        ("{", ["not valid JSON", "line 1"]),
+        ("", ["not valid JSON"]),
+        ("[1]", ["one JSON object", "zero1.json"]),
+    ],
+)
+def test_a_file_that_cannot_be_used_says_where_and_why(agree, tmp_path, values, words):
+    text = refusal(agree, values, batch=None if "batch_size" in str(values) else 8)
+    assert [word for word in [f"{tmp_path / 'mine.json'}: ", *words] if word not in text] == [], text
+
+
+def test_unknown_names_list_the_shipped_files():
+    with pytest.raises(UserError, match="--ds_config zero9: no such file") as caught:
+        plan(Config(ds_config="zero9", batch=8), 1, False)
+    assert ", ".join(NAMES) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_shipped_file_works_with_every_preset_like_batch(name):
+    agreed = plan(Config(ds_config=name, batch=64, grad_clip=1.0), 2, False)
+    assert (agreed.batch, agreed.micro_batch, agreed.accumulation) == (64, 32, 1)
+    assert agreed.stage == int(name.removesuffix("_offload")[-1])
+    assert agreed.deepspeed["zero_optimization"]["stage"] == agreed.stage
+    assert agreed.deepspeed["gradient_clipping"] == 1.0
+    assert ("offload_optimizer" in agreed.deepspeed["zero_optimization"]) == name.endswith("_offload")
+
+
+def test_auto_means_the_settings_decide(agree):
+    auto = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+    }
+    agreed = agree(auto, world=2, batch=8, micro_batch=2, grad_clip=0.5)
+    assert agreed == agree({}, world=2, batch=8, micro_batch=2, grad_clip=0.5)
+    assert "auto" not in json.dumps(agreed.deepspeed)
+    assert agreed.deepspeed["gradient_clipping"] == 0.5
+
+
+def test_what_the_file_says_rules_and_the_rest_travels(agree):
+    agreed = agree(
+        {"gradient_clipping": 1, "train_batch_size": 6, "wall_clock_breakdown": True, "fp16": {"enabled": False}}
+    )
+    assert agreed.batch == 6
+    assert agreed.deepspeed["gradient_clipping"] == 1.0
+    assert agreed.deepspeed["wall_clock_breakdown"] is True
+    assert agree({}, batch=2).deepspeed["gradient_clipping"] == 0.0, "off unless asked for"
+    assert agree({"gradient_clipping": 1}, batch=2, grad_clip=1.0).deepspeed["gradient_clipping"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("file", "wanted", "on_gpu", "expected"),
+    [
+        ({}, "auto", True, "bf16"),
+        ({}, "auto", False, "fp32"),
+        ({}, "fp32", True, "fp32"),
+        ({}, "bf16", False, "bf16"),
+        ({"bf16": {"enabled": False}}, "auto", True, "fp32"),
+        ({"bf16": {"enabled": True}}, "auto", False, "bf16"),
+        ({"bf16": {"enabled": True}}, "bf16", True, "bf16"),
+        ({"bf16": {"enabled": "auto"}}, "fp32", True, "fp32"),
+        ({"bf16": {}}, "auto", True, "bf16"),
+    ],
+)
+def test_precision(agree, file, wanted, on_gpu, expected):
+    agreed = agree({"zero_optimization": {"stage": 1}, **file}, on_gpu=on_gpu, batch=8, precision=wanted)
+    assert agreed.precision == expected
+    assert agreed.deepspeed["bf16"]["enabled"] == (expected == "bf16")
+    if expected == "bf16":
+        assert agreed.deepspeed["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+def test_bf16_keeps_its_other_options(agree):
+    types = {"grad_accum_dtype": "bf16"}
+    values = {"zero_optimization": {"stage": 1}, "bf16": {"immediate_grad_update": True}, "data_types": types}
+    agreed = agree(values, on_gpu=True, batch=8)
+    assert agreed.deepspeed["bf16"] == {"immediate_grad_update": True, "enabled": True}
+    assert agreed.deepspeed["data_types"] == types
+
+
+def test_bf16_needs_a_stage_with_fp32_masters(agree):
+    text = refusal(agree, {}, on_gpu=True, batch=8)
+    assert "ZeRO-0" in text
+    assert "zero1" in text
+    assert agree({}, on_gpu=True, batch=8, precision="fp32").stage == 0

@@ -1,0 +1,265 @@
+"""Metrics, TensorBoard, report, and the running means they are made of."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fastdit.engine.layout import BOARD, CURVES, GRID, METRICS
+from fastdit.engine.meter import Meter
+from fastdit.engine.records import Recorder, read_metrics, versions
+from fastdit.engine.report import write_report
+
+NAN, INF = float("nan"), float("inf")
+
+
+def values(loss: float, **more: float) -> dict[str, float]:
+    return {"loss": loss, "images_per_sec": 10.0, "seconds_per_step": 0.1, **more}
+
+
+def write(folder, first: int, last: int, end: int = 10) -> None:
+    recorder = Recorder(folder, first, end)
+    for step in range(first + 1, last + 1):
+        recorder.advance()
+        recorder.log(step, values(step / 10))
+    recorder.close()
+
+
+def steps(folder) -> list[int]:
+    return [line["step"] for line in read_metrics(folder)]
+
+
+def scalars(folder, key: str) -> list[tuple[int, float]]:
+    board = EventAccumulator(str(folder / BOARD))
+    board.Reload()
+    return [(event.step, event.value) for event in board.Scalars(key)]
+
+
+def test_lines_are_what_was_logged(tmp_path):
+    write(tmp_path, 0, 3)
+    assert read_metrics(tmp_path) == [{"step": step, **values(step / 10)} for step in (1, 2, 3)]
+
+
+def test_a_resumed_run_forgets_what_it_does_again(tmp_path):
+    write(tmp_path, 0, 6)
+    recorder = Recorder(tmp_path, 4, 10)
+    recorder.log(5, values(50.0))
+    recorder.log(6, values(60.0))
+    recorder.close()
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in read_metrics(tmp_path)] == [0.1, 0.2, 0.3, 0.4, 50.0, 60.0]
+    shown = scalars(tmp_path, "loss")
+    assert [step for step, _ in shown] == [1, 2, 3, 4, 5, 6]
+    assert [value for _, value in shown] == pytest.approx([0.1, 0.2, 0.3, 0.4, 50.0, 60.0])
+
+
+def test_a_restart_from_nothing_forgets_everything(tmp_path):
+    write(tmp_path, 0, 6)
+    write(tmp_path, 0, 2)
+    assert steps(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize("tail", ['{"step": 4, "lo', '{"step": 4}', "{", "\x00\x00", '{"loss": 3}\n', "\n\n"])
+def test_a_last_line_cut_short_by_a_crash_is_dropped(tmp_path, tail):
+    write(tmp_path, 0, 3)
+    with (tmp_path / METRICS).open("a") as file:
+        file.write(tail)
+    recorder = Recorder(tmp_path, 3, 10)
+    recorder.log(4, values(0.4))
+    recorder.close()
+    assert read_metrics(tmp_path) == [{"step": step, **values(step / 10)} for step in (1, 2, 3, 4)]
+
+
+def test_what_is_not_finite_is_null_in_valid_json(tmp_path):
+    recorder = Recorder(tmp_path, 0, 10)
+    recorder.log(1, values(NAN, grad_norm=INF, other=-INF))
+    recorder.close()
+    (line,) = (tmp_path / METRICS).read_text().splitlines()
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    assert json.loads(line, parse_constant=refuse) == values(None, grad_norm=None, other=None) | {"step": 1}
+
+
+def test_every_line_is_on_disk_when_it_is_logged(tmp_path):
+    recorder = Recorder(tmp_path, 0, 10)
+    recorder.log(1, values(0.5))
+    assert steps(tmp_path) == [1]
+    recorder.close()
+
+
+def test_tensorboard_holds_scalars_and_pictures(tmp_path):
+    recorder = Recorder(tmp_path, 0, 10)
+    recorder.log(3, values(0.25, grad_norm=2.0))
+    picture = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    recorder.image(3, picture)
+    recorder.close()
+    assert scalars(tmp_path, "loss") == [(3, 0.25)]
+    assert scalars(tmp_path, "grad_norm") == [(3, 2.0)]
+    board = EventAccumulator(str(tmp_path / BOARD))
+    board.Reload()
+    (event,) = board.Images("samples")
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(event.encoded_image_string))), picture)
+
+
+def test_without_a_terminal_each_record_is_a_line(tmp_path, capsys):
+    recorder = Recorder(tmp_path, 0, 10)
+    recorder.log(4, values(0.25, mfu=0.416))
+    recorder.say("hello")
+    recorder.close()
+    assert capsys.readouterr().out == "step 4/10  loss 0.2500  img/s 10  MFU 41.6%  left 00:00\nhello\n"
+
+
+def test_no_metrics_yet(tmp_path):
+    assert read_metrics(tmp_path) == []
+
+
+def test_versions_name_what_a_figure_depends_on():
+    found = versions()
+    assert found["torch"] == torch.__version__
+    assert {"python", "fastdit", "deepspeed", "nvidia-dali-cuda130", "commit", "cuda", "device"} <= found.keys()
+    assert all(isinstance(value, str) and value for value in found.values())
+    json.dumps(found)
+
+
+class Page(HTMLParser):
+    """Texts, tags and attributes of a page; every tag that must be closed is."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.texts, self.attributes, self.open = [], [], []
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [(tag, *pair) for pair in attrs]
+        if tag in ("html", "style", "table", "pre", "h1", "h2", "title"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+HOSTILE = "<script>alert(1)</script>&amp; \"q\" 'x'"
+
+
+def report_of(folder, grid: bool = True) -> str:
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(f"out: {HOSTILE}\nlr: 0.001\n")
+    write(folder, 0, 3)
+    if grid:
+        Image.fromarray(np.full((5, 6, 3), 200, np.uint8)).save(folder / GRID)
+    return write_report(folder, {HOSTILE: HOSTILE, "loss": "0.3"}, {"torch": HOSTILE}).read_text()
+
+
+def test_the_report_is_one_whole_page(tmp_path):
+    folder = tmp_path / "<b>run & co"
+    source = report_of(folder)
+    page = Page(source)
+    assert page.open == []
+    text = "".join(page.texts)
+    assert f"out: {HOSTILE}\nlr: 0.001" in text, "the configuration, readable"
+    assert text.count(HOSTILE) == 4
+    assert "<b>run & co" in text
+    assert "<script" not in source
+    assert "<b>" not in source
+
+
+def test_the_report_needs_nothing_else(tmp_path):
+    folder = tmp_path / "run"
+    source = report_of(folder)
+    page = Page(source)
+    links = [value for tag, key, value in page.attributes if key in ("src", "href", "data", "action")]
+    assert len(links) == 2
+    assert not re.search(r"https?://|@import|url\(", source)
+    pictures = []
+    for link in links:
+        kind, _, data = link.partition(",")
+        assert kind == "data:image/png;base64"
+        pictures.append(Image.open(io.BytesIO(base64.b64decode(data, validate=True))))
+        pictures[-1].load()
+    assert pictures[0].size == (6, 5)
+    assert np.array_equal(np.asarray(pictures[1]), np.asarray(Image.open(folder / CURVES)))
+
+
+def test_a_report_without_pictures_or_finite_numbers(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("lr: 1\n")
+    recorder = Recorder(folder, 0, 10)
+    recorder.log(1, values(NAN))
+    recorder.close()
+    page = Page(write_report(folder, {}, {}).read_text())
+    assert len([tag for tag, key, _ in page.attributes if (tag, key) == ("img", "src")]) == 1
+
+
+def test_a_run_in_the_current_folder_has_a_name_too(tmp_path, monkeypatch):
+    report_of(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    assert "<h1>mine</h1>" in write_report(Path("."), {}, {}).read_text()
+
+
+# -- the meter --
+
+
+def scalar(value: float) -> torch.Tensor:
+    return torch.tensor(value)
+
+
+def test_means_are_over_every_micro_batch_and_start_anew():
+    meter = Meter(torch.device("cpu"), 1)
+    for step, (first, second) in enumerate([(1.0, 2.0), (4.0, 9.0)]):
+        meter.add({"loss": scalar(first), "extra": scalar(-first)})
+        meter.add({"loss": scalar(second), "extra": scalar(-second)})
+        meter.step(scalar(0.0), step + 1)
+    told = meter.read()
+    assert told["loss"] == pytest.approx(4.0)
+    assert told["extra"] == pytest.approx(-4.0)
+    assert (told["skipped"], told["worst_streak"]) == (0, 0)
+    meter.add({"loss": scalar(7.0)})
+    meter.step(scalar(0.0), 3)
+    assert meter.read()["loss"] == 7.0
+
+
+def streaks(pattern: str, meter: Meter | None = None, first: int = 1) -> dict[str, float]:
+    """Read after steps that were skipped where `pattern` has an x."""
+    meter = meter or Meter(torch.device("cpu"), 1)
+    for step, mark in enumerate(pattern, first):
+        meter.add({"loss": scalar(1.0)})
+        meter.step(scalar(float(mark == "x")), step)
+    return meter.read()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "skipped", "worst", "first"),
+    [
+        (".x.", 1, 1, 2),
+        ("x.xxx", 4, 3, 3),
+        ("xxxx", 4, 4, 1),
+        ("xx.x", 3, 2, 1),
+        ("x.xx.x", 4, 2, 3),
+    ],
+)
+def test_the_longest_streak_and_its_first_step(pattern, skipped, worst, first):
+    told = streaks(pattern)
+    assert (told["skipped"], told["worst_streak"], told["first_bad"]) == (skipped, worst, first)
+
+
+def test_a_streak_goes_on_over_a_read_and_ends_with_a_good_step():
+    meter = Meter(torch.device("cpu"), 1)
+    assert streaks(".xx", meter)["worst_streak"] == 2
+    told = streaks("x..", meter, first=4)
+    assert (told["worst_streak"], told["first_bad"], told["skipped"]) == (3, 2, 3)
+    assert streaks("..x", meter, first=7)["worst_streak"] == 1
