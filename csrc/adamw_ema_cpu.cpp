@@ -1,0 +1,141 @@
+// AdamW with averages over lists of CPU tensors, in one pass over memory. The rule is in adamw_ema.h.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "adamw_ema.h"
+
+namespace py = pybind11;
+
+namespace fastdit {
+namespace {
+
+using Addresses = std::vector<std::uintptr_t>;
+constexpr std::int64_t kChunk = 1 << 14;  // weights that one thread takes at a time
+
+float* floats(std::uintptr_t address) { return reinterpret_cast<float*>(address); }
+
+struct Chunk {
+  std::size_t tensor;
+  std::int64_t begin, end;
+};
+
+std::vector<Chunk> split(const std::vector<std::int64_t>& sizes) {
+  std::vector<Chunk> chunks;
+  for (std::size_t t = 0; t < sizes.size(); ++t)
+    for (std::int64_t begin = 0; begin < sizes[t]; begin += kChunk)
+      chunks.push_back({t, begin, std::min(begin + kChunk, sizes[t])});
+  return chunks;
+}
+
+// One tensor's part of a chunk; every pointer is at the chunk's first weight.
+struct Span {
+  std::int64_t size;
+  float *weight, *exp_avg, *exp_avg_sq;
+  const float* gradient;
+  float* averages[kMaxAverages];
+  std::uint16_t* copy;
+};
+
+template <int kAverages, bool kCopy>
+void update(const Rule& rule, const Correction now, const float scale, const Span& span) {
+  const Rule r = rule;  // a local: stores through the pointers below cannot alias it
+  const Span s = span;
+#pragma omp simd
+  for (std::int64_t i = 0; i < s.size; ++i) {
+    float weight = s.weight[i], exp_avg = s.exp_avg[i], exp_avg_sq = s.exp_avg_sq[i];
+    adamw(r, now, s.gradient[i] * scale, weight, exp_avg, exp_avg_sq);
+    s.weight[i] = weight, s.exp_avg[i] = exp_avg, s.exp_avg_sq[i] = exp_avg_sq;
+    for (int a = 0; a < kAverages; ++a) s.averages[a][i] = r.averages[a](s.averages[a][i], weight);
+    if (kCopy) s.copy[i] = to_bfloat16(weight);
+  }
+}
+
+using Update = void (*)(const Rule&, Correction, float, const Span&);
+
+template <bool kCopy>
+Update with_averages(std::size_t count) {
+  static constexpr Update kUpdates[] = {update<0, kCopy>, update<1, kCopy>, update<2, kCopy>, update<3, kCopy>,
+                                        update<4, kCopy>};
+  return kUpdates[count];
+}
+
+void adamw_ema(const Addresses& weights, const Addresses& gradients, const Addresses& exp_avgs,
+               const Addresses& exp_avg_sqs, const Addresses& steps, const std::vector<Addresses>& averages,
+               const Addresses& copies, const std::vector<std::int64_t>& sizes, const std::vector<double>& decays,
+               double lr, double beta1, double beta2, double eps, double weight_decay, std::uintptr_t skip,
+               std::uintptr_t grad_scale, int threads) {
+  if (decays.size() > kMaxAverages) throw py::value_error("too many averages for one pass");
+  if (*floats(skip) != 0) return;
+  const Rule rule(lr, beta1, beta2, eps, weight_decay, static_cast<int>(decays.size()), decays.data());
+  std::vector<Correction> corrections;
+  for (const auto step : steps) corrections.emplace_back(lr, beta1, beta2, *floats(step) += 1);
+  const float scale = grad_scale ? *floats(grad_scale) : 1;
+  const Update update = copies.empty() ? with_averages<false>(averages.size()) : with_averages<true>(averages.size());
+
+  const auto chunks = split(sizes);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (std::size_t c = 0; c < chunks.size(); ++c) {
+    const auto [t, begin, end] = chunks[c];
+    Span span{end - begin, floats(weights[t]) + begin, floats(exp_avgs[t]) + begin, floats(exp_avg_sqs[t]) + begin,
+              floats(gradients[t]) + begin, {}, nullptr};
+    for (std::size_t a = 0; a < averages.size(); ++a) span.averages[a] = floats(averages[a][t]) + begin;
+    if (!copies.empty()) span.copy = reinterpret_cast<std::uint16_t*>(copies[t]) + begin;
+    update(rule, corrections[t], scale, span);
+  }
+}
+
+typedef float Floats __attribute__((vector_size(32), aligned(4)));  // as the gradients lie, not 32-byte aligned
+typedef double Doubles __attribute__((vector_size(64)));
+
+// In double, so no finite gradient overflows; always in the same order, so the threads do not change a bit.
+double sum_of_squares(const float* values, std::int64_t size) {
+  constexpr int kLanes = 8, kVectors = 4;
+  Doubles sums[kVectors] = {};
+  std::int64_t i = 0;
+  for (; i + kLanes * kVectors <= size; i += kLanes * kVectors) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const Doubles part = __builtin_convertvector(
+          *reinterpret_cast<const Floats*>(values + i + v * kLanes), Doubles);
+      sums[v] += part * part;
+    }
+  }
+  double sum = 0;
+  for (const Doubles& vector : sums)
+    for (int lane = 0; lane < kLanes; ++lane) sum += vector[lane];
+  for (; i < size; ++i) sum += static_cast<double>(values[i]) * values[i];
+  return sum;
+}
+
+double squared_norm(const Addresses& tensors, const std::vector<std::int64_t>& sizes, int threads) {
+  const auto chunks = split(sizes);
+  std::vector<double> sums(chunks.size());
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (std::size_t c = 0; c < chunks.size(); ++c) {
+    const auto [t, begin, end] = chunks[c];
+    sums[c] = sum_of_squares(floats(tensors[t]) + begin, end - begin);
+  }
+  double sum = 0;
+  for (const double part : sums) sum += part;
+  return sum;
+}
+
+}  // namespace
+
+void bind_adamw_ema(py::module_& m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def("adamw_ema", &adamw_ema, release(), py::arg("weights"), py::arg("gradients"), py::arg("exp_avgs"),
+        py::arg("exp_avg_sqs"), py::arg("steps"), py::arg("averages"), py::arg("copies"), py::arg("sizes"),
+        py::arg("decays"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
+        py::arg("skip"), py::arg("grad_scale"), py::arg("threads"),
+        "One step of lists of contiguous fp32 tensors given by address; `skip` a float, `grad_scale` one or 0.");
+  m.def("squared_norm", &squared_norm, release(), py::arg("tensors"), py::arg("sizes"), py::arg("threads"),
+        "Sum of squares over contiguous fp32 tensors given by address.");
+}
+
+}  // namespace fastdit

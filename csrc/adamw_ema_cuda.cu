@@ -1,0 +1,272 @@
+// AdamW with averages over lists of CUDA tensors: a library of its own with a C interface, so it needs no torch to build.
+//
+// The tensors' addresses travel as a kernel argument, `kTensors` at a time: a ZeRO partition is one launch, a model of
+// 300 tensors eight. A block updates one chunk of one tensor, 16 bytes at a time where all its addresses allow it.
+// Nothing here waits for the device: whether a step is skipped, and by what gradients are scaled, is read there.
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "adamw_ema.h"
+
+namespace fastdit {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kTensors = 36;                     // as many as 4 KB of kernel arguments hold
+constexpr int64_t kChunk = 8 * 4 * kThreads;     // weights of one block's update
+constexpr int64_t kNormChunk = 64 * 4 * kThreads;  // gradients of one block's sum
+
+struct Tensor {
+  float *weight, *exp_avg, *exp_avg_sq, *step;
+  const float* gradient;
+  float* averages[kMaxAverages];
+  uint16_t* copy;  // or null
+  Correction* correction;
+  int64_t size;
+  bool aligned;
+};
+
+template <class Item>
+struct Batch {
+  int count;
+  unsigned first_block[kTensors];
+  Item items[kTensors];
+
+  // The item that block `block` belongs to.
+  __device__ int owner(unsigned block) const {
+    int low = 0, high = count - 1;
+    while (low < high) {
+      const int middle = (low + high + 1) / 2;
+      if (first_block[middle] <= block) low = middle;
+      else high = middle - 1;
+    }
+    return low;
+  }
+};
+
+struct Step {
+  Rule rule;
+  double lr, beta1, beta2;
+  const float* skip;        // not 0: change nothing
+  const float* grad_scale;  // or null
+  Batch<Tensor> tensors;
+};
+static_assert(sizeof(Step) <= 4096, "a kernel's arguments hold 4 KB");
+
+struct Gradient {
+  const float* values;
+  int64_t size;
+  bool aligned;
+};
+
+template <int kWide>
+__device__ void load(const float* from, float (&to)[kWide]) {
+  if constexpr (kWide == 4) {
+    const float4 four = *reinterpret_cast<const float4*>(from);
+    to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+  } else {
+    to[0] = *from;
+  }
+}
+
+template <int kWide>
+__device__ void store(float* to, const float (&from)[kWide]) {
+  if constexpr (kWide == 4)
+    *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+  else
+    *to = from[0];
+}
+
+template <int kWide>
+__device__ void store_bfloat16(uint16_t* to, const float (&from)[kWide]) {
+  if constexpr (kWide == 4)
+    *reinterpret_cast<ushort4*>(to) =
+        make_ushort4(to_bfloat16(from[0]), to_bfloat16(from[1]), to_bfloat16(from[2]), to_bfloat16(from[3]));
+  else
+    *to = to_bfloat16(from[0]);
+}
+
+template <int kAverages, int kWide>
+__device__ void update_at(const Rule& rule, const Correction& now, float scale, const Tensor& t, int64_t i) {
+  float weight[kWide], gradient[kWide], exp_avg[kWide], exp_avg_sq[kWide], average[kAverages + 1][kWide];
+  load(t.gradient + i, gradient);
+  load(t.weight + i, weight);
+  load(t.exp_avg + i, exp_avg);
+  load(t.exp_avg_sq + i, exp_avg_sq);
+#pragma unroll
+  for (int a = 0; a < kAverages; ++a) load(t.averages[a] + i, average[a]);
+#pragma unroll
+  for (int k = 0; k < kWide; ++k) {
+    adamw(rule, now, gradient[k] * scale, weight[k], exp_avg[k], exp_avg_sq[k]);
+#pragma unroll
+    for (int a = 0; a < kAverages; ++a) average[a][k] = rule.averages[a](average[a][k], weight[k]);
+  }
+  store(t.weight + i, weight);
+  store(t.exp_avg + i, exp_avg);
+  store(t.exp_avg_sq + i, exp_avg_sq);
+#pragma unroll
+  for (int a = 0; a < kAverages; ++a) store(t.averages[a] + i, average[a]);
+  if (t.copy) store_bfloat16(t.copy + i, weight);
+}
+
+// One thread a tensor: count the step, before `update` reads what follows from it.
+__global__ void advance(const __grid_constant__ Step step) {
+  if (*step.skip != 0) return;
+  const Tensor& t = step.tensors.items[threadIdx.x];
+  *t.step += 1;
+  *t.correction = Correction(step.lr, step.beta1, step.beta2, *t.step);
+}
+
+template <int kAverages>
+__global__ void __launch_bounds__(kThreads) update(const __grid_constant__ Step step) {
+  if (*step.skip != 0) return;
+  const int owner = step.tensors.owner(blockIdx.x);
+  const Tensor& t = step.tensors.items[owner];
+  const Correction now = *t.correction;
+  const float scale = step.grad_scale ? *step.grad_scale : 1;
+  const int64_t begin = (blockIdx.x - step.tensors.first_block[owner]) * kChunk;
+  const int64_t end = begin + kChunk < t.size ? begin + kChunk : t.size;
+  const int64_t fours = t.aligned ? begin + (end - begin) / 4 * 4 : begin;
+  for (int64_t i = begin + 4 * threadIdx.x; i < fours; i += 4 * kThreads)
+    update_at<kAverages, 4>(step.rule, now, scale, t, i);
+  for (int64_t i = fours + threadIdx.x; i < end; i += kThreads)
+    update_at<kAverages, 1>(step.rule, now, scale, t, i);
+}
+
+// Sum over the block's threads, in thread 0, always in the same order.
+__device__ double block_sum(double mine) {
+  __shared__ double sums[kThreads];
+  sums[threadIdx.x] = mine;
+  for (unsigned half = kThreads / 2; half; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+  }
+  return sums[0];
+}
+
+// In double, so no finite gradient overflows; no atomics, so the sum is the same every time.
+__global__ void __launch_bounds__(kThreads) chunk_sums(const __grid_constant__ Batch<Gradient> gradients, double* out) {
+  const int owner = gradients.owner(blockIdx.x);
+  const Gradient& g = gradients.items[owner];
+  const int64_t begin = (blockIdx.x - gradients.first_block[owner]) * kNormChunk;
+  const int64_t end = begin + kNormChunk < g.size ? begin + kNormChunk : g.size;
+  const int64_t fours = g.aligned ? begin + (end - begin) / 4 * 4 : begin;
+  double sum = 0;
+  for (int64_t i = begin + 4 * threadIdx.x; i < fours; i += 4 * kThreads) {
+    float values[4];
+    load(g.values + i, values);
+#pragma unroll
+    for (const double value : values) sum += value * value;
+  }
+  for (int64_t i = fours + threadIdx.x; i < end; i += kThreads) sum += static_cast<double>(g.values[i]) * g.values[i];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) out[blockIdx.x] = sum;
+}
+
+__global__ void __launch_bounds__(kThreads) total(const double* parts, int64_t count, double* out) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += parts[i];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) *out = sum;
+}
+
+template <class... Expected, class... Given>
+cudaError_t launch(void (*kernel)(Expected...), unsigned blocks, unsigned threads, cudaStream_t stream,
+                   const Given&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks), config.blockDim = dim3(threads), config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+const char* text(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+bool aligned(const void* address, int bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
+
+bool aligned(const Tensor& t, int averages) {
+  bool all = aligned(t.weight, 16) && aligned(t.gradient, 16) && aligned(t.exp_avg, 16) && aligned(t.exp_avg_sq, 16) &&
+             aligned(t.copy, 8);
+  for (int a = 0; a < averages; ++a) all = all && aligned(t.averages[a], 16);
+  return all;
+}
+
+unsigned blocks_of(int64_t size, int64_t chunk) { return static_cast<unsigned>((size + chunk - 1) / chunk); }
+
+void (*const kUpdates[])(Step) = {update<0>, update<1>, update<2>, update<3>, update<4>};
+
+}  // namespace
+}  // namespace fastdit
+
+// The C interface. All addresses are the device's, but those of the lists themselves; each function returns an error's
+// text or null. Empty tensors are not allowed.
+extern "C" {
+
+// Whether these kernels can run on the current device.
+const char* fastdit_cuda_problem() {
+  using namespace fastdit;
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, update<0>);
+  (void)cudaGetLastError();  // the next call of someone else must not find this one's error
+  return text(error);
+}
+
+// `averages` holds `average_count` lists of `count` addresses, one after the other; `copies` and `grad_scale` may be
+// null; `corrections` is scratch of 2 * count floats.
+const char* fastdit_adamw_ema(int count, float* const* weights, const float* const* gradients, float* const* exp_avgs,
+                              float* const* exp_avg_sqs, float* const* steps, int average_count,
+                              float* const* averages, uint16_t* const* copies, const int64_t* sizes,
+                              const double* decays, double lr, double beta1, double beta2, double eps,
+                              double weight_decay, const float* skip, const float* grad_scale, float* corrections,
+                              cudaStream_t stream) {
+  using namespace fastdit;
+  if (average_count > kMaxAverages) return "too many averages for one pass";
+  Step step = {};
+  step.rule = Rule(lr, beta1, beta2, eps, weight_decay, average_count, decays);
+  step.lr = lr, step.beta1 = beta1, step.beta2 = beta2, step.skip = skip, step.grad_scale = grad_scale;
+  for (int first = 0; first < count; first += kTensors) {
+    auto& batch = step.tensors;
+    batch.count = count - first < kTensors ? count - first : kTensors;
+    unsigned blocks = 0;
+    for (int k = 0; k < batch.count; ++k) {
+      const int i = first + k;
+      Tensor t = {weights[i], exp_avgs[i], exp_avg_sqs[i], steps[i], gradients[i], {}, copies ? copies[i] : nullptr,
+                  reinterpret_cast<Correction*>(corrections) + i, sizes[i], false};
+      for (int a = 0; a < average_count; ++a) t.averages[a] = averages[a * count + i];
+      t.aligned = aligned(t, average_count);
+      batch.items[k] = t;
+      batch.first_block[k] = blocks;
+      blocks += blocks_of(t.size, kChunk);
+    }
+    if (const char* error = text(launch(advance, 1, batch.count, stream, step))) return error;
+    if (const char* error = text(launch(kUpdates[average_count], blocks, kThreads, stream, step))) return error;
+  }
+  return nullptr;
+}
+
+// How many doubles of scratch `fastdit_squared_norm` needs.
+int64_t fastdit_squared_norm_scratch(int count, const int64_t* sizes) {
+  int64_t blocks = 0;
+  for (int i = 0; i < count; ++i) blocks += fastdit::blocks_of(sizes[i], fastdit::kNormChunk);
+  return blocks;
+}
+
+const char* fastdit_squared_norm(int count, const float* const* tensors, const int64_t* sizes, double* scratch,
+                                 double* out, cudaStream_t stream) {
+  using namespace fastdit;
+  int64_t parts = 0;
+  for (int first = 0; first < count; first += kTensors) {
+    Batch<Gradient> batch = {};
+    batch.count = count - first < kTensors ? count - first : kTensors;
+    unsigned blocks = 0;
+    for (int k = 0; k < batch.count; ++k) {
+      const int i = first + k;
+      batch.items[k] = {tensors[i], sizes[i], aligned(tensors[i], 16)};
+      batch.first_block[k] = blocks;
+      blocks += blocks_of(sizes[i], kNormChunk);
+    }
+    if (const char* error = text(launch(chunk_sums, blocks, kThreads, stream, batch, scratch + parts))) return error;
+    parts += blocks;
+  }
+  return text(launch(total, 1, kThreads, stream, scratch, parts, out));
+}
+}
