@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .rotary import norm_rotate
+
 _TORCH_KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -25,16 +27,28 @@ _TORCH_KERNELS = {
 BACKENDS = ("flash_attn", "sdpa", *_TORCH_KERNELS)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    backend: str = "auto",
+    qk_norm: bool | tuple[Tensor, Tensor] = False,
+    rope: Tensor | None = None,
+    rope_ids: Tensor | None = None,
+) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for every head.
 
     q, k, v (B, N, H, d), equal shapes, dtypes and devices; views of a fused qkv are taken as they are.
+    qk_norm, rope and rope_ids: as norm, rope and ids of `fastdit.kernels.norm_rotate`, done to q and k before.
     Returns (B, N, H, d) in their dtype. Raises ValueError for other shapes, and for a `backend` that cannot
     serve this device, dtype and head dim (the message says why).
     """
     if q.dim() != 4 or k.shape != q.shape or v.shape != q.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"q, k, v must be (B, N, H, d) of one shape, got {shapes}")
+    if qk_norm or rope is not None:
+        q, k = norm_rotate(q, k, norm=qk_norm, rope=rope, ids=rope_ids)
     return _run(_resolve(backend, q.device, q.dtype, q.shape[-1]), q, k, v)
 
 

@@ -1,0 +1,159 @@
+"""From the network's output to the weighted denoising loss and the clean estimate, in one pass over memory.
+
+Every process whose target and estimate are linear in (x0, eps, output) is this, with coefficients per sample:
+
+    loss_b  = weight_b * mean (out - target_b)^2,   target = target_x0 * x0 + target_eps * eps
+    x0_hat  = clean_x0 * x0 + clean_eps * eps + clean_out * out
+
+x_t itself is not read: with x_t = alpha x0 + sigma eps, an estimate a x_t + b out has clean_x0 = a alpha and
+clean_eps = a sigma. All arithmetic is fp32, however low the output's precision.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._dispatch import choose
+
+_BLOCK = 2048
+
+
+class DenoiseCoefficients(NamedTuple):
+    """Per sample, each (B,), as above.
+
+    EDM (Karras et al. 2022), s = sigma_data, r = 1 / sqrt(sigma^2 + s^2), at the network's own output:
+        sigma r / s,  -s r,     s^2 r^2,  s^2 r^2 sigma,  sigma s r,   weight 1
+    Flow matching, velocity: -1,  1,     1 - t,  t,  -t,   weight 1
+    """
+
+    target_x0: Tensor
+    target_eps: Tensor
+    clean_x0: Tensor
+    clean_eps: Tensor
+    clean_out: Tensor
+    weight: Tensor
+
+
+def affine_denoise_loss(
+    out: Tensor, x0: Tensor, eps: Tensor, coefficients: DenoiseCoefficients, *, implementation: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """(loss (B,), x0_hat of out's shape), both fp32 (fp64 if any of the three is), with a gradient for `out` only.
+
+    out, x0, eps (B, ...) of one shape, any floating dtypes and strides; coefficients floating (B,).
+    Raises ValueError for other shapes, and where x0, eps or a coefficient asks for a gradient.
+    """
+    _check(out, x0, eps, coefficients)
+    work = torch.promote_types(torch.promote_types(out.dtype, torch.promote_types(x0.dtype, eps.dtype)), torch.float32)
+    table = torch.stack([x.to(work) for x in coefficients])
+    if choose(out.device, implementation=implementation, triton=work == torch.float32) == "reference":
+        return affine_denoise_loss_reference(out, x0, eps, table)
+    return _denoise(out, x0, eps, table)
+
+
+def affine_denoise_loss_reference(out: Tensor, x0: Tensor, eps: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """`table` (6, B): the coefficients, in the dtype of the arithmetic."""
+    target_x0, target_eps, clean_x0, clean_eps, clean_out, _ = table.view(*table.shape, *[1] * (out.dim() - 1))
+    out, x0, eps = (x.to(table.dtype) for x in (out, x0, eps))
+    error = out - (target_x0 * x0 + target_eps * eps)
+    loss = table[5] * error.square().flatten(1).mean(1)
+    return loss, clean_x0 * x0 + clean_eps * eps + clean_out * out
+
+
+@torch.library.custom_op("fastdit::denoise", mutates_args=())
+def _denoise(out: Tensor, x0: Tensor, eps: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    batch, size = len(out), out.numel() // len(out)
+    out, x0, eps = (x.contiguous() for x in (out, x0, eps))
+    clean = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+    parts = triton.cdiv(size, _BLOCK)
+    partial = table.new_empty(batch, parts)
+    _forward_kernel[(parts, batch)](out, x0, eps, table, clean, partial, size, 1 / size, BLOCK=_BLOCK, num_warps=4)
+    return partial.sum(1), clean
+
+
+@torch.library.custom_op("fastdit::denoise_backward", mutates_args=())
+def _denoise_backward(
+    d_loss: Tensor | None, d_clean: Tensor | None, out: Tensor, x0: Tensor, eps: Tensor, table: Tensor
+) -> Tensor:
+    batch, size = len(out), out.numel() // len(out)
+    out, x0, eps = (x.contiguous() for x in (out, x0, eps))
+    d_out = torch.empty_like(out)
+    _backward_kernel[(triton.cdiv(size, _BLOCK), batch)](
+        out if d_loss is None else d_loss.contiguous(), out if d_clean is None else d_clean.contiguous(),
+        out, x0, eps, table, d_out, size, 2 / size,
+        LOSS=d_loss is not None, CLEAN=d_clean is not None, BLOCK=_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return d_out
+
+
+@triton.jit
+def _forward_kernel(out, x0, eps, table, clean, partial, size, per_size, BLOCK: tl.constexpr):
+    sample, batch = tl.program_id(1), tl.num_programs(1)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    base = sample.to(tl.int64) * size
+    o = tl.load(out + base + at, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x0 + base + at, mask=inside, other=0.0).to(tl.float32)
+    e = tl.load(eps + base + at, mask=inside, other=0.0).to(tl.float32)
+    table += sample
+    error = o - (tl.load(table) * x + tl.load(table + batch) * e)
+    estimate = tl.load(table + 2 * batch) * x + tl.load(table + 3 * batch) * e + tl.load(table + 4 * batch) * o
+    tl.store(clean + base + at, estimate, mask=inside)
+    loss = tl.load(table + 5 * batch) * per_size * tl.sum(error * error)
+    tl.store(partial + sample * tl.num_programs(0) + tl.program_id(0), loss)
+
+
+@triton.jit
+def _backward_kernel(
+    d_loss, d_clean, out, x0, eps, table, d_out, size, two_per_size,
+    LOSS: tl.constexpr, CLEAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sample, batch = tl.program_id(1), tl.num_programs(1)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    base = sample.to(tl.int64) * size
+    table += sample
+    gradient = tl.zeros((BLOCK,), tl.float32)
+    if LOSS:
+        o = tl.load(out + base + at, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x0 + base + at, mask=inside, other=0.0).to(tl.float32)
+        e = tl.load(eps + base + at, mask=inside, other=0.0).to(tl.float32)
+        error = o - (tl.load(table) * x + tl.load(table + batch) * e)
+        gradient += tl.load(d_loss + sample) * tl.load(table + 5 * batch) * two_per_size * error
+    if CLEAN:
+        gradient += tl.load(table + 4 * batch) * tl.load(d_clean + base + at, mask=inside, other=0.0)
+    tl.store(d_out + base + at, gradient.to(d_out.dtype.element_ty), mask=inside)
+
+
+@_denoise.register_fake
+def _(out, x0, eps, table):
+    return table.new_empty(len(out)), torch.empty(out.shape, dtype=torch.float32, device=out.device)
+
+
+@_denoise_backward.register_fake
+def _(d_loss, d_clean, out, x0, eps, table):
+    return torch.empty(out.shape, dtype=out.dtype, device=out.device)
+
+
+def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, d_loss, d_clean):
+    return _denoise_backward(d_loss, d_clean, *ctx.saved_tensors), None, None, None
+
+
+_denoise.register_autograd(_backward, setup_context=_save)
+
+
+def _check(out: Tensor, x0: Tensor, eps: Tensor, coefficients: DenoiseCoefficients) -> None:
+    if out.dim() < 2 or not out.numel() or x0.shape != out.shape or eps.shape != out.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (out, x0, eps))
+        raise ValueError(f"out, x0, eps must be (B, ...) of one shape, not empty, got {shapes}")
+    if len(coefficients) != 6 or any(x.shape != out.shape[:1] or not x.is_floating_point() for x in coefficients):
+        raise ValueError(f"coefficients must be six floating ({len(out)},)")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (x0, eps, *coefficients)):
+        raise ValueError("only out gets a gradient; detach x0, eps and the coefficients")

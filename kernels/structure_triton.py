@@ -1,0 +1,269 @@
+"""The Triton side of `structure.py`: tiles of pairs, and the operator with its backward.
+
+Inner loops walk the reduction one feature (backward's last step: one sample) at a time: two vectors in, a tile
+of exact differences out, all in registers. Features are padded with zeros to whole tiles and kept transposed
+too, so those loops load without masks, contiguously.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TINY = 1e-30  # keeps 0 / 0 out where all weights, or all distances, are zero
+
+# Tiles for 4 warps. As sm_90 code neither inner loop goes through shared memory: of 128 columns a thread owns one
+# and reads 32 rows as 8 vectors, for 64 operations; of 64 features it owns four, in a vector, with 4 rows.
+_ROWS, _COLS, _FEATURES, _UNROLL = 32, 128, 64, 8
+_PANEL = 1 << 24  # pairs whose gradient coefficients exist at once in backward, for each of f and g
+
+
+def square_factor(distance: str) -> float:
+    """What a squared difference is multiplied by to be the distance."""
+    return 0.5 if distance == "cosine" else 1.0
+
+
+@triton.jit
+def _distance_tile(xt, stride, width, rows, cols, factor, EUCLIDEAN: tl.constexpr, UNROLL: tl.constexpr):
+    """(rows, cols) distances of the columns of xt (width, stride), both index vectors inside its padding."""
+    total = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
+    for start in range(0, width, UNROLL):
+        part = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
+        for u in tl.static_range(UNROLL):
+            line = xt + (start + u) * stride
+            difference = tl.load(line + rows)[:, None] - tl.load(line + cols)[None, :]
+            part += difference * difference
+        total += part
+    return tl.sqrt_rn(total) if EUCLIDEAN else total * factor
+
+
+@triton.jit
+def _upper_tile(ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Row and column indices of this program's tile, one of those that hold any pair row < col.
+
+    Column block b meets the row blocks that start before its end: COLS / ROWS for each of column blocks 0..b.
+    """
+    ratio: tl.constexpr = COLS // ROWS
+    square = tl.program_id(0) // ratio
+    b = ((tl.sqrt_rn(8.0 * square.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    b = tl.where(b * (b + 1) // 2 > square, b - 1, b)  # should the root have been rounded across an integer
+    b = tl.where((b + 1) * (b + 2) // 2 <= square, b + 1, b)
+    a = (square - b * (b + 1) // 2) * ratio + tl.program_id(0) % ratio
+    return a * ROWS + tl.arange(0, ROWS), b * COLS + tl.arange(0, COLS)
+
+
+@triton.jit
+def _total(tile):
+    return tl.sum(tile)
+
+
+@triton.jit
+def _moments_kernel(
+    ft, gt, partial, size, width, stride, factor,
+    EUCLIDEAN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    rows, cols = _upper_tile(ROWS, COLS)
+    valid = (rows[:, None] < cols[None, :]) & (cols[None, :] < size)
+    r = tl.where(valid, _distance_tile(ft, stride, width, rows, cols, factor, EUCLIDEAN, UNROLL), 0.0)
+    s = tl.where(valid, _distance_tile(gt, stride, width, rows, cols, factor, EUCLIDEAN, UNROLL), 0.0)
+    out, step = partial + tl.program_id(0), tl.num_programs(0)
+    tl.store(out, _total(r))
+    tl.store(out + step, _total(s))
+    tl.store(out + 2 * step, _total(r * r))
+    tl.store(out + 3 * step, _total(s * s))
+    tl.store(out + 4 * step, _total(r * s))
+
+
+@triton.jit
+def _scales(moments, BY_MEAN: tl.constexpr, TINY: tl.constexpr):
+    """What distances of f and of g are multiplied by."""
+    if BY_MEAN:
+        f = 1.0 / tl.maximum(tl.load(moments), TINY)
+        g = 1.0 / tl.maximum(tl.load(moments + 1), TINY)
+    else:
+        f = 1.0
+        g = 1.0
+    return f, g
+
+
+@triton.jit
+def _slope(e, delta, PENALTY: tl.constexpr):
+    """The penalty's derivative."""
+    if PENALTY == "l2":
+        return 2.0 * e
+    elif PENALTY == "l1":
+        return tl.where(e > 0.0, 1.0, tl.where(e < 0.0, -1.0, 0.0))
+    else:
+        return tl.minimum(tl.maximum(e, -delta), delta)
+
+
+@triton.jit
+def _sums_kernel(
+    ft, gt, root, moments, partial, size, width, stride, factor, delta,
+    EUCLIDEAN: tl.constexpr, BY_MEAN: tl.constexpr, PENALTY: tl.constexpr, TINY: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    rows, cols = _upper_tile(ROWS, COLS)
+    f_scale, g_scale = _scales(moments, BY_MEAN, TINY)
+    valid = (rows[:, None] < cols[None, :]) & (cols[None, :] < size)
+    p = tl.where(valid, _distance_tile(ft, stride, width, rows, cols, factor, EUCLIDEAN, UNROLL) * f_scale, 0.0)
+    q = tl.where(valid, _distance_tile(gt, stride, width, rows, cols, factor, EUCLIDEAN, UNROLL) * g_scale, 0.0)
+    weight = tl.where(valid, tl.load(root + rows)[:, None] * tl.load(root + cols)[None, :], 0.0)
+    e = p - q
+    if PENALTY == "l2":
+        cost = e * e
+    elif PENALTY == "l1":
+        cost = tl.abs(e)
+    else:
+        cost = tl.where(tl.abs(e) <= delta, 0.5 * e * e, delta * (tl.abs(e) - 0.5 * delta))
+    pull = weight * _slope(e, delta, PENALTY)
+    out, step = partial + tl.program_id(0), tl.num_programs(0)
+    tl.store(out, _total(weight * cost))
+    tl.store(out + step, _total(weight))
+    tl.store(out + 2 * step, _total(pull * p))
+    tl.store(out + 3 * step, _total(pull * q))
+
+
+@triton.jit
+def _coefficients_kernel(
+    ft, gt, root, moments, sums, upstream, f_out, g_out, size, width, stride, panel, first, pairs, factor, delta,
+    EUCLIDEAN: tl.constexpr, BY_MEAN: tl.constexpr, PENALTY: tl.constexpr, TINY: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """k_ij such that df_i = sum_j k_ij (f_i - f_j), at [j, i - first], and the same for g."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # j
+    local = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    cols = first + local  # i
+    f_scale, g_scale = _scales(moments, BY_MEAN, TINY)
+    r = _distance_tile(ft, stride, width, rows, cols, factor, EUCLIDEAN, UNROLL)
+    s = _distance_tile(gt, stride, width, rows, cols, factor, EUCLIDEAN, UNROLL)
+    weight = tl.load(root + rows)[:, None] * tl.load(root + cols)[None, :]
+    by_weight = tl.load(upstream) / tl.maximum(tl.load(sums + 1).to(tl.float32), TINY)
+    pull = by_weight * weight * _slope(r * f_scale - s * g_scale, delta, PENALTY)
+    f_mean = 0.0
+    g_mean = 0.0
+    if BY_MEAN:  # all distances pull at the mean
+        f_mean = by_weight * (tl.load(sums + 2) / pairs).to(tl.float32)
+        g_mean = by_weight * (tl.load(sums + 3) / pairs).to(tl.float32)
+    valid = (rows[:, None] != cols[None, :]) & (rows[:, None] < size) & (cols[None, :] < size)
+    for_f = (pull - f_mean) * f_scale
+    for_g = (g_mean - pull) * g_scale
+    if EUCLIDEAN:
+        for_f = for_f / tl.where(r > 0.0, r, 1.0)
+        for_g = for_g / tl.where(s > 0.0, s, 1.0)
+    else:
+        for_f = for_f * (2.0 * factor)
+        for_g = for_g * (2.0 * factor)
+    at = rows[:, None] * panel + local[None, :]
+    tl.store(f_out + at, tl.where(valid & (r > 0.0), for_f, 0.0))
+    tl.store(g_out + at, tl.where(valid & (s > 0.0), for_g, 0.0))
+
+
+@triton.jit
+def _pull_kernel(
+    x, coefficients, out, stride, width, panel, first,
+    ROWS: tl.constexpr, FEATURES: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """out_i = sum_j k_ij (x_i - x_j) for x (stride, width), by tiles of rows i and features."""
+    local = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    features = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    at = (first + local)[:, None] * width + features[None, :]
+    own = tl.load(x + at)
+    total = tl.zeros((ROWS, FEATURES), tl.float32)
+    for start in range(0, stride, UNROLL):
+        part = tl.zeros((ROWS, FEATURES), tl.float32)
+        for u in tl.static_range(UNROLL):
+            k = tl.load(coefficients + (start + u) * panel + local)
+            other = tl.load(x + (start + u) * width + features)
+            part += k[:, None] * (own - other[None, :])
+        total += part
+    tl.store(out + at, total)
+
+
+def _padded(x: Tensor) -> Tensor:
+    """x with zeros up to whole blocks on every side: the kernels' inner loops then need no masks."""
+    return F.pad(x, [pad for size in reversed(x.shape) for pad in (0, -size % _COLS)]).contiguous()
+
+
+@torch.library.custom_op("fastdit::structure", mutates_args=())
+def structure(
+    f: Tensor, g: Tensor, root: Tensor, distance: str, by_mean: bool, penalty: str, delta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, moments, sums); sums over pairs i < j: weighted cost, weight, weighted slope times P, times Q."""
+    size, width = f.shape
+    ft, gt = (_padded(x).t().contiguous() for x in (f, g))
+    stride = ft.shape[1]
+    blocks = stride // _COLS
+    tiles = blocks * (blocks + 1) // 2 * (_COLS // _ROWS)
+    shape = {"EUCLIDEAN": distance == "euclidean", "ROWS": _ROWS, "COLS": _COLS, "UNROLL": _UNROLL, "num_warps": 4}
+    factor = square_factor(distance)
+
+    partial = f.new_empty(5, tiles)
+    _moments_kernel[(tiles,)](ft, gt, partial, size, width, stride, factor, **shape)
+    moments = partial.sum(1, dtype=torch.float64) / (size * (size - 1) // 2)
+
+    partial = f.new_empty(4, tiles)
+    choices = {"BY_MEAN": by_mean, "PENALTY": penalty, "TINY": TINY}
+    scale = moments[:2].float()
+    _sums_kernel[(tiles,)](
+        ft, gt, _padded(root), scale, partial, size, width, stride, factor, delta, **choices, **shape
+    )  # fmt: skip
+    sums = partial.sum(1, dtype=torch.float64)
+    return (sums[0] / sums[1].clamp_min(TINY)).float(), moments, sums
+
+
+@torch.library.custom_op("fastdit::structure_backward", mutates_args=())
+def structure_backward(
+    upstream: Tensor, f: Tensor, g: Tensor, root: Tensor, moments: Tensor, sums: Tensor,
+    distance: str, by_mean: bool, penalty: str, delta: float, need_f: bool, need_g: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(df, dg); empty where not needed."""
+    size, width = f.shape
+    whole = [_padded(x) for x in (f, g)]
+    ft, gt = (x.t().contiguous() for x in whole)
+    stride, padded_width = whole[0].shape
+    root, scale = _padded(root), moments[:2].float()
+    out = [torch.empty_like(x) if needed else None for x, needed in zip(whole, (need_f, need_g))]
+    tile = {"ROWS": _ROWS, "COLS": _COLS, "UNROLL": _UNROLL, "num_warps": 4}
+    choices = {"EUCLIDEAN": distance == "euclidean", "BY_MEAN": by_mean, "PENALTY": penalty, "TINY": TINY}
+    panel = min(stride, max(_COLS, _PANEL // stride // _COLS * _COLS))
+    coefficients = f.new_empty(2, stride, panel)
+    for first in range(0, stride, panel):
+        count = min(panel, stride - first)
+        _coefficients_kernel[(stride // _ROWS, count // _COLS)](
+            ft, gt, root, scale, sums, upstream, *coefficients, size, width, stride, panel, first,
+            size * (size - 1) // 2, square_factor(distance), delta, **choices, **tile,
+        )  # fmt: skip
+        for x, k, target in zip(whole, coefficients, out):
+            if target is not None:
+                _pull_kernel[(count // _ROWS, padded_width // _FEATURES)](
+                    x, k, target, stride, padded_width, panel, first,
+                    ROWS=_ROWS, FEATURES=_FEATURES, UNROLL=_UNROLL, num_warps=4,
+                )  # fmt: skip
+    df, dg = (f.new_empty(0) if x is None else x[:size, :width].contiguous() for x in out)
+    return df, dg
+
+
+@structure.register_fake
+def _(f, g, root, distance, by_mean, penalty, delta):
+    return f.new_empty(()), f.new_empty(5, dtype=torch.float64), f.new_empty(4, dtype=torch.float64)
+
+
+@structure_backward.register_fake
+def _(upstream, f, g, root, moments, sums, distance, by_mean, penalty, delta, need_f, need_g):
+    return tuple(x.new_empty(x.shape if needed else 0) for x, needed in ((f, need_f), (g, need_g)))
+
+
+def _save(ctx, inputs, output):
+    f, g, root, *ctx.choices = inputs
+    ctx.save_for_backward(f, g, root, *output[1:])
+
+
+def _backward(ctx, upstream, *_):
+    needs = ctx.needs_input_grad[:2]
+    gradients = structure_backward(upstream, *ctx.saved_tensors, *ctx.choices, *needs)
+    return *(x if needed else None for x, needed in zip(gradients, needs)), *[None] * 5
+
+
+structure.register_autograd(_backward, setup_context=_save)
