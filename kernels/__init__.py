@@ -1,15 +1,37 @@
 """Operations of a diffusion transformer's step. Knows nothing of the rest of fastdit."""
 
+from ._native import describe_native
 from .adaln import gate_residual, gate_residual_modulate, modulate
-from .adamw_ema import AdamWEMA
+from .adamw_ema import AdamWEMA, describe_optimizer
 from .attention import attention, attention_backends, describe_attention
+from .denoise import DenoiseCoefficients, affine_denoise_loss
+from .linear import gelu_linear, modulated_linear
+from .prototypes import PrototypeLoss, prototype_loss
+from .rotary import norm_rotate, rope_table
+from .structure import StructureLoss, structure_loss
+from .tokens import embed_tokens, scatter_tokens, visible_tokens
 
 __all__ = [
     "AdamWEMA",
+    "DenoiseCoefficients",
+    "PrototypeLoss",
+    "StructureLoss",
+    "affine_denoise_loss",
     "attention",
     "attention_backends",
     "describe_attention",
+    "describe_native",
+    "describe_optimizer",
+    "embed_tokens",
     "gate_residual",
     "gate_residual_modulate",
+    "gelu_linear",
     "modulate",
+    "modulated_linear",
+    "norm_rotate",
+    "prototype_loss",
+    "rope_table",
+    "scatter_tokens",
+    "structure_loss",
+    "visible_tokens",
 ]

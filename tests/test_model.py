@@ -211,9 +211,9 @@ def test_modulation_vectors_are_views():
     model.blocks[1].register_forward_pre_hook(lambda _module, args: seen.extend(args[2:]))
     model(*make_batch(model))
     whole, *vectors = seen
-    assert len(vectors) == 6
+    assert len(vectors) == 7
     assert {v.untyped_storage().data_ptr() for v in vectors} == {whole.untyped_storage().data_ptr()}
-    expected = whole[:, 8 * 72 : 14 * 72].chunk(6, 1)  # 2 before the first block, 6 per block
+    expected = whole[:, 5 * 72 : 12 * 72].chunk(7, 1)  # 6 of each block, after the gate of the block before
     assert all(torch.equal(v, e) for v, e in zip(vectors, expected))
 
 

@@ -2,11 +2,12 @@
 
 The step's shape, as few passes over memory as the mathematics needs:
 
-    modulate -> [attention -> gate_residual_modulate -> MLP -> gate_residual_modulate] x depth -> head
+    [modulated qkv -> attention -> projection -> modulated fc1 -> GELU fc2] x depth -> modulated head
 
-What a block adds to the residual stream, and the next LayerNorm with its modulation, are one kernel call: so
-a block ends with the *next* block's first modulation, the last one with the head's. The modulation vectors
-depend only on (t, y): one Linear computes them for the whole network, and each block reads six in a row.
+A modulated linear adds to the residual stream what is still to be added, norms and modulates the sum and multiplies:
+one pass over memory, then one product. So a block leaves its MLP's output to the next block's qkv, the last one to the
+head. The modulation vectors depend only on (t, y): one Linear computes them for the whole network, and each block reads
+its six in place.
 """
 
 import math
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdit.errors import UserError
-from fastdit.kernels import attention, gate_residual_modulate, modulate
+from fastdit.kernels import attention, gelu_linear, modulated_linear
 
 # Table 1 of the paper; the model's name adds the patch: "S/2".
 SIZES: dict[str, dict[str, int]] = {
@@ -85,7 +86,7 @@ class DiT(nn.Module):
         self.label_embed = _bare(nn.Embedding, classes + null_class, width)
         self.adaln = _bare(nn.Linear, width, (6 * depth + 2) * width)
         self.blocks = nn.ModuleList(Block(width, heads, self.mlp_width, attention_backend) for _ in range(depth))
-        self.head = _bare(nn.Linear, width, patch * patch * self.out_channels)
+        self.head = _bare(ModulatedLinear, width, patch * patch * self.out_channels)
         self.init_weights(seed)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -96,17 +97,20 @@ class DiT(nn.Module):
         """
         self._check(x, t, y)
         c = F.silu(self.time_embed(t) + self.label_embed(y))
-        modulation = self.adaln(c).unflatten(1, (-1, self.width))
-        shift, scale, *per_block = modulation.unbind(1)  # views, each (B, width)
+        vectors = self.adaln(c).unflatten(1, (-1, self.width)).unbind(1)  # views, each (B, width)
 
         x = self.patch_embed(x)
         x = x + self.pos_embed.to(x.dtype)
-        h = modulate(x, scale, shift)
+        branch = gate = None  # x still lacks gate * branch
         for i, block in enumerate(self.blocks):
-            x, h = self._run(block, x, h, *per_block[6 * i : 6 * i + 6])
-        return unpatchify(self.head(h), self.grid, self.patch)
+            own = vectors[6 * i : 6 * i + 6]
+            x, branch = self._run(block, x, branch, gate, *own)
+            gate = own[-1]
+        shift, scale = vectors[-2:]
+        _, out = self.head(x, branch, gate, scale, shift)
+        return unpatchify(out, self.grid, self.patch)
 
-    def _run(self, block: nn.Module, *args: Tensor) -> tuple[Tensor, Tensor]:
+    def _run(self, block: nn.Module, *args: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.grad_checkpoint and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
         return block(*args)
@@ -144,33 +148,58 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, mlp_width: int, attention_backend: str) -> None:
         super().__init__()
         self.heads, self.attention_backend = heads, attention_backend
-        self.qkv = _bare(nn.Linear, width, 3 * width)
+        self.qkv = _bare(ModulatedLinear, width, 3 * width)
         self.proj = _bare(nn.Linear, width, width)
-        self.fc1 = _bare(nn.Linear, width, mlp_width)
-        self.fc2 = _bare(nn.Linear, mlp_width, width)
+        self.fc1 = _bare(ModulatedLinear, width, mlp_width, keep_x=True)  # qkv keeps that tensor already
+        self.fc2 = _bare(GeluLinear, mlp_width, width)
 
     def forward(
         self,
         x: Tensor,
-        h: Tensor,
+        y: Tensor | None,
+        gate: Tensor | None,
+        attn_shift: Tensor,
+        attn_scale: Tensor,
         attn_gate: Tensor,
         mlp_shift: Tensor,
         mlp_scale: Tensor,
         mlp_gate: Tensor,
-        next_shift: Tensor,
-        next_scale: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """x (B, N, width) is the residual stream, h (B, N, width) is x normed and modulated for attention.
+        """x (B, N, width) is the residual stream without gate * y, what the block before adds; None for none.
 
-        The vectors are (B, width). Returns x after this block, and h for whatever comes next.
+        The vectors are (B, width). Returns the stream without this block's MLP, and the MLP's output, which mlp_gate
+        is still to be multiplied with.
         """
-        x, h = gate_residual_modulate(x, self.attend(h), attn_gate, mlp_scale, mlp_shift)
-        y = self.fc2(F.gelu(self.fc1(h), approximate="tanh"))
-        return gate_residual_modulate(x, y, mlp_gate, next_scale, next_shift)
+        x, qkv = self.qkv(x, y, gate, attn_scale, attn_shift)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
+        y = self.proj(attention(q, k, v, backend=self.attention_backend).flatten(2))
+        x, hidden = self.fc1(x, y, attn_gate, mlp_scale, mlp_shift)
+        return x, self.fc2(hidden)
 
-    def attend(self, h: Tensor) -> Tensor:
-        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        return self.proj(attention(q, k, v, backend=self.attention_backend).flatten(2))
+
+# Each calls its kernel from its own forward, for that is where ZeRO-3 gathers a module's weights.
+
+
+class ModulatedLinear(nn.Linear):
+    """See `fastdit.kernels.modulated_linear`."""
+
+    def __init__(self, *sizes: int, keep_x: bool = False, device: torch.device | None = None) -> None:
+        super().__init__(*sizes, device=device)
+        self.keep_x = keep_x
+
+    def forward(
+        self, x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(x + gate * y, linear(LN(x + gate * y) * (1 + scale) + shift))."""
+        return modulated_linear(x, y, gate, scale, shift, self.weight, self.bias, keep_x=self.keep_x)
+
+
+class GeluLinear(nn.Linear):
+    """See `fastdit.kernels.gelu_linear`."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        """linear(gelu(u))."""
+        return gelu_linear(u, self.weight, self.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -241,6 +270,6 @@ def flops_per_image(model: DiT) -> int:
     return 6 * (tokens * (model.depth * (linear + products) + patches) + conditioning)
 
 
-def _bare(kind: type[nn.Module], *sizes: int) -> nn.Module:
+def _bare(kind: type[nn.Module], *sizes: int, **options: bool) -> nn.Module:
     """A module whose weights `init_weights` fills; torch's filling takes time and global random numbers."""
-    return nn.utils.skip_init(kind, *sizes, device=torch.get_default_device())
+    return nn.utils.skip_init(kind, *sizes, device=torch.get_default_device(), **options)

@@ -1,0 +1,201 @@
+"""The adaLN family in Triton; `adaln.py` has the public functions and says what is computed.
+
+A program of the forward pass takes a few rows of one sample. One of the backward pass takes a chunk of a sample's rows,
+keeps that chunk's sums for the vectors in registers, and a second kernel adds up the chunks in order: no atomics.
+Matrices are tuples (tensor, stride of a sample, stride of a token), the inner stride being 1; a vector for a whole
+sample has None as the last. Programs run through the tokens of a sample, then through the samples.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_WIDTH = 8192  # whole rows lie in registers
+
+
+@triton.jit
+def _load(matrix, b, n, ok, live, cols):
+    """Rows n of sample b as fp32 (TILE, BLOCK), zero where masked; a vector for the whole sample as (1, BLOCK)."""
+    start = matrix[0] + b * matrix[1]
+    if matrix[2] is None:
+        return tl.load(start + cols, mask=live, other=0.0).to(tl.float32)[None, :]
+    else:
+        at = start + n.to(tl.int64)[:, None] * matrix[2] + cols[None, :]
+        return tl.load(at, mask=ok[:, None] & live[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _add(x, y, gate, dtype: tl.constexpr):
+    """x + gate * y, rounded as the stream is stored: the same bits in forward and backward."""
+    return tl.fma(tl.broadcast_to(gate, y.shape), y, x).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _forward_kernel(
+    x, y, gate, scale, shift, rows, r, h, stats, tokens, all_tokens, tiles, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, RMS: tl.constexpr,
+):  # fmt: skip
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    n = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
+    cols = tl.arange(0, BLOCK)
+    ok, live = n < tokens, cols < D
+    out = b * tokens + n
+    at, mask = out[:, None] * D + cols[None, :], ok[:, None] & live[None, :]
+    source = n
+    if rows is not None:
+        source = tl.load(rows + out, mask=ok, other=0)
+        ok &= (source >= 0) & (source < all_tokens)  # a wrong index must not reach other memory
+
+    value = _load(x, b, source, ok, live, cols)
+    if y is not None:
+        update, factor = _load(y, b, source, ok, live, cols), _load(gate, b, source, ok, live, cols)
+        value = _add(value, update, factor, x[0].dtype.element_ty)
+    if r is not None:
+        tl.store(r + at, value, mask=mask)
+    if scale is not None:
+        mean = tl.zeros([TILE], tl.float32)
+        if not RMS:
+            mean = tl.sum(value, 1) / D
+            value = tl.where(live[None, :], value - mean[:, None], 0.0)
+        rstd = 1 / tl.sqrt(tl.sum(value * value, 1) / D + eps)
+        tl.store(stats + 2 * out, mean, mask=ok)
+        tl.store(stats + 2 * out + 1, rstd, mask=ok)
+        factor, offset = 1 + _load(scale, b, source, ok, live, cols), _load(shift, b, source, ok, live, cols)
+        tl.store(h + at, value * rstd[:, None] * factor + offset, mask=mask)
+
+
+@triton.jit
+def _backward_kernel(
+    dr, dh, kept, y, gate, scale, shift, rows, stats, dx, dy, dgate, dscale, dshift, h, partials,
+    tokens, all_tokens, chunks, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    RMS: tl.constexpr, FROM_X: tl.constexpr,
+):  # fmt: skip
+    b = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    cols = tl.arange(0, BLOCK)
+    live = cols < D
+    gate_sum = tl.zeros([BLOCK], tl.float32)
+    scale_sum = tl.zeros([BLOCK], tl.float32)
+    shift_sum = tl.zeros([BLOCK], tl.float32)
+    for first in range(chunk * CHUNK, chunk * CHUNK + CHUNK, TILE):
+        n = first + tl.arange(0, TILE)
+        ok = n < tokens
+        row = b * tokens + n
+        source = n
+        if rows is not None:
+            source = tl.load(rows + row, mask=ok, other=0)
+            ok &= (source >= 0) & (source < all_tokens)
+        mask = ok[:, None] & live[None, :]
+        at = (b * all_tokens + source)[:, None] * D + cols[None, :]
+
+        grad = tl.zeros([TILE, BLOCK], tl.float32)
+        if dr is not None:
+            grad = _load(dr, b, n, ok, live, cols)
+        if y is not None:
+            update = _load(y, b, source, ok, live, cols)
+        if dh is not None:
+            value = _load(kept, b, source if FROM_X else n, ok, live, cols)
+            if FROM_X and y is not None:
+                value = _add(value, update, _load(gate, b, source, ok, live, cols), kept[0].dtype.element_ty)
+            mean = tl.load(stats + 2 * row, mask=ok, other=0.0)
+            rstd = tl.load(stats + 2 * row + 1, mask=ok, other=0.0)
+            normed = (value - mean[:, None]) * rstd[:, None]  # not zero where masked, but dnormed is
+            factor = 1 + _load(scale, b, source, ok, live, cols)
+            if h is not None:
+                offset = _load(shift, b, source, ok, live, cols)
+                tl.store(h + row[:, None] * D + cols[None, :], normed * factor + offset, mask=mask)
+            dnormed = _load(dh, b, n, ok, live, cols)
+            if scale[2] is None:
+                scale_sum += tl.sum(dnormed * normed, 0)
+            else:
+                tl.store(dscale + at, dnormed * normed, mask=mask)
+            if shift[2] is None:
+                shift_sum += tl.sum(dnormed, 0)
+            else:
+                tl.store(dshift + at, dnormed, mask=mask)
+            dnormed *= factor
+            along = tl.sum(dnormed * normed, 1) / D
+            mean = tl.zeros([TILE], tl.float32) if RMS else tl.sum(dnormed, 1) / D
+            dnormed -= normed * along[:, None] + mean[:, None]
+            grad += dnormed * rstd[:, None]
+        if dx is not None:
+            tl.store(dx + at, grad, mask=mask)
+        if y is not None:
+            tl.store(dy + at, grad * _load(gate, b, source, ok, live, cols), mask=mask)
+            if gate[2] is None:
+                gate_sum += tl.sum(grad * update, 0)
+            else:
+                tl.store(dgate + at, grad * update, mask=mask)
+    at = partials + (b * chunks + chunk) * 3 * D + cols
+    tl.store(at, gate_sum, mask=live)
+    tl.store(at + D, scale_sum, mask=live)
+    tl.store(at + 2 * D, shift_sum, mask=live)
+
+
+@triton.jit
+def _sum_kernel(partials, dgate, dscale, dshift, chunks, blocks, D: tl.constexpr, BLOCK: tl.constexpr):
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    cols = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    live = cols < D
+    gate_sum = tl.zeros([BLOCK], tl.float32)
+    scale_sum = tl.zeros([BLOCK], tl.float32)
+    shift_sum = tl.zeros([BLOCK], tl.float32)
+    for chunk in range(chunks):
+        at = partials + (b * chunks + chunk) * 3 * D + cols
+        gate_sum += tl.load(at, mask=live, other=0.0)
+        scale_sum += tl.load(at + D, mask=live, other=0.0)
+        shift_sum += tl.load(at + 2 * D, mask=live, other=0.0)
+    if dgate is not None:
+        tl.store(dgate + b * D + cols, gate_sum, mask=live)
+    if dscale is not None:
+        tl.store(dscale + b * D + cols, scale_sum, mask=live)
+    if dshift is not None:
+        tl.store(dshift + b * D + cols, shift_sum, mask=live)
+
+
+def _blocks(width: int, rows: int) -> dict[str, int]:
+    """Block sizes for tiles of `rows` rows, fewer where they are wider than 2048.
+
+    A thread holds 8 neighbouring values of each row, 16 bytes of bf16, of 1 to 16 warps: so a column of a tile lies
+    within one thread, and only the statistics of rows are exchanged between warps.
+    """
+    block = triton.next_power_of_2(width)
+    tile = max(1, min(rows, rows * 2048 // block))
+    return {"D": width, "BLOCK": block, "TILE": tile, "num_warps": min(max(block // 256, 1), 16)}
+
+
+def _chunk(tokens: int) -> int:
+    """How many tokens one program of the backward pass sums over: 1/16 of a sample's, at least 8, at most 64."""
+    return min(max(triton.next_power_of_2(tokens) // 16, 8), 64)
+
+
+def _matrix(tensor: Tensor | None) -> tuple[Tensor, int, int | None] | None:
+    if tensor is None:
+        return None
+    return tensor, tensor.stride(0), tensor.stride(1) if tensor.dim() == 3 else None
+
+
+def forward(x, y, gate, scale, shift, rows, eps, rms, r, h, stats) -> None:
+    batch, tokens, width = (r if h is None else h).shape
+    blocks = _blocks(width, rows=4)
+    tiles = triton.cdiv(tokens, blocks["TILE"])
+    matrices = map(_matrix, (x, y, gate, scale, shift))
+    _forward_kernel[(batch * tiles,)](*matrices, rows, r, h, stats, tokens, x.shape[1], tiles, eps, RMS=rms, **blocks)
+
+
+def backward(dr, dh, kept, y, gate, scale, shift, rows, stats, rms, from_x, dx, dy, dgate, dscale, dshift, h) -> None:
+    given = dr if dh is None else dh
+    batch, tokens, width = given.shape
+    all_tokens = tokens if dx is None else dx.shape[1]
+    blocks, chunk = _blocks(width, rows=2), _chunk(tokens)
+    chunks = triton.cdiv(tokens, chunk)
+    partials = given.new_empty(batch, chunks, 3, width, dtype=torch.float32)
+    matrices = map(_matrix, (dr, dh, kept, y, gate, scale, shift))
+    _backward_kernel[(batch * chunks,)](
+        *matrices, rows, stats, dx, dy, dgate, dscale, dshift, h, partials, tokens, all_tokens, chunks,
+        CHUNK=chunk, RMS=rms, FROM_X=from_x, **blocks, maxnreg=128,  # so that 16 warps fit on a multiprocessor
+    )  # fmt: skip
+    sums = [grad if grad is not None and grad.dim() == 2 else None for grad in (dgate, dscale, dshift)]
+    columns = triton.cdiv(width, 256)
+    _sum_kernel[(batch * columns,)](partials, *sums, chunks, columns, D=width, BLOCK=256, num_warps=1)
