@@ -18,7 +18,7 @@ from fastdit.engine.records import Recorder, versions
 from fastdit.engine.runtime import Runtime
 from fastdit.engine.weights import EMA
 from fastdit.errors import UserError
-from fastdit.kernels import AdamWEMA, describe_attention
+from fastdit.kernels import AdamWEMA, describe_attention, describe_native, describe_optimizer
 from fastdit.models import load_checkpoint
 
 
@@ -99,7 +99,8 @@ class Session:
         batch = f"{agreed.batch} = {agreed.micro_batch} x {agreed.accumulation} accumulated x {runtime.world} ranks"
         return (
             f"{config.method} on {source}, {shape.classes} classes\n"
-            f"{self.parameters / 1e6:.1f} M parameters, {agreed.precision}, {self.process.name}, {self.attention}\n"
+            f"{self.parameters / 1e6:.1f} M parameters, {agreed.precision}, {self.process.name}; "
+            f"{self.attention}; {describe_native(runtime.device)}; {describe_optimizer(runtime.device)}\n"
             f"{versions()['device']}, ZeRO-{agreed.stage}, batch {batch}\n"
             f"steps {self.first_step} to {config.steps} into {self.run.folder}"
         )

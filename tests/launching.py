@@ -1,0 +1,185 @@
+"""Start real runs: the launchers in processes of their own, and quick one-rank runs forked from a server."""
+
+import json
+import multiprocessing
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = Path(sys.executable).parent
+PATIENCE = 300.0  # seconds; a run here takes a few, on a busy machine half a minute
+MARK = "FASTDIT_TEST_RUN"
+TIMES = {"seconds", "seconds_per_step", "images_per_sec", "mfu"}  # what may differ between equal runs
+THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
+TINY = shlex.split(
+    "--device cpu --threads 1 --data.source fashion_mnist --data.size 28 --data.channels 1 --data.threads 1 "
+    "--model.depth 2 --model.width 32 --model.heads 2 --model.patch 7 --batch 8 --lr 2e-3 "
+    "--log_every 1 --sample.steps 2 --sample.per_class 1"
+)
+
+# Every schedule at work, and a log interval that the checkpoint at half way cuts through. A large eps: some gradients
+# are zero but for rounding (a key's bias cancels in a softmax), and AdamW must not blow that up.
+RECIPE = shlex.split(
+    f"{shlex.join(TINY)} --steps 40 --warmup 5 --schedule cosine --weight_decay 0.1 --eps 1e-4 "
+    "--grad_clip 0.5 --ema.decay 0.8 --log_every 3 --save_every 20"
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended: exit code, stdout and stderr together."""
+
+    code: int
+    text: str
+
+    def succeeded(self) -> "Outcome":
+        assert self.code == 0, self.text
+        assert "Traceback" not in self.text, self.text
+        return self
+
+
+class Launched:
+    """A command at work, in a process group of its own; used as a context manager that leaves nothing behind."""
+
+    def __init__(self, command: list[str], log: Path):
+        self.log, self.mark = log, uuid.uuid4().hex
+        own = {MARK: self.mark, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
+        kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=kept | THREADS | own,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> "Launched":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.kill()
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def processes(self) -> list[psutil.Process]:
+        """All living processes of this command, adopted ones too."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def kill(self) -> None:
+        """SIGKILL to launcher and ranks at once: none gets to do anything more."""
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for process in self.processes():
+                process.send_signal(number)
+        self.process.wait()
+
+    def until(self, happened: Callable[[], bool], what: str) -> None:
+        """Wait for `happened()`; fails when the command ends before or takes too long."""
+        end = time.monotonic() + PATIENCE
+        while not happened():
+            assert self.process.poll() is None, f"ended before {what}:\n{self.text}"
+            assert time.monotonic() < end, f"waited in vain for {what}:\n{self.text}"
+            time.sleep(0.01)
+
+    def wait(self) -> Outcome:
+        """The command's end, and that of every process it started."""
+        end = time.monotonic() + PATIENCE
+        code = self.process.wait(PATIENCE)
+        while (left := self.processes()) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not left, f"processes are left: {left}\n{self.text}"
+        return Outcome(code, self.text)
+
+
+def run(command: list[str], log: Path) -> Outcome:
+    with Launched(command, log) as launched:
+        return launched.wait()
+
+
+def python(*args) -> list[str]:
+    return [sys.executable, *map(str, args)]
+
+
+def deepspeed(*flags, ranks: int = 2) -> list[str]:
+    where = ["--num_gpus", str(ranks), "--master_port", free_port()]
+    return [str(SCRIPTS / "deepspeed"), *where, "fastdit/train.py", *map(str, flags)]
+
+
+def torchrun(*flags, ranks: int = 2) -> list[str]:
+    where = ["--nproc_per_node", str(ranks), "--master_port", free_port()]
+    return [str(SCRIPTS / "torchrun"), *where, "fastdit/train.py", *map(str, flags)]
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def forked(*flags) -> Outcome:
+    """`python fastdit/train.py ...` on one rank, in a fork of a server that has done the slow imports."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["fastdit.train", "fastdit.engine.gallery", "fastdit.engine.loop"])
+    before = dict(os.environ)
+    os.environ.update(THREADS, DS_ACCELERATOR="cpu")
+    log = Path(os.environ.get("TMPDIR", "/tmp")) / f"fastdit-{uuid.uuid4().hex}.log"
+    try:
+        process = server.Process(target=_train, args=([str(flag) for flag in flags], str(log)))
+        process.start()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    process.join(PATIENCE)
+    try:
+        if process.exitcode is None:
+            process.kill()
+        return Outcome(-1 if process.exitcode is None else process.exitcode, log.read_text())
+    finally:
+        log.unlink()
+
+
+def _train(argv: list[str], log: str) -> None:
+    handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    for standard in (1, 2):
+        os.dup2(handle, standard)
+    from fastdit.train import main
+
+    main(argv)
+
+
+def metrics(folder: Path, untimed: bool = False) -> list[dict]:
+    """The lines of a run's metrics; `untimed` leaves out what a clock decides."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not (untimed and k in TIMES)} for line in lines]
+
+
+def averages(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """The EMA in a run's checkpoint."""
+    return load_file(checkpoint(folder, step) / "ema.safetensors")
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"step-{step:08d}"

@@ -1,0 +1,126 @@
+"""Every ZeRO stage, launcher and accumulation against one reference: AdamW, clipping, schedules and EMA in float64.
+
+The reference shares the network, the loss and the data with the run (they have tests of their own), but nothing of
+DeepSpeed, the optimizer, the schedules or the loop. It plays all ranks itself.
+"""
+
+import json
+import math
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from launching import RECIPE, TINY, averages, forked, metrics, python, run
+
+from fastdit.config import parse
+from fastdit.engine import build
+
+pytestmark = pytest.mark.launch
+
+
+@cache
+def reference(world: int, accumulation: int = 1) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """Losses and gradient norms of every step of RECIPE, and its final EMA (float64)."""
+    config = parse(RECIPE)
+    source = build.open_data(config)
+    shape = build.shape_of(config, source.classes)
+    network, method = build.build_network(config, shape), build.build_method(config, shape)
+    share = config.batch // (world * accumulation)
+    here = {"batch": share, "world": world, "device": torch.device("cpu")}
+    loaders = [build.build_loader(config, source, rank=rank, **here) for rank in range(world)]
+    seeds = [int(np.random.SeedSequence(config.seed, spawn_key=(rank,)).generate_state(1)[0]) for rank in range(world)]
+    noises = [torch.Generator().manual_seed(seed) for seed in seeds]
+    names, params = zip(*network.named_parameters())
+    weights = [p.detach().double() for p in params]
+    first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    ema = [w.clone() for w in weights]
+    losses, norms = [], []
+    for t in range(1, config.steps + 1):
+        total, grads = 0.0, [torch.zeros_like(w) for w in weights]
+        for loader, noise in [pair for pair in zip(loaders, noises) for _ in range(accumulation)]:
+            loss, _ = method.loss(network, *next(loader), noise)
+            for grad, part in zip(grads, torch.autograd.grad(loss, params)):
+                grad += part.double() / (world * accumulation)
+            total += loss.item() / (world * accumulation)
+        norm = math.sqrt(sum(float((g * g).sum()) for g in grads))
+        losses.append(total)
+        norms.append(norm)
+        lr = 2e-3 * (t / 5 if t <= 5 else 0.5 * (1 + math.cos(math.pi * (t - 6) / 35)))
+        decay = min(0.8, t / (9 + t))
+        for w, g, m, v, e in zip(weights, grads, first, second, ema):
+            g /= max(1.0, (norm + 1e-6) / 0.5)
+            m.mul_(0.9).add_(0.1 * g)
+            v.mul_(0.999).add_(0.001 * g * g)
+            w.mul_(1 - lr * 0.1)
+            w -= lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-4)
+            e.mul_(decay).add_((1 - decay) * w)
+        with torch.no_grad():
+            for p, w in zip(params, weights):
+                p.copy_(w)
+    for loader in loaders:
+        loader.close()
+    return losses, norms, dict(zip(names, ema))
+
+
+def check(folder, stage: int, world: int, accumulation: int = 1) -> None:
+    losses, norms, ema = reference(world, accumulation)
+    assert sum(norm > 0.5 for norm in norms) > 3, "clipping must have acted"
+    lines = metrics(folder)
+    assert [line["step"] for line in lines] == [*range(3, 40, 3), 40]
+    for line in lines:
+        since = line["step"] - (3 if line["step"] < 40 else 1)
+        assert line["loss"] == pytest.approx(np.mean(losses[since : line["step"]]), rel=2e-5)
+        if stage > 0:  # DeepSpeed does not tell it without ZeRO
+            assert line["grad_norm"] == pytest.approx(norms[line["step"] - 1], rel=2e-4)
+        assert line["skipped"] == 0
+    found = averages(folder, 40)
+    assert ema.keys() <= found.keys()
+    for name, expected in ema.items():
+        assert found[name].dtype == torch.float32
+        torch.testing.assert_close(found[name].double(), expected, rtol=0, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("ds_config", ["zero0", "zero1", "zero2", "zero3", "zero3_offload"])
+def test_two_ranks_train_as_the_reference(straight, ds_config):
+    check(straight(ds_config), int(ds_config[4]), world=2)
+
+
+def test_one_rank_by_plain_python_trains_as_the_reference(tmp_path):
+    run(python("fastdit/train.py", *RECIPE, "--out", tmp_path / "run"), tmp_path / "log").succeeded()
+    check(tmp_path / "run", 1, world=1)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_accumulation_by_a_deepspeed_file_trains_as_the_reference(tmp_path, stage):
+    file = tmp_path / "mine.json"
+    sizes = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}
+    file.write_text(json.dumps({**sizes, "zero_optimization": {"stage": stage}}))
+    forked(*RECIPE, "--ds_config", file, "--out", tmp_path / "run").succeeded()
+    check(tmp_path / "run", stage, world=1, accumulation=2)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_trains_fp32_master_weights(tmp_path, stage):
+    flags = [*TINY, "--steps", 4, "--lr", "1e-5", "--ds_config", f"zero{stage}", "--precision", "bf16"]
+    text = forked(*flags, "--out", tmp_path / "run").succeeded().text
+    assert "bf16" in text
+    found = averages(tmp_path / "run", 4)
+    network = build.build_network(parse(list(map(str, flags))), build.Shape(1, 28, 28, 10))
+    for name, p in network.named_parameters():
+        assert found[name].dtype == torch.float32
+        start = p.detach().bfloat16().float()  # DeepSpeed makes the masters from the cast network
+        moved = (found[name] - start).abs().max()
+        assert moved < 5e-5, name  # four steps of 1e-5
+    # Steps of 1e-5 vanish at bf16's resolution of weights around 0.1: in fp32 masters those with a gradient move.
+    weight, start = found["blocks.0.fc1.weight"], network.blocks[0].fc1.weight.detach().bfloat16().float()
+    large = start.abs() > 0.05
+    assert large.sum() > 100
+    assert (weight != start)[large].float().mean() > 0.3
+
+
+def test_zero0_in_bf16_is_refused(tmp_path):
+    outcome = forked(*TINY, "--ds_config", "zero0", "--precision", "bf16", "--out", tmp_path / "run")
+    assert outcome.code == 2
+    assert outcome.text.strip().endswith("use zero1, or --precision fp32")
+    assert "Traceback" not in outcome.text
