@@ -1,0 +1,174 @@
+"""A benchmark's record: one JSON with the machine, the versions and every row; tables and charts are made from it."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from fastdit.engine.records import versions
+from fastdit.errors import UserError
+
+HERE = Path(__file__).parent
+RECORDS = HERE / "records"
+README = HERE / "README.md"
+MARKERS = ("<!-- records: begin -->\n", "<!-- records: end -->\n")
+COLUMNS = (
+    "operation", "case", "size", "shape", "phase", "contender", "ran", "ms_p20", "ms_p50", "ms_p80", "rounds",
+    "bytes", "gb_per_s", "copy_gb_per_s", "share_of_copy", "peak_bytes", "kept_bytes",
+)  # fmt: skip
+OURS = "fastdit"
+
+
+def start(command: str, device: torch.device, settings: dict) -> dict:
+    """A record without rows."""
+    gpu = device.type == "cuda"
+    found = versions()
+    load = [round(value, 2) for value in os.getloadavg()]
+    return {
+        "benchmark": "kernels",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "device": torch.cuda.get_device_name(device) if gpu else found["device"],
+        "kind": device.type,
+        "driver": _driver() if gpu else "none",
+        "versions": found,
+        "load": {"before": load, "after": load},
+        "settings": settings,
+        "rows": [],
+    }
+
+
+def _driver() -> str:
+    if not shutil.which("nvidia-smi"):
+        return "unknown"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.strip().split("\n")[0] or "unknown"
+
+
+def write_json(record: dict, path: Path) -> None:
+    """Whole at every moment, so that a run cut short leaves what it has."""
+    record["load"]["after"] = [round(value, 2) for value in os.getloadavg()]
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def write_csv(record: dict, path: Path) -> None:
+    """One line a row; what was not measured is empty."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(record["rows"])
+
+
+def read(path: Path) -> dict:
+    """Raises UserError."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if missing := {"device", "kind", "versions", "rows"} - set(record):
+            raise ValueError(f"lacks {', '.join(sorted(missing))}")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: is no record ({error}); write one with --json") from None
+    return record
+
+
+def groups(record: dict) -> list[dict[str, dict]]:
+    """Rows by contender, for each case, size and phase."""
+    found: dict[tuple, dict[str, dict]] = {}
+    for row in record["rows"]:
+        found.setdefault((row["case"], row["size"], row["shape"], row["phase"]), {})[row["contender"]] = row
+    return list(found.values())
+
+
+def lines(record: dict) -> list[str]:
+    """A Markdown table, a line for each case, size and phase. Others' times: in fastdit's."""
+    cells = [("operation", "size", "phase", "fastdit runs", "ms (20-80 %)", "GB/s", "of copy", "others", "peak MiB")]
+    for rows in groups(record):
+        ours = rows[OURS]
+        others = [row for name, row in rows.items() if name != OURS]
+        if ours["ms_p50"] is None:
+            timed, rate, share = "failed", "", ""
+        else:
+            timed = f"{_ms(ours['ms_p50'])} ({_ms(ours['ms_p20'])}-{_ms(ours['ms_p80'])})"
+            rate, share = f"{ours['gb_per_s']:.1f}", f"{ours['share_of_copy']:.0%}"
+        compared = ", ".join(f"{row['contender']} {_ratio(row, ours)}" for row in others)
+        peaks = [row["peak_bytes"] for row in rows.values()]
+        memory = " / ".join("-" if peak is None else f"{peak / 2**20:.1f}" for peak in peaks) if any(peaks) else ""
+        name = (ours["case"], ours["size"], ours["phase"], ours["ran"])
+        cells.append((*name, timed, rate, share, compared or "none", memory))
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    cells.insert(1, tuple("-" * width for width in widths))
+    return ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+def _ratio(row: dict, ours: dict) -> str:
+    if row["ms_p50"] is None:
+        return "failed"
+    return _ms(row["ms_p50"]) + " ms" if ours["ms_p50"] is None else f"{row['ms_p50'] / ours['ms_p50']:.2f}x"
+
+
+def table(records: Iterable[dict]) -> str:
+    """What the README shows of these records, GPUs first."""
+    records = sorted(records, key=lambda record: (record["kind"] != "cuda", record["device"], record["date"]))
+    parts = [] if any(record["kind"] == "cuda" for record in records) else ["NVIDIA GPUs: not measured.\n"]
+    for record in records:
+        found, load = record["versions"], record["load"]
+        parts.append(
+            f"### {record['device']}\n\n"
+            f"`{record['command']}`\n\n"
+            f"{record['date'][:10]}, commit {found['commit']}, torch {found['torch']}, triton {found['triton']}, "
+            f"driver {record['driver']}, {record['settings']['dtype']}, batch {record['settings']['batch']}, "
+            f"load average {load['before'][0]} before and {load['after'][0]} after.\n\n"
+            + "\n".join(lines(record))
+            + "\n"
+        )
+    return "\n".join(parts)
+
+
+def write_readme(records: Path = RECORDS, readme: Path = README) -> None:
+    """Put the table of all records in a folder between the README's two markers. Raises UserError."""
+    text = readme.read_text(encoding="utf-8")
+    if not all(text.count(marker) == 1 for marker in MARKERS):
+        raise UserError(f"{readme}: must hold {' and '.join(marker.strip() for marker in MARKERS)} once, on own lines")
+    head, rest = text.split(MARKERS[0])
+    tail = rest.split(MARKERS[1])[1]
+    body = table(read(path) for path in sorted(records.glob("*.json")))
+    readme.write_text(f"{head}{MARKERS[0]}\n{body}\n{MARKERS[1]}{tail}", encoding="utf-8")
+
+
+def write_chart(record: dict, path: Path) -> None:
+    """A PNG: for each case and size all contenders' times in fastdit's, both phases together. Shorter is faster."""
+    shown = [rows for rows in groups(record) if rows[OURS]["phase"] in ("both", "step") and rows[OURS]["ms_p50"]]
+    names = list(dict.fromkeys(name for rows in shown for name in rows))
+    bars = [
+        (f"{rows[OURS]['case']}  {rows[OURS]['size']}" if name == OURS else "", names.index(name), row)
+        for rows in shown
+        for name, row in rows.items()
+        if row["ms_p50"]
+    ]
+    ours = [row["ms_p50"] for rows in shown for row in [rows[OURS]] for other in rows.values() if other["ms_p50"]]
+    figure = Figure(figsize=(9, 1.5 + 0.22 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    for name, color in zip(names, ("C0", "C7", "C1", "C2", "C3", "C4")):
+        places = [at for at, bar in enumerate(bars) if names[bar[1]] == name]
+        lengths = [bars[at][2]["ms_p50"] / ours[at] for at in places]
+        axes.barh(places, lengths, color=color, label=name)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(bars)), [bar[0] for bar in bars])
+    axes.invert_yaxis()
+    axes.set_xlabel("median time, forward and backward or one step; fastdit = 1, shorter is faster")
+    axes.set_title(record["device"])
+    if names:
+        axes.legend()
+    figure.savefig(path, format="png", dpi=110)
