@@ -104,19 +104,19 @@ class Launched:
             assert time.monotonic() < end, f"waited in vain for {what}:\n{self.text}"
             time.sleep(0.01)
 
-    def wait(self) -> Outcome:
+    def wait(self, patience: float = PATIENCE) -> Outcome:
         """The command's end, and that of every process it started."""
-        end = time.monotonic() + PATIENCE
-        code = self.process.wait(PATIENCE)
+        end = time.monotonic() + patience
+        code = self.process.wait(patience)
         while (left := self.processes()) and time.monotonic() < end:
             time.sleep(0.1)
         assert not left, f"processes are left: {left}\n{self.text}"
         return Outcome(code, self.text)
 
 
-def run(command: list[str], log: Path) -> Outcome:
+def run(command: list[str], log: Path, patience: float = PATIENCE) -> Outcome:
     with Launched(command, log) as launched:
-        return launched.wait()
+        return launched.wait(patience)
 
 
 def python(*args) -> list[str]:

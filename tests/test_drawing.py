@@ -12,10 +12,13 @@ from sklearn.neighbors import KNeighborsClassifier
 from fastdit.config import SampleConfig
 from fastdit.data import open_source
 from fastdit.engine.build import Shape
-from fastdit.engine.drawing import BATCH, balanced_labels, draw, grid, to_uint8
+from fastdit.engine.drawing import BATCH as BATCHES
+from fastdit.engine.drawing import balanced_labels, draw, grid, to_uint8
 from fastdit.metrics.class_agreement import class_agreement, knn_labels
 from fastdit.models import DiT
 from fastdit.noise import DDPM, EDM, Flow
+
+BATCH = BATCHES["cpu"]
 
 SHAPE = Shape(channels=1, height=12, width=8, classes=5)
 PROCESSES = {"heun": EDM(), "ddpm": DDPM(), "euler": Flow()}
