@@ -1,5 +1,7 @@
 """What a run shows: sample grids on the way, and at the end pictures, class agreement, report and where they are."""
 
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -109,12 +111,21 @@ def _facts(session: Session) -> dict[str, str]:
 
 
 def _farewell(session: Session, report: Path, figures: dict[str, str]) -> str:
-    folder = session.run.folder
+    folder, home = session.run.folder, _commands_home()
     shown = {**figures, **({"pictures": folder / GRID} if (folder / GRID).exists() else {}), "report": report}
     following = {
-        f"python fastdit/sample.py --run {folder} --n 64 --guidance 2 --out grid.png": "more pictures",
-        f"deepspeed fastdit/train.py --resume --out {folder} --steps {2 * session.config.steps}": "train on",
-        f"tensorboard --logdir {folder}": "curves",
+        f"{home}python fastdit/sample.py --run {folder} --n 64 --out grid.png": "more pictures",
+        f"{home}deepspeed fastdit/train.py --resume --out {folder} --steps {2 * session.config.steps}": "train on",
+        f"{home}tensorboard --logdir {folder}": "curves",
     }
     lines = [f"{key}: {value}" for key, value in shown.items()]
     return "\n".join(["", *lines, "what to run next:", *(f"  {run}   # {why}" for run, why in following.items())])
+
+
+def _commands_home() -> str:
+    """What to write before a command of this environment: nothing where it is active, as `.venv/bin/` else."""
+    own = Path(sys.executable).parent
+    found = shutil.which("python")
+    if found and Path(found).parent == own:
+        return ""
+    return f"{own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own}/"
