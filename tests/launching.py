@@ -24,6 +24,8 @@ PATIENCE = 300.0  # seconds; a run here takes a few, on a busy machine half a mi
 MARK = "FASTDIT_TEST_RUN"
 TIMES = {"seconds", "seconds_per_step", "images_per_sec", "mfu"}  # what may differ between equal runs
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
+# Of a launcher, or a `make`, that the tests themselves run under.
+NOT_OURS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL"}
 TINY = shlex.split(
     "--device cpu --threads 1 --data.source fashion_mnist --data.size 28 --data.channels 1 --data.threads 1 "
     "--model.depth 2 --model.width 32 --model.heads 2 --model.patch 7 --batch 8 --lr 2e-3 "
@@ -57,7 +59,7 @@ class Launched:
     def __init__(self, command: list[str], log: Path):
         self.log, self.mark = log, uuid.uuid4().hex
         own = {MARK: self.mark, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
-        kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+        kept = {key: value for key, value in os.environ.items() if key not in NOT_OURS}
         with log.open("w") as out:
             self.process = subprocess.Popen(
                 command,
