@@ -40,13 +40,13 @@ class DenoiseCoefficients(NamedTuple):
 def affine_denoise_loss(
     out: Tensor, x0: Tensor, eps: Tensor, coefficients: DenoiseCoefficients, *, implementation: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(loss (B,), x0_hat of out's shape), both fp32 (fp64 if any of the three is), with a gradient for `out` only.
+    """(loss (B,), x0_hat of out's shape), with a gradient for `out` only. Both fp32, or fp64 if a coefficient is.
 
     out, x0, eps (B, ...) of one shape, any floating dtypes and strides; coefficients floating (B,).
     Raises ValueError for other shapes, and where x0, eps or a coefficient asks for a gradient.
     """
     _check(out, x0, eps, coefficients)
-    work = torch.promote_types(torch.promote_types(out.dtype, torch.promote_types(x0.dtype, eps.dtype)), torch.float32)
+    work = torch.float64 if any(x.dtype == torch.float64 for x in coefficients) else torch.float32
     table = torch.stack([x.to(work) for x in coefficients])
     if choose(out.device, implementation=implementation, triton=work == torch.float32) == "reference":
         return affine_denoise_loss_reference(out, x0, eps, table)

@@ -11,6 +11,7 @@ training method never asks which one it holds. With x0 and eps (B, C, H, W) and 
     loss(out, x0, eps, level)            weighted loss per sample (B,), and the clean estimate x0_hat
     clean(out, x_t, level)               the same x0_hat from x_t, where x0 and eps are not known
     noise_to_signal(level)               (B,) noise / signal: EDM's sigma, comparable between processes
+    level_at(noise_to_signal, n, device) (n,) float32, the level of that ratio; ValueError unless it is positive
 
 All of it is computed in `level`'s dtype (float32 in training, float64 in the samplers) whatever the dtype of
 `out`, the network's raw output, and nothing waits for the device. `sampling.py` holds the samplers and
@@ -40,5 +41,5 @@ def make_noise(name: str, **settings) -> EDM | DDPM | Flow:
     known = [field.name for field in fields(PROCESSES[name])]
     for setting in settings:
         if setting not in known:
-            raise UserError(f"noise.{setting}: {name} has no such field; it has {', '.join(known)}")
+            raise UserError(f"noise.{name}.{setting}: no such field; {name} has {', '.join(known)}")
     return PROCESSES[name](**settings)

@@ -42,10 +42,11 @@ class DDPM:
 
     def __post_init__(self):
         if self.steps < 2:
-            raise UserError(f"noise.steps: {self.steps}; a chain needs at least 2")
+            raise UserError(f"noise.ddpm.steps: {self.steps}; a chain needs at least 2")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise UserError(
-                f"noise.beta_start, noise.beta_end: {self.beta_start} and {self.beta_end}; need 0 < start <= end < 1"
+                f"noise.ddpm.beta_start, noise.ddpm.beta_end: {self.beta_start} and {self.beta_end}; "
+                "need 0 < start <= end < 1"
             )
 
     def out_channels(self, channels: int) -> int:
@@ -95,6 +96,13 @@ class DDPM:
     def noise_to_signal(self, level: Tensor) -> Tensor:
         return self._at(level)[2].flatten()
 
+    def level_at(self, noise_to_signal: float, n: int, device: torch.device | str) -> Tensor:
+        """(n,) float32, the timestep of the nearest ratio on a log scale; 0 for all that are lower."""
+        if not 0 < noise_to_signal < math.inf:
+            raise ValueError(f"noise_to_signal={noise_to_signal}; must be positive and finite")
+        timestep = np.abs(_log_ratio(self) - math.log(noise_to_signal)).argmin()
+        return torch.full((n,), int(timestep), dtype=torch.float32, device=device)
+
     def chain(self, steps: int | None = None) -> Chain:
         """The whole chain, or `steps` of its timesteps, evenly spaced from first to last (Nichol, section 4).
 
@@ -132,6 +140,13 @@ def _decoder_nll(x0: Tensor, error: Tensor, log_var: Tensor) -> Tensor:
     below = torch.special.ndtr((error - 1 / 255) * inv_std)
     mass = torch.where(x0 > 0.999, 1.0, above) - torch.where(x0 < -0.999, 0.0, below)
     return -mass.clamp(min=1e-12).log()
+
+
+@lru_cache
+def _log_ratio(process: DDPM) -> np.ndarray:
+    """(steps,) float64: log of noise / signal at each timestep."""
+    alpha_bar = process.chain().alpha_bar
+    return np.log((1 - alpha_bar) / alpha_bar) / 2
 
 
 @lru_cache

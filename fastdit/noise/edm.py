@@ -4,6 +4,7 @@ Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based G
 The level is sigma itself. `fastdit.noise` says what each member is; its samplers are in `sampling.py`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdit.errors import UserError
+from fastdit.kernels import DenoiseCoefficients, affine_denoise_loss
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,11 @@ class EDM:
     def __post_init__(self):
         if not 0 < self.sigma_min < self.sigma_max:
             raise UserError(
-                f"noise.sigma_min, noise.sigma_max: {self.sigma_min} and {self.sigma_max}; need 0 < min < max"
+                f"noise.edm.sigma_min, noise.edm.sigma_max: {self.sigma_min} and {self.sigma_max}; need 0 < min < max"
             )
         for field in ("p_std", "sigma_data", "rho"):
             if not getattr(self, field) > 0:
-                raise UserError(f"noise.{field}: {getattr(self, field)}; must be positive")
+                raise UserError(f"noise.edm.{field}: {getattr(self, field)}; must be positive")
 
     def out_channels(self, channels: int) -> int:
         return channels
@@ -61,10 +63,17 @@ class EDM:
         Taken at the network's own output (Eq. 8), where it is 1. Its target, (x0 - c_skip x_t) / c_out,
         is written out in x0 and eps, because as it stands it subtracts close numbers at small sigma.
         """
-        sigma, sd = level[:, None, None, None], self.sigma_data
-        target = (sigma / sd * x0 - sd * eps) * (sigma.square() + sd**2).rsqrt()
-        per_sample = (out.to(level.dtype) - target).square().mean(dim=(1, 2, 3))
-        return per_sample, self.clean(out, self.add_noise(x0, eps, level), level)
+        sd, inv_total = self.sigma_data, (level.square() + self.sigma_data**2).rsqrt()
+        c_skip, c_out = (sd * inv_total).square(), level * sd * inv_total
+        coefficients = DenoiseCoefficients(
+            target_x0=level / sd * inv_total,
+            target_eps=-sd * inv_total,
+            clean_x0=c_skip,
+            clean_eps=c_skip * level,
+            clean_out=c_out,
+            weight=torch.ones_like(level),
+        )
+        return affine_denoise_loss(out, x0, eps, coefficients)
 
     def clean(self, out: Tensor, x_t: Tensor, level: Tensor) -> Tensor:
         """The denoiser D = c_skip x_t + c_out out (Eq. 7, Table 1)."""
@@ -74,6 +83,12 @@ class EDM:
 
     def noise_to_signal(self, level: Tensor) -> Tensor:
         return level
+
+    def level_at(self, noise_to_signal: float, n: int, device: torch.device | str) -> Tensor:
+        """(n,) float32, that sigma."""
+        if not 0 < noise_to_signal < math.inf:
+            raise ValueError(f"noise_to_signal={noise_to_signal}; must be positive and finite")
+        return torch.full((n,), noise_to_signal, dtype=torch.float32, device=device)
 
     def ode_levels(self, steps: int) -> np.ndarray:
         """(steps + 1,) float64 sigmas from sigma_max to sigma_min, then 0 (Eq. 5)."""

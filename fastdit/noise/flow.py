@@ -5,6 +5,7 @@ in SiT (Ma et al. 2024, its linear path) and SD3 (Esser et al. 2024). The level 
 `fastdit.noise` says what each member is; the samplers are in `sampling.py`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdit.errors import UserError
+from fastdit.kernels import DenoiseCoefficients, affine_denoise_loss
 
 LAWS = ("logit_normal", "uniform")
 
@@ -30,9 +32,9 @@ class Flow:
 
     def __post_init__(self):
         if self.law not in LAWS:
-            raise UserError(f"noise.law: unknown law {self.law!r}; choose one of {', '.join(LAWS)}")
+            raise UserError(f"noise.flow.law: unknown law {self.law!r}; choose one of {', '.join(LAWS)}")
         if not self.std > 0:
-            raise UserError(f"noise.std: {self.std}; must be positive")
+            raise UserError(f"noise.flow.std: {self.std}; must be positive")
 
     def out_channels(self, channels: int) -> int:
         return channels
@@ -55,9 +57,11 @@ class Flow:
 
     def loss(self, out: Tensor, x0: Tensor, eps: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
         """Mean over the dimensions of (out - (eps - x0))^2 (Lipman Eq. 23 with sigma_min = 0)."""
-        velocity = (eps - x0).to(level.dtype)
-        per_sample = (out.to(level.dtype) - velocity).square().mean(dim=(1, 2, 3))
-        return per_sample, self.clean(out, self.add_noise(x0, eps, level), level)
+        one = torch.ones_like(level)
+        coefficients = DenoiseCoefficients(
+            target_x0=-one, target_eps=one, clean_x0=1 - level, clean_eps=level, clean_out=-level, weight=one
+        )
+        return affine_denoise_loss(out, x0, eps, coefficients)
 
     def clean(self, out: Tensor, x_t: Tensor, level: Tensor) -> Tensor:
         """x_t - t out, since x_t - t (eps - x0) = x0."""
@@ -65,6 +69,13 @@ class Flow:
 
     def noise_to_signal(self, level: Tensor) -> Tensor:
         return level / (1 - level)
+
+    def level_at(self, noise_to_signal: float, n: int, device: torch.device | str) -> Tensor:
+        """(n,) float32 times s / (1 + s)."""
+        if not 0 < noise_to_signal < math.inf:
+            raise ValueError(f"noise_to_signal={noise_to_signal}; must be positive and finite")
+        time = noise_to_signal / (1 + noise_to_signal)
+        return torch.full((n,), time, dtype=torch.float32, device=device)
 
     def ode_levels(self, steps: int) -> np.ndarray:
         """(steps + 1,) float64 times, evenly from 1 to 0."""
