@@ -81,7 +81,7 @@ class Steps(NamedTuple):
 
 def adaln(s: Setting) -> list[Case]:
     """The residual stream between two GEMMs. Each site is one call."""
-    shape, ran = _shape(s.batch, s.tokens, s.width, dtype=s.dtype), _served(s, cpp=True)
+    shape = _shape(s.batch, s.tokens, s.width, dtype=s.dtype)
 
     def make(streams, vectors, randn):
         return (
@@ -98,7 +98,7 @@ def adaln(s: Setting) -> list[Case]:
             streams + vectors,
             function,
             slow,
-            ran,
+            _served(s, cpp=True, auto_cpp=function is not kernels.gate_residual),
             **counted,
         )
 
@@ -326,8 +326,8 @@ def _heads(s: Setting) -> tuple[Callable, str, Tensor]:
     return make, _shape(s.batch, s.tokens, s.heads, dim, dtype=s.dtype), rope
 
 
-def _served(s: Setting, cpp: bool = False) -> str:
-    return choose(s.device, cpp=cpp)
+def _served(s: Setting, cpp: bool = False, auto_cpp: bool = True) -> str:
+    return choose(s.device, cpp=cpp, auto_cpp=auto_cpp)
 
 
 def _shape(*sizes: int, dtype: torch.dtype) -> str:

@@ -16,9 +16,17 @@ CHOICES = ("auto", "triton", "cpp", "reference")
 
 # Decided once, while torch.compile traces: the choice depends on constants only.
 @torch.compiler.assume_constant_result
-def choose(device: torch.device, *, implementation: str | None = None, triton: bool = True, cpp: bool = False) -> str:
+def choose(
+    device: torch.device,
+    *,
+    implementation: str | None = None,
+    triton: bool = True,
+    cpp: bool = False,
+    auto_cpp: bool = True,
+) -> str:
     """What takes this call on `device`: "triton", "cpp" or "reference". `triton`, `cpp`: whether those could.
 
+    auto_cpp: whether C++ is taken without being asked for.
     Triton runs on CPU tensors only under TRITON_INTERPRET=1, and C++ where it was built.
     Raises ValueError for an unknown choice, and for an `implementation` that cannot run here.
     """
@@ -33,7 +41,8 @@ def choose(device: torch.device, *, implementation: str | None = None, triton: b
         "reference": True,
     }
     if wish == "auto":
-        return next(name for name in (("triton",) if on_gpu else ("cpp",)) + ("reference",) if usable[name])
+        wish = "triton" if on_gpu else "cpp" if auto_cpp else "reference"
+        return wish if usable[wish] else "reference"
     if usable[wish]:
         return wish
     if implementation:

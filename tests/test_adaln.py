@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 from fastdit.kernels import gate_residual, gate_residual_modulate, modulate
 from fastdit.kernels._native import load_native
-from fastdit.kernels.adaln import adaln, adaln_backward, gate_residual_modulate_reference
+from fastdit.kernels.adaln import adaln, adaln_backward, choose_adaln, gate_residual_modulate_reference
 
 CPP = DEVICE == "cpu" and load_native("cpu")[0] is not None
 IMPLEMENTATIONS = [
@@ -380,6 +380,20 @@ def test_an_order_that_cannot_be_followed_is_refused_and_a_wish_is_not(monkeypat
     monkeypatch.setenv("FASTDIT_KERNELS", "fast")
     with pytest.raises(ValueError, match="FASTDIT_KERNELS='fast' is unknown"):
         modulate(x, scale, shift)
+
+
+@pytest.mark.skipif(not CPP, reason="C++ for CPU tensors, where it was built")
+def test_a_residual_alone_takes_cpp_only_when_asked(monkeypatch):
+    x, y, gate, scale, shift = inputs(2, 3, 72)
+    alone = (x, y, gate, None, None, None)
+    monkeypatch.delenv("FASTDIT_KERNELS", raising=False)
+    assert choose_adaln(*alone, None) == "reference"
+    assert choose_adaln(*alone, "cpp") == "cpp"
+    assert choose_adaln(x, y, gate, scale, shift, None, None) == "cpp"
+    assert torch.equal(gate_residual(x, y, gate), gate_residual(x, y, gate, implementation="reference"))
+    monkeypatch.setenv("FASTDIT_KERNELS", "cpp")
+    assert choose_adaln(*alone, None) == "cpp"
+    assert torch.equal(gate_residual(x, y, gate), gate_residual(x, y, gate, implementation="cpp"))
 
 
 @pytest.mark.parametrize("kernels", ["auto", "triton"])
