@@ -203,7 +203,7 @@ def adamw_ema_(
             copy.copy_(torch.where(skip.bool(), copy, param.to(copy.dtype)))
         rest = averages
     for decay, tensors in rest:
-        _average_reference(tensors, params, decay, skip)
+        average_reference(tensors, params, decay, skip)
 
 
 def squared_norm(tensors: Sequence[Tensor], *, implementation: str | None = None) -> Tensor:
@@ -267,7 +267,7 @@ def _adamw_reference(params, grads, exp_avgs, exp_avg_sqs, steps, lr, betas, eps
     )
 
 
-def _average_reference(averages, params, decay: float, skip: Tensor) -> None:
+def average_reference(averages, params, decay: float, skip: Tensor) -> None:
     skip = skip.to(torch.promote_types(averages[0].dtype, torch.float32))
     weight = (1.0 - decay) * (1.0 - skip)
     torch._foreach_lerp_(averages, params, [weight] * len(averages))
