@@ -3,16 +3,18 @@
 from ._native import describe_native
 from .adaln import gate_residual, gate_residual_modulate, modulate
 from .adamw_ema import AdamWEMA, describe_optimizer
+from .apex_adam import ApexAdamEMA
 from .attention import attention, attention_backends, describe_attention
 from .denoise import DenoiseCoefficients, affine_denoise_loss
 from .linear import gelu_linear, modulated_linear
 from .prototypes import PrototypeLoss, prototype_loss
 from .rotary import norm_rotate, rope_table
 from .structure import StructureLoss, structure_loss
-from .tokens import embed_tokens, scatter_tokens, visible_tokens
+from .tokens import embed_tokens, scatter_tokens, split_tokens, visible_tokens
 
 __all__ = [
     "AdamWEMA",
+    "ApexAdamEMA",
     "DenoiseCoefficients",
     "PrototypeLoss",
     "StructureLoss",
@@ -32,6 +34,7 @@ __all__ = [
     "prototype_loss",
     "rope_table",
     "scatter_tokens",
+    "split_tokens",
     "structure_loss",
     "visible_tokens",
 ]

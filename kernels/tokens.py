@@ -22,10 +22,17 @@ def visible_tokens(
     With keep == tokens they are 0..tokens-1. `generator` lives on `device` (None: torch's global one).
     Raises ValueError unless 1 <= keep <= tokens.
     """
+    return split_tokens(batch, tokens, keep, generator=generator, device=device)[0]
+
+
+def split_tokens(
+    batch: int, tokens: int, keep: int, *, generator: torch.Generator | None, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """As `visible_tokens`, and the hidden ones, (batch, tokens - keep) int64, in rising order too."""
     if not 1 <= keep <= tokens:
         raise ValueError(f"keep must be in 1..{tokens}, got {keep}")
-    keys = torch.rand(batch, tokens, generator=generator, device=device)
-    return keys.argsort(dim=1, stable=True)[:, :keep].sort(dim=1).values
+    order = torch.rand(batch, tokens, generator=generator, device=device).argsort(dim=1, stable=True)
+    return order[:, :keep].sort(dim=1).values, order[:, keep:].sort(dim=1).values
 
 
 def embed_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, ids: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def test_embedding_is_the_models():
     """With nothing masked, what DiT itself makes of its patches."""
     model = DiT(input_size=(6, 10), patch=2, channels=3, width=16, depth=1, heads=2, classes=3).to(DEVICE)
     x = normal(4, 3, 6, 10, seed=0)
-    whole = model.patch_embed(x) + model.pos_embed
+    whole = model.patch_embed(x, model.pos_embed)
     part = model.patch_embed
     arguments = (x, part.weight, part.bias, model.pos_embed)
     assert torch.equal(embed_tokens(*arguments, draw(4, 15, 15)), whole)

@@ -1,6 +1,32 @@
 """Networks and the checkpoints they read and write. Knows nothing of noise, data or training."""
 
-from .dit import SIZES, DiT, flops_per_image
+from .dit import SIZES, DiT, Encoder, encoder_products, flops_per_image
+from .encoder_decoder import EncoderDecoder, HiddenTokens, decoder_products
+from .finetune import add_gains, fold_gains, freeze_for_diffit
+from .image_resnet import ImageResNet
 from .pretrained import load_checkpoint, save_official
+from .sd_dit import Student, Target, Teacher, head_products
+from .structure_encoders import LatentResNet, load_structure_encoder
 
-__all__ = ["SIZES", "DiT", "flops_per_image", "load_checkpoint", "save_official"]
+__all__ = [
+    "SIZES",
+    "DiT",
+    "Encoder",
+    "EncoderDecoder",
+    "HiddenTokens",
+    "ImageResNet",
+    "LatentResNet",
+    "Student",
+    "Target",
+    "Teacher",
+    "add_gains",
+    "decoder_products",
+    "encoder_products",
+    "flops_per_image",
+    "fold_gains",
+    "freeze_for_diffit",
+    "head_products",
+    "load_checkpoint",
+    "load_structure_encoder",
+    "save_official",
+]

@@ -1,5 +1,7 @@
 """The diffusion transformer (DiT, Peebles and Xie, arXiv 2212.09748): adaLN-Zero blocks over image patches.
 
+`Encoder` is everything up to the last block, `DiT` adds the layer that makes an image of it.
+
 The step's shape, as few passes over memory as the mathematics needs:
 
     [modulated qkv -> attention -> projection -> modulated fc1 -> GELU fc2] x depth -> modulated head
@@ -11,6 +13,7 @@ its six in place.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdit.errors import UserError
-from fastdit.kernels import attention, gelu_linear, modulated_linear
+from fastdit.kernels import attention, embed_tokens, gelu_linear, modulated_linear
 
 # Table 1 of the paper; the model's name adds the patch: "S/2".
 SIZES: dict[str, dict[str, int]] = {
@@ -31,18 +34,28 @@ SIZES: dict[str, dict[str, int]] = {
 TIME_FEATURES = 256
 
 
-class DiT(nn.Module):
-    """Class-conditional diffusion transformer.
+class Encoded(NamedTuple):
+    """What leaves the blocks: the residual stream without gate * branch, and the vectors of the layer that follows."""
+
+    x: Tensor  # (B, tokens, width)
+    branch: Tensor  # (B, tokens, width)
+    gate: Tensor  # (B, width), as the rest
+    scale: Tensor
+    shift: Tensor
+    condition: Tensor  # silu(time + label)
+
+
+class Encoder(nn.Module):
+    """Patches and condition through all blocks. Its owner fills the weights: see `init_weights`.
 
     Args:
         input_size: side, or (height, width), of the image or latent; multiples of `patch`.
         patch, channels, width, depth, heads, mlp_ratio: the architecture; see `SIZES`.
         classes: number of classes; labels are 0..classes-1.
         null_class: one more label, `classes`, meaning "no class" (for guidance). The caller drops labels.
-        out_channels: channels of the output, `channels` when None (DDPM with learned variance: twice that).
+        class_token: a learned token, without a position, in front of the patches.
         attention_backend: see `fastdit.kernels.attention`.
         grad_checkpoint: keep only the blocks' inputs for the backward pass and recompute the rest.
-        seed: of the initial weights; the global random state is neither read nor advanced.
 
     Raises UserError when sizes do not fit together.
     """
@@ -59,10 +72,9 @@ class DiT(nn.Module):
         mlp_ratio: float = 4.0,
         classes: int,
         null_class: bool = True,
-        out_channels: int | None = None,
+        class_token: bool = False,
         attention_backend: str = "auto",
         grad_checkpoint: bool = False,
-        seed: int = 0,
     ) -> None:
         super().__init__()
         rows, cols = (input_size, input_size) if isinstance(input_size, int) else input_size
@@ -75,45 +87,39 @@ class DiT(nn.Module):
         if width % heads or width % 4:
             raise UserError(f"width: {width} must be a multiple of heads ({heads}) and of 4; change one of them")
         self.input_size, self.grid = (rows, cols), (rows // patch, cols // patch)
-        self.patch, self.channels, self.out_channels = patch, channels, out_channels or channels
+        self.patch, self.channels = patch, channels
         self.width, self.depth, self.heads, self.mlp_width = width, depth, heads, int(width * mlp_ratio)
         self.classes, self.null_class = classes, null_class
         self.grad_checkpoint = grad_checkpoint
 
         self.patch_embed = PatchEmbed(patch, channels, width)
         self.register_buffer("pos_embed", sincos_positions(self.grid, width), persistent=False)
+        self.class_token = Token(width) if class_token else None
         self.time_embed = TimeEmbed(width)
-        self.label_embed = _bare(nn.Embedding, classes + null_class, width)
-        self.adaln = _bare(nn.Linear, width, (6 * depth + 2) * width)
+        self.label_embed = bare(nn.Embedding, classes + null_class, width)
+        self.adaln = bare(nn.Linear, width, (6 * depth + 2) * width)
         self.blocks = nn.ModuleList(Block(width, heads, self.mlp_width, attention_backend) for _ in range(depth))
-        self.head = _bare(ModulatedLinear, width, patch * patch * self.out_channels)
-        self.init_weights(seed)
+        self.gains: Gains | None = None  # see fastdit.models.finetune
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, visible: Tensor | None = None) -> Encoded:
         """x (B, channels, H, W); t (B,) noise level as the noise process gives it; y (B,) int labels.
 
-        Returns (B, out_channels, H, W) in the weights' dtype (under autocast: in its dtype).
-        Raises ValueError for other shapes. Labels out of range are the caller's to exclude.
+        visible (B, keep) int64: only these patches enter, row by row counted; None: all. The class token comes first.
+        Raises ValueError for other shapes. Labels and patches out of range are the caller's to exclude.
         """
         self._check(x, t, y)
         c = F.silu(self.time_embed(t) + self.label_embed(y))
-        vectors = self.adaln(c).unflatten(1, (-1, self.width)).unbind(1)  # views, each (B, width)
+        vectors = self.adaln(c).unflatten(1, (-1, self.width))
+        if self.gains is not None:
+            vectors = self.gains(vectors)
+        vectors = vectors.unbind(1)  # views, each (B, width)
 
-        x = self.patch_embed(x)
-        x = x + self.pos_embed.to(x.dtype)
-        branch = gate = None  # x still lacks gate * branch
-        for i, block in enumerate(self.blocks):
-            own = vectors[6 * i : 6 * i + 6]
-            x, branch = self._run(block, x, branch, gate, *own)
-            gate = own[-1]
+        x = self.patch_embed(x, self.pos_embed, visible)
+        if self.class_token is not None:
+            x = torch.cat([self.class_token(x.shape[0], 1), x], dim=1)
+        x, branch, gate = run_blocks(self.blocks, x, vectors, self.grad_checkpoint)
         shift, scale = vectors[-2:]
-        _, out = self.head(x, branch, gate, scale, shift)
-        return unpatchify(out, self.grid, self.patch)
-
-    def _run(self, block: nn.Module, *args: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self.grad_checkpoint and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
-        return block(*args)
+        return Encoded(x, branch, gate, scale, shift, c)
 
     def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:
         expected = (self.channels, *self.input_size)
@@ -125,21 +131,64 @@ class DiT(nn.Module):
         if y.is_floating_point():
             raise ValueError(f"y must hold integer labels, got {y.dtype}")
 
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """DiT's initialisation: Xavier linears, zero biases, N(0, 0.02) for the time MLP and the label table;
-        zero modulation and head, so that every block starts as the identity and the output as zero."""
-        device = self.adaln.weight.device
-        if device.type == "meta":
-            return
-        generator = torch.Generator(device).manual_seed(seed)
-        for name, weight in self.named_parameters():
-            if name.endswith("bias") or name.startswith(("adaln", "head")):
-                weight.zero_()
-            elif name.startswith(("time_embed", "label_embed")):
-                weight.normal_(std=0.02, generator=generator)
-            else:
-                nn.init.xavier_uniform_(weight.flatten(1), generator=generator)
+
+class DiT(Encoder):
+    """Class-conditional diffusion transformer.
+
+    Args:
+        out_channels: channels of the output, `channels` when None (DDPM with learned variance: twice that).
+        seed: of the initial weights; the global random state is neither read nor advanced.
+        sizes: `Encoder`'s arguments.
+    """
+
+    def __init__(self, *, out_channels: int | None = None, seed: int = 0, **sizes) -> None:
+        super().__init__(**sizes)
+        self.out_channels = out_channels or self.channels
+        self.head = bare(ModulatedLinear, self.width, self.patch * self.patch * self.out_channels)
+        init_weights(self, seed)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """x (B, channels, H, W); t (B,) noise level as the noise process gives it; y (B,) int labels.
+
+        Returns (B, out_channels, H, W) in the weights' dtype (under autocast: in its dtype).
+        Raises ValueError for other shapes. Labels out of range are the caller's to exclude.
+        """
+        x, branch, gate, scale, shift, _ = super().forward(x, t, y)
+        _, out = self.head(x, branch, gate, scale, shift)
+        return unpatchify(out, self.grid, self.patch)
+
+
+def run_blocks(
+    blocks: nn.ModuleList, x: Tensor, vectors: tuple[Tensor, ...], grad_checkpoint: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (B, N, width) through all blocks, each with its six of `vectors`: the stream, still without gate * branch."""
+    branch = gate = None
+    for i, block in enumerate(blocks):
+        own = vectors[6 * i : 6 * i + 6]
+        if grad_checkpoint and torch.is_grad_enabled():
+            x, branch = checkpoint(block, x, branch, gate, *own, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x, branch = block(x, branch, gate, *own)
+        gate = own[-1]
+    return x, branch, gate
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module, seed: int) -> None:
+    """DiT's initialisation: Xavier linears, zero biases, N(0, 0.02) for the time MLP, the label table and learned
+    tokens; zero modulation and output layers, so that every block starts as the identity and the output as zero."""
+    parameters = list(module.named_parameters())
+    if parameters[0][1].is_meta:
+        return
+    generator = torch.Generator(parameters[0][1].device).manual_seed(seed)
+    for name, weight in parameters:
+        parts = set(name.split("."))
+        if "bias" in parts or parts & {"adaln", "head", "bridge"}:
+            weight.zero_()
+        elif parts & {"time_embed", "label_embed", "class_token", "mask_token"}:
+            weight.normal_(std=0.02, generator=generator)
+        else:
+            nn.init.xavier_uniform_(weight.flatten(1), generator=generator)
 
 
 class Block(nn.Module):
@@ -148,10 +197,10 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, mlp_width: int, attention_backend: str) -> None:
         super().__init__()
         self.heads, self.attention_backend = heads, attention_backend
-        self.qkv = _bare(ModulatedLinear, width, 3 * width)
-        self.proj = _bare(nn.Linear, width, width)
-        self.fc1 = _bare(ModulatedLinear, width, mlp_width, keep_x=True)  # qkv keeps that tensor already
-        self.fc2 = _bare(GeluLinear, mlp_width, width)
+        self.qkv = bare(ModulatedLinear, width, 3 * width)
+        self.proj = bare(nn.Linear, width, width)
+        self.fc1 = bare(ModulatedLinear, width, mlp_width, keep_x=True)  # qkv keeps that tensor already
+        self.fc2 = bare(GeluLinear, mlp_width, width)
 
     def forward(
         self,
@@ -210,12 +259,45 @@ class PatchEmbed(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, channels, patch, patch))
         self.bias = nn.Parameter(torch.empty(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, H/p * W/p, width), row by row."""
+    def forward(self, x: Tensor, positions: Tensor, ids: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, N, width) with N = H/p * W/p, row by row, plus positions (N, width).
+
+        ids (B, keep): these only, in this order.
+        """
+        if ids is not None:
+            return embed_tokens(x, self.weight, self.bias, positions, ids)
         p = self.weight.shape[-1]
         x = x.to(self.weight.dtype).unflatten(3, (-1, p)).unflatten(2, (-1, p))  # B C h p w p
         patches = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        return F.linear(patches, self.weight.flatten(1), self.bias)
+        embedded = F.linear(patches, self.weight.flatten(1), self.bias)
+        return embedded + positions.to(embedded.dtype)
+
+
+class Token(nn.Module):
+    """One learned token."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, batch: int, tokens: int) -> Tensor:
+        """(batch, tokens, width), a view."""
+        return self.weight.expand(batch, tokens, -1)
+
+
+class Gains(nn.Module):
+    """A factor on what each block's attention and MLP add to the residual stream: on their gates. Ones at first."""
+
+    def __init__(self, depth: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(depth, 2, width))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """(B, 6 * depth + 2, width), its gates scaled."""
+        one = torch.ones_like(self.weight[:, 0])
+        attention, mlp = self.weight.unbind(1)
+        factors = torch.stack([one, one, attention, one, one, mlp], dim=1).flatten(0, 1)
+        return torch.cat([vectors[:, :-2] * factors, vectors[:, -2:]], dim=1)
 
 
 class TimeEmbed(nn.Module):
@@ -228,8 +310,8 @@ class TimeEmbed(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.fc1 = _bare(nn.Linear, TIME_FEATURES, width)
-        self.fc2 = _bare(nn.Linear, width, width)
+        self.fc1 = bare(nn.Linear, TIME_FEATURES, width)
+        self.fc2 = bare(nn.Linear, width, width)
         self.register_buffer("freq_shift", torch.zeros((), dtype=torch.int64))
 
     def forward(self, t: Tensor) -> Tensor:
@@ -262,14 +344,23 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
 
 def flops_per_image(model: DiT) -> int:
     """FLOPs of all matrix products for one image, forward and backward: 3 x 2 x multiply-adds."""
-    tokens, width = math.prod(model.grid), model.width
-    linear = 4 * width * width + 2 * width * model.mlp_width  # a block's GEMMs, per token
-    products = 2 * tokens * width  # q k^T and its product with v, per token
-    patches = model.patch**2 * (model.channels + model.out_channels) * width
-    conditioning = TIME_FEATURES * width + width * width + (6 * model.depth + 2) * width * width
-    return 6 * (tokens * (model.depth * (linear + products) + patches) + conditioning)
+    tokens = math.prod(model.grid)
+    return 6 * (encoder_products(model, tokens) + tokens * model.patch**2 * model.out_channels * model.width)
 
 
-def _bare(kind: type[nn.Module], *sizes: int, **options: bool) -> nn.Module:
+def encoder_products(encoder: Encoder, tokens: int) -> int:
+    """Multiply-adds of an encoder's forward pass over `tokens` tokens of one image."""
+    width, depth = encoder.width, encoder.depth
+    conditioning = TIME_FEATURES * width + width * width + (6 * depth + 2) * width * width
+    patches = tokens * encoder.patch**2 * encoder.channels * width
+    return depth * block_products(tokens, width, encoder.mlp_width) + patches + conditioning
+
+
+def block_products(tokens: int, width: int, mlp_width: int) -> int:
+    """Multiply-adds of a block's forward pass: its linear layers, q k^T and the product with v."""
+    return tokens * (4 * width * width + 2 * width * mlp_width + 2 * tokens * width)
+
+
+def bare(kind: type[nn.Module], *sizes: int, **options: bool) -> nn.Module:
     """A module whose weights `init_weights` fills; torch's filling takes time and global random numbers."""
     return nn.utils.skip_init(kind, *sizes, device=torch.get_default_device(), **options)

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from fastdit.errors import UserError
 
-from .dit import DiT, sincos_positions
+from .dit import DiT, Encoder, sincos_positions
+from .encoder_decoder import EncoderDecoder
 
 State = dict[str, Tensor]
 
@@ -61,18 +62,33 @@ _DIFFUSERS_CONFIG = {
 }
 
 
-def load_checkpoint(model: DiT, path: str | Path, which: str = "ema") -> None:
+def load_checkpoint(
+    model: DiT | EncoderDecoder, path: str | Path, which: str = "ema", *, new_labels: bool = False
+) -> None:
     """Fill `model` from a checkpoint in any of the three layouts, recognised by its content.
+
+    A DiT's checkpoint fills the encoder of an `EncoderDecoder`, whose decoder stays as it is; the modulation of the
+    DiT's last layer becomes the bridge's.
 
     path: a .pt or .safetensors file, or the folder that diffusers' `save_pretrained` wrote.
     which: "ema" or "model", for files that hold both.
+    new_labels: the model's label table stays as it is, for other classes than the file's, except the row of the null
+    label, the last of both.
     Raises UserError, naming the file and the field, if it cannot be read or is not exactly this model.
     Call it before the engine shards the weights.
     """
     path = Path(path)
     try:
-        state = _read_folder(model, path) if path.is_dir() else _read_file(model, path, which)
+        encoder = model if isinstance(model, DiT) else model.encoder
+        state, positions = (_read_folder(encoder, path), None) if path.is_dir() else _read_file(path, which)
+        prefix = "" if "patch_embed.weight" in state or encoder is model else "encoder."
+        if not prefix:
+            model, state = encoder, _for_encoder(encoder, state)
+        if new_labels:
+            state = _with_labels(state, f"{prefix}label_embed.weight", encoder.label_embed.weight.detach())
         _check_fits(model, state)
+        if positions is not None:
+            _check_positions(encoder, positions)
     except KeyError as missing:
         raise UserError(f"{path}: {missing.args[0]} is missing; this is not a whole DiT checkpoint") from None
     except (OSError, ValueError) as error:
@@ -172,24 +188,44 @@ def _depth(state: State, blocks: str) -> int:
     return 1 + max(found)
 
 
-def _read_file(model: DiT, path: Path, which: str) -> State:
-    state = _read_tensors(path, which)
-    if "patch_embed.weight" in state:
+def _with_labels(state: State, key: str, labels: Tensor) -> State:
+    theirs = state[key]
+    if theirs.shape[1:] != labels.shape[1:]:  # of another width, as `_check_fits` will say
         return state
+    return state | {key: torch.cat([labels[:-1], theirs[-1:].to(labels.dtype)])}
+
+
+def _for_encoder(encoder: Encoder, state: State) -> State:
+    """A DiT's state without what an encoder that is not one has no place for, and with what it has more."""
+    if not isinstance(encoder, DiT):
+        state = {key: value for key, value in state.items() if not key.startswith("head.")}
+    own = encoder.state_dict()
+    for key in ("class_token.weight", "gains.weight"):
+        if key in own and key not in state:
+            state[key] = own[key]
+    return state
+
+
+def _read_file(path: Path, which: str) -> tuple[State, Tensor | None]:
+    """The state (ours), and the position table of an original DiT."""
+    state = _read_tensors(path, which)
+    if "patch_embed.weight" in state or "encoder.patch_embed.weight" in state:
+        return state, None
     if "x_embedder.proj.weight" not in state:
         raise ValueError("not a DiT checkpoint: it has neither x_embedder.proj.weight nor patch_embed.weight")
-    ours = from_official(state)
-    _check_fits(model, ours)
-    positions, expected = state["pos_embed"], sincos_positions(model.grid, model.width)[None]
+    return from_official(state), state["pos_embed"]
+
+
+def _check_positions(encoder: Encoder, positions: Tensor) -> None:
+    expected = sincos_positions(encoder.grid, encoder.width)[None]
     if positions.shape != expected.shape:
         tokens = f"{positions[..., 0].numel()} in this file, {expected.shape[1]} in this model"
         raise ValueError(f"number of tokens is {tokens}; change input_size")
     if not torch.allclose(positions.float(), expected, atol=1e-5 if positions.dtype == torch.float32 else 1e-2):
-        raise ValueError(f"pos_embed is not the sin-cos table of this model's {model.grid} grid")
-    return ours
+        raise ValueError(f"pos_embed is not the sin-cos table of this model's {encoder.grid} grid")
 
 
-def _read_folder(model: DiT, path: Path) -> State:
+def _read_folder(encoder: Encoder, path: Path) -> State:
     config_path = path / "config.json"
     if not config_path.exists():
         raise ValueError("it has no config.json; give diffusers' transformer folder, or a file")
@@ -197,7 +233,7 @@ def _read_folder(model: DiT, path: Path) -> State:
         config = dict(json.loads(config_path.read_text()))
     except (TypeError, ValueError) as error:
         raise ValueError(f"config.json cannot be read ({error})") from None
-    _check_config(model, config)
+    _check_config(encoder, config)
     weights = [path / f"diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "bin")]
     existing = [file for file in weights if file.exists()]
     if not existing:
@@ -205,14 +241,14 @@ def _read_folder(model: DiT, path: Path) -> State:
     return from_diffusers(_read_tensors(existing[0], "model"))
 
 
-def _check_config(model: DiT, config: dict[str, Any]) -> None:
+def _check_config(encoder: Encoder, config: dict[str, Any]) -> None:
     for field, allowed in _DIFFUSERS_CONFIG.items():
         if config.get(field) not in allowed:
             raise ValueError(f"{field} is {config.get(field)!r} in config.json, a DiT has {allowed[0]!r}")
     size, heads = config.get("sample_size"), config.get("num_attention_heads")
     for field, theirs, ours in (
-        ("input size", (size, size), model.input_size),
-        ("number of heads", heads, model.heads),
+        ("input size", (size, size), encoder.input_size),
+        ("number of heads", heads, encoder.heads),
     ):
         if theirs != ours:
             raise ValueError(f"{field} is {theirs} in config.json, {ours} in this model; build it to match")
@@ -239,11 +275,13 @@ def _read_tensors(path: Path, which: str) -> State:
     return state
 
 
-def _check_fits(model: DiT, state: State) -> None:
+def _check_fits(model: DiT | Encoder | EncoderDecoder, state: State) -> None:
     """ValueError unless `state` (ours) has exactly `model`'s tensors; the most telling difference first."""
     expected = model.state_dict()
-    pairs = [("depth", _depth(state, "blocks"), model.depth)]
+    encoder, prefix = (model.encoder, "encoder.") if isinstance(model, EncoderDecoder) else (model, "")
+    pairs = [("depth", _depth(state, f"{prefix}blocks"), encoder.depth)]
     for key, dim, field in _FIELDS:
+        key = prefix + key
         if key in state and state[key].dim() == expected[key].dim():
             pairs.append((field, state[key].shape[dim], expected[key].shape[dim]))
     for field, theirs, ours in pairs:

@@ -1,0 +1,144 @@
+"""A DiT as encoder over visible patches and a light decoder over all of them, in the manner of MaskDiT (Zheng et al.,
+arXiv 2306.09305), but without its mask token: a hidden patch enters the decoder as its own noised pixels.
+
+    visible patches ----> encoder ----> bridge --+
+                                                 +--> + positions --> decoder blocks --> head --> image
+    hidden patches, embedded by the encoder's    |
+    first layer ----------------------> bridge --+
+
+The bridge is one adaLN-modulated linear layer to the decoder's width. With nothing hidden, as in sampling, this is an
+ordinary, deeper DiT.
+"""
+
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+
+from fastdit.errors import UserError
+from fastdit.kernels import scatter_tokens
+
+from .dit import (
+    Block,
+    Encoded,
+    Encoder,
+    ModulatedLinear,
+    Token,
+    bare,
+    block_products,
+    init_weights,
+    run_blocks,
+    sincos_positions,
+    unpatchify,
+)
+
+HiddenTokens = Literal["noised_patch", "mask_token", "zeros"]
+
+
+class EncoderDecoder(nn.Module):
+    """Class-conditional encoder and decoder; called as a `DiT` is.
+
+    Args:
+        encoder: the encoder, with or without class token.
+        out_channels: channels of the output.
+        width, depth, heads: the decoder's.
+        hidden_tokens: what the decoder gets at hidden patches: their noised pixels, one learned token, or zeros.
+        attention_backend: see `fastdit.kernels.attention`.
+        seed: of the initial weights, the encoder's too.
+
+    Raises UserError when sizes do not fit together.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        out_channels: int,
+        width: int,
+        depth: int,
+        heads: int,
+        hidden_tokens: HiddenTokens = "noised_patch",
+        attention_backend: str = "auto",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if width % heads or width % 4:
+            raise UserError(f"decoder_width: {width} must be a multiple of decoder_heads ({heads}) and of 4")
+        if hidden_tokens not in get_args(HiddenTokens):
+            raise ValueError(f"hidden_tokens={hidden_tokens!r}: choose one of {', '.join(get_args(HiddenTokens))}")
+        self.hidden_tokens, self.channels, self.out_channels = hidden_tokens, encoder.channels, out_channels
+        self.width, self.heads, self.grid = encoder.width, encoder.heads, encoder.grid
+        self.encoder = encoder
+        self.bridge = bare(ModulatedLinear, encoder.width, width)
+        self.mask_token = Token(width) if hidden_tokens == "mask_token" else None
+        self.decoder = Decoder(
+            encoder.grid, encoder.patch, out_channels, encoder.width, width, depth, heads, attention_backend
+        )
+        init_weights(self, seed)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """x (B, channels, H, W), t (B,), y (B,) as in `DiT`; nothing is hidden. Returns (B, out_channels, H, W)."""
+        return self.generate(x, t, y, None)[0]
+
+    def generate(self, x: Tensor, t: Tensor, y: Tensor, split: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """The output (B, out_channels, H, W), and the encoder's (B, [1 +] keep, width), the class token first.
+
+        split: ids (B, keep) of the visible and (B, N - keep) of the hidden patches, int64; None: all are visible.
+        """
+        encoded = self.encoder(x, t, y, split and split[0])
+        stream, tokens = self.bridge(encoded.x, encoded.branch, encoded.gate, encoded.scale, encoded.shift)
+        if self.encoder.class_token is not None:
+            tokens = tokens[:, 1:]
+        if split is not None:
+            tokens = scatter_tokens(tokens, split[0], self._hidden(x, encoded, split[1], tokens))
+        return self.decoder(tokens, encoded.condition), stream
+
+    def _hidden(self, x: Tensor, encoded: Encoded, hidden: Tensor, like: Tensor) -> Tensor:
+        """(B, N, decoder width) that is right at the hidden patches."""
+        batch, tokens = x.shape[0], self.grid[0] * self.grid[1]
+        if self.mask_token is not None:
+            return self.mask_token(batch, tokens)
+        zeros = like.new_zeros(()).expand(batch, tokens, like.shape[2])
+        if self.hidden_tokens == "zeros":
+            return zeros
+        patches = self.encoder.patch_embed(x, self.encoder.pos_embed, hidden)
+        _, patches = self.bridge(patches, None, None, encoded.scale, encoded.shift)
+        return scatter_tokens(patches, hidden, zeros)
+
+
+class Decoder(nn.Module):
+    """Tokens to an image, under the encoder's condition."""
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        patch: int,
+        out_channels: int,
+        condition_width: int,
+        width: int,
+        depth: int,
+        heads: int,
+        attention_backend: str,
+    ) -> None:
+        super().__init__()
+        self.grid, self.patch, self.width, self.depth = grid, patch, width, depth
+        self.register_buffer("pos_embed", sincos_positions(grid, width), persistent=False)
+        self.adaln = bare(nn.Linear, condition_width, (6 * depth + 2) * width)
+        self.blocks = nn.ModuleList(Block(width, heads, 4 * width, attention_backend) for _ in range(depth))
+        self.head = bare(ModulatedLinear, width, patch * patch * out_channels)
+
+    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        """tokens (B, N, width), condition (B, condition_width). Returns (B, out_channels, H, W)."""
+        vectors = self.adaln(condition).unflatten(1, (-1, self.width)).unbind(1)
+        x, branch, gate = run_blocks(self.blocks, tokens + self.pos_embed.to(tokens.dtype), vectors)
+        shift, scale = vectors[-2:]
+        _, out = self.head(x, branch, gate, scale, shift)
+        return unpatchify(out, self.grid, self.patch)
+
+
+def decoder_products(network: EncoderDecoder) -> int:
+    """Multiply-adds of bridge and decoder for one image, forward; hidden patches cross the bridge as visible ones."""
+    decoder, tokens = network.decoder, network.grid[0] * network.grid[1]
+    width = decoder.width
+    blocks = decoder.depth * block_products(tokens, width, 4 * width)
+    ends = tokens * width * (network.width + decoder.patch**2 * network.out_channels)
+    return blocks + ends + network.width * (6 * decoder.depth + 2) * width

@@ -1,0 +1,106 @@
+"""ResNet-18 (He et al., arXiv 1512.03385) without its classifier, from a file of weights: features of pixels.
+
+Names and sizes are those of torchvision's `resnet18`, so that its files load as they are. Norms always use the file's
+statistics, in training mode too: a sample's features depend on that sample alone.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdit.errors import UserError
+
+from .pretrained import _read_tensors
+from .structure_encoders import misfit
+
+SMALLEST = 32  # rows or columns
+WIDTHS = (64, 128, 256, 512)
+# Of ImageNet's colours, as fractions of white: what the published weights were trained with.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_NOT_OURS = ("fc.", "num_batches_tracked")
+
+
+class ImageResNet(nn.Module):
+    """Features of images, 512 a sample.
+
+    path: a state dict of torchvision's `resnet18`, .pth or .safetensors; its classifier `fc` is not read.
+    Raises UserError when it is missing, cannot be read, or is another network's.
+    """
+
+    features = WIDTHS[-1]
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        with torch.device("meta"):  # the file brings the weights
+            self.conv1 = nn.Conv2d(3, WIDTHS[0], 7, stride=2, padding=3, bias=False)
+            self.bn1 = FrozenNorm(WIDTHS[0])
+            for i, (before, after) in enumerate(zip((WIDTHS[0], *WIDTHS), WIDTHS), start=1):
+                layer = nn.Sequential(BasicBlock(before, after), BasicBlock(after, after))
+                self.add_module(f"layer{i}", layer)
+        state = _read(Path(path))
+        if fault := misfit(self, state):
+            raise UserError(f"{path}: {fault}; give the weights of torchvision's resnet18")
+        self.load_state_dict(state, assign=True)
+        mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+        self.register_buffer("scale", 0.5 / std, persistent=False)
+        self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, 1 or 3, H, W), in [-1, 1], from 32 rows and columns up -> (B, 512) float32. Grey is taken for colour.
+
+        Raises ValueError for other shapes.
+        """
+        if x.dim() != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < SMALLEST:
+            expected = f"(B, 1 or 3, at least {SMALLEST}, at least {SMALLEST})"
+            raise ValueError(f"x must be {expected}, got {tuple(x.shape)}")
+        x = x.float() * self.scale + self.shift  # grey becomes three channels here
+        x = F.relu(self.bn1(self.conv1(x.to(self.conv1.weight.dtype))))
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return x.mean((2, 3), dtype=torch.float32)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around which x passes; where the width grows, the grid halves."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        stride = 1 if before == after else 2
+        self.conv1, self.bn1 = nn.Conv2d(before, after, 3, stride, padding=1, bias=False), FrozenNorm(after)
+        self.conv2, self.bn2 = nn.Conv2d(after, after, 3, padding=1, bias=False), FrozenNorm(after)
+        self.downsample = None
+        if stride == 2:
+            self.downsample = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), FrozenNorm(after))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class FrozenNorm(nn.Module):
+    """Batch norm by stored statistics. Its scale and shift are parameters still."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(torch.empty(channels)) for _ in range(2))
+        self.register_buffer("running_mean", torch.empty(channels))
+        self.register_buffer("running_var", torch.empty(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the weights of torchvision's resnet18, .pth or .safetensors")
+    try:
+        state = _read_tensors(path, "model")
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    return {  # copies: safetensors' tensors are the file itself, mapped, and it may be written again
+        name: value.to(torch.float32, copy=True)
+        for name, value in state.items()
+        if not any(part in name for part in _NOT_OURS)
+    }

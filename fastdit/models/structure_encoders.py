@@ -1,0 +1,181 @@
+"""What measures structure in SADM (arXiv 2402.17563): a small ResNet from samples to feature vectors.
+
+Its second player; for latents or small images, from scratch or warm-started as a classifier (fastdit/warm_start.py).
+A pretrained one for pixels is in image_resnet.py. A sample's features depend on that sample alone, whatever shares its
+batch: else the game could be won through the batch's statistics.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from fastdit.errors import UserError
+
+NORM_GROUP = 16  # channels that share statistics
+
+
+class LatentResNet(nn.Module):
+    """A pre-activation ResNet (He et al., arXiv 1603.05027): a stem, and four blocks w, 2w, 4w and 4w channels wide.
+
+    Before each block the grid is halved by averaging, as long as its shorter side is above 4; a larger grid passes the
+    last block again and again until it is. So any height and width will do.
+
+    Cost for one 4x32x32 latent at the default width, all products: 0.31 GFLOP forward, 0.62 forward and backward
+    to the input, 0.92 forward and backward to its weights. A denoiser's step (features of x0, no gradient; of the
+    estimate of x0, with) and a step of this network on both together take 2.8, 0.4 % of the 712 of a DiT-XL/2 step.
+    5.6 M parameters.
+
+    Args:
+        channels: of the samples.
+        features: dimension of the output.
+        width: channels of the first block, a multiple of 16; cost and parameters go with its square.
+        spectral_norm: divide each weight, as a matrix (out, the rest), by its largest singular value (Miyato et al.,
+            arXiv 1802.05957). In training mode every forward pass moves its estimate by one power iteration; in
+            evaluation mode none does. The estimates are buffers of the state dict.
+        seed: of the initial weights (normal, He et al., arXiv 1502.01852); the global random state is neither read nor
+            advanced.
+
+    Raises UserError when sizes do not fit together.
+    """
+
+    def __init__(
+        self, *, channels: int, features: int = 512, width: int = 96, spectral_norm: bool = False, seed: int = 0
+    ) -> None:
+        super().__init__()
+        for field, value in {"channels": channels, "features": features, "width": width}.items():
+            if value < 1:
+                raise UserError(f"{field}: {value} must be at least 1")
+        if width % NORM_GROUP:
+            raise UserError(f"width: {width} must be a multiple of {NORM_GROUP}; change it")
+        self.channels, self.features, self.width, self.spectral_norm = channels, features, width, spectral_norm
+        widths = (width, 2 * width, 4 * width, 4 * width)
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # what torch's modules draw, and its spectral norm
+            torch.default_generator.manual_seed(seed)
+            self.stem = Conv(channels, width, 3)
+            self.blocks = nn.ModuleList(Block(*pair) for pair in zip((width, *widths), widths))
+            self.norm = NormSiLU(widths[-1])
+            self.head = Linear(widths[-1], features)
+            products = [module for module in self.modules() if isinstance(module, Conv | Linear)]
+            generator = torch.Generator().manual_seed(seed)
+            for module in products:
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+                if spectral_norm:
+                    parametrizations.spectral_norm(module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, channels, H, W) -> features (B, features) float32. Raises ValueError for other shapes.
+
+        Under autocast activations are in its dtype; statistics, the average over positions and the head are fp32.
+        """
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"x must be (B, {self.channels}, H, W), got {tuple(x.shape)}")
+        x = self.stem(x.to(self.norm.weight.dtype))
+        for block in self.blocks:
+            x = block(_halved(x))
+        while min(x.shape[2:]) > 4:
+            x = self.blocks[-1](_halved(x))
+        return self.head(self.norm(x).mean((2, 3), dtype=torch.float32))
+
+    def settings(self) -> dict[str, str]:
+        """What weights must have in common to be this network's."""
+        return {field: str(getattr(self, field)) for field in ("channels", "features", "width", "spectral_norm")}
+
+
+class Block(nn.Module):
+    """x + conv(act(conv(act(x)))), with a 1x1 convolution on x where the width changes."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = NormSiLU(before), Conv(before, after, 3)
+        self.norm2, self.conv2 = NormSiLU(after), Conv(after, after, 3)
+        self.skip = nn.Identity() if before == after else Conv(before, after, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.skip(x) + self.conv2(self.norm2(self.conv1(self.norm1(x))))
+
+
+class NormSiLU(nn.GroupNorm):
+    """silu(GroupNorm(x)) in x's dtype: autocast would keep both in memory as fp32. Statistics are fp32 either way."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels // NORM_GROUP, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.silu(F.group_norm(x, self.num_groups, weight, bias, self.eps))
+
+
+# A spectral norm is computed where the weight is read: in fp32, for autocast lowers some of torch's operations for it
+# and others do not take that. No biases: after a convolution the norms have them, and the head's would cancel in every
+# difference of features.
+
+
+class Conv(nn.Conv2d):
+    """A convolution that keeps height and width."""
+
+    def __init__(self, before: int, after: int, kernel: int) -> None:
+        super().__init__(before, after, kernel, padding=kernel // 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.weight
+        return F.conv2d(x, weight, padding=self.padding)
+
+
+class Linear(nn.Linear):
+    """A product in fp32, for small differences of features matter."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__(before, after, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float())
+
+
+def _halved(x: Tensor) -> Tensor:
+    """Means of 2x2, at odd edges of what is there; `x` itself when its shorter side is at most 4."""
+    return F.avg_pool2d(x, 2, ceil_mode=True) if min(x.shape[2:]) > 4 else x
+
+
+def save_structure_encoder(module: LatentResNet, path: str | Path) -> None:
+    """Write the weights as safetensors, with `module.settings()` in the header. The file appears once it is whole."""
+    path = Path(path)
+    partial = path.with_suffix(".partial")
+    state = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+    save_file(state, partial, metadata=module.settings())
+    partial.replace(path)
+
+
+def load_structure_encoder(module: LatentResNet, path: str | Path) -> None:
+    """Fill `module` from what `save_structure_encoder` wrote. Raises UserError when that cannot be read or fitted."""
+    try:
+        with safe_open(path, "pt") as file:
+            settings, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give a file that fastdit-warm-start wrote") from None
+    for field, mine in module.settings().items():
+        if field not in settings:
+            raise UserError(f"{path}: does not name its {field}; give a file that fastdit-warm-start wrote")
+        if settings[field] != mine:
+            raise UserError(f"{path}: {field} is {settings[field]} in this file, {mine} in this run; make them equal")
+    if fault := misfit(module, state):
+        raise UserError(f"{path}: {fault}; write it again with fastdit-warm-start")
+    module.load_state_dict(state)
+
+
+def misfit(module: nn.Module, state: dict[str, Tensor]) -> str | None:
+    """How `state` differs from `module`'s own tensors, by name and shape, in a few words; None if it does not."""
+    expected = module.state_dict()
+    for name in sorted(expected.keys() ^ state.keys()):
+        return f"{name} {'is missing' if name in expected else 'is not part of this network'}"
+    for name, value in expected.items():
+        if state[name].shape != value.shape:
+            return f"{name} is {tuple(state[name].shape)}, this network needs {tuple(value.shape)}"
+    return None
