@@ -17,7 +17,10 @@ from jsonargparse import Namespace
 
 from fastdit.command_line import OneLineParser
 from fastdit.errors import UserError
+from fastdit.methods.self_discrimination import SDDiT
+from fastdit.methods.structure_game import SADM
 from fastdit.models import SIZES
+from fastdit.models.structure_encoders import NORM_GROUP
 from fastdit.noise import DDPM, EDM, Flow
 
 PRESETS = Path(__file__).parent / "presets"
@@ -143,11 +146,14 @@ class Config:
     """Everything a training run depends on.
 
     Args:
-        method: what is trained; dit is the plain denoising loss.
+        method: what is trained: dit, the plain denoising loss; sd_dit, self-supervised discrimination beside it; sadm,
+            the structure game; sd_dit+sadm, both.
         out: folder of the run.
         resume: go on from the newest good checkpoint in `out`.
         ds_config: DeepSpeed configuration: zero0, zero1, zero2, zero3, zero3_offload, or a path to a JSON file.
         init_from: start from these weights: official DiT .pt, a folder saved by diffusers, or fastdit's own export.
+        finetune: carry `init_from` to other data: a new label table, and all weights trained, or diffit's subset
+            (biases, label table, a factor on each block: below 1 % of a DiT). none: the same classes, all weights.
         device: cpu, cuda, or auto (a GPU when there is one).
         precision: bf16 (fp32 master weights), fp32, or auto (bf16 on GPUs, fp32 on CPUs).
         steps: optimizer steps of the whole run.
@@ -156,6 +162,7 @@ class Config:
         lr: peak learning rate.
         warmup: steps of linear warm-up.
         schedule: after the warm-up: constant, or cosine to zero at `steps`.
+        optimizer: who does AdamW's arithmetic: fastdit, or apex (FusedAdam of NVIDIA's apex, where that is installed).
         betas: AdamW's.
         eps: AdamW's.
         weight_decay: AdamW's, decoupled.
@@ -173,13 +180,16 @@ class Config:
         noise: the noise process.
         ema: the weights that are sampled.
         sample: how pictures are drawn.
+        sd_dit: settings of that method.
+        sadm: settings of that method.
     """
 
-    method: Literal["dit"] = "dit"
+    method: Literal["dit", "sd_dit", "sadm", "sd_dit+sadm"] = "dit"
     out: str = "runs/default"
     resume: bool = False
     ds_config: str = "zero1"
     init_from: str | None = None
+    finetune: Literal["all", "diffit"] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     steps: int = 400_000
@@ -188,6 +198,7 @@ class Config:
     lr: float = 1e-4
     warmup: int = 0
     schedule: Literal["constant", "cosine"] = "constant"
+    optimizer: Literal["fastdit", "apex"] = "fastdit"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -205,6 +216,12 @@ class Config:
     noise: NoiseConfig = NoiseConfig()
     ema: EMAConfig = EMAConfig()
     sample: SampleConfig = SampleConfig()
+    sd_dit: SDDiT = SDDiT()
+    sadm: SADM = SADM()
+
+    def uses(self, method: str) -> bool:
+        """Whether `method`, sd_dit or sadm, is part of what is trained."""
+        return method in self.method.split("+")
 
     def __post_init__(self):
         for field, (low, high) in _RANGES.items():
@@ -213,7 +230,11 @@ class Config:
                 if number is not None and not low <= number <= high:
                     wanted = f"at least {low}" if high == math.inf else f"from {low} to {high}"
                     raise UserError(f"{field}: must be {wanted}, got {number}")
+        if self.finetune and not self.init_from:
+            raise UserError("finetune: needs the weights to start from; give --init_from")
         self._check_model()
+        self._check_decoder()
+        self._check_psi()
         self._check_sampling()
 
     def _check_model(self) -> None:
@@ -224,6 +245,33 @@ class Config:
         for side in (size,) if isinstance(size, int) else size:
             if side % patch:
                 raise UserError(f"data.size: {side} is not a multiple of model.patch ({patch}); change one")
+
+    def _check_decoder(self) -> None:
+        width, heads = self.sd_dit.decoder_width, self.sd_dit.decoder_heads
+        if width % heads or width % 4:
+            raise UserError(
+                f"sd_dit.decoder_width: {width} must be a multiple of sd_dit.decoder_heads ({heads}) and of 4; "
+                "change one"
+            )
+
+    def _check_psi(self) -> None:
+        sadm = self.sadm
+        if not self.uses("sadm"):
+            return
+        if sadm.psi == "teacher" and not self.uses("sd_dit"):
+            raise UserError(f"sadm.psi: teacher is SD-DiT's; it needs --method sd_dit+sadm, got {self.method}")
+        if sadm.psi == "teacher" and sadm.structure == "adversarial":
+            raise UserError("sadm.psi: teacher follows the student and is no player; set --sadm.structure fixed")
+        if sadm.psi == "latent_resnet" and sadm.psi_width % NORM_GROUP:
+            raise UserError(f"sadm.psi_width: {sadm.psi_width} must be a multiple of {NORM_GROUP}; change it")
+        if sadm.psi == "image_resnet" and (sadm.psi_weights is None or self.data.channels not in (1, 3)):
+            raise UserError(
+                f"sadm.psi: image_resnet needs sadm.psi_weights (torchvision's resnet18) and pixels; data.channels is "
+                f"{self.data.channels}"
+            )
+        smallest = min(self.data.size) if isinstance(self.data.size, tuple) else self.data.size
+        if sadm.psi == "image_resnet" and smallest < 32:
+            raise UserError(f"sadm.psi: image_resnet needs at least 32 rows and columns; data.size is {self.data.size}")
 
     def _check_sampling(self) -> None:
         process, settings = getattr(self.noise, self.noise.name), self.sample
@@ -245,7 +293,8 @@ class Config:
 _POSITIVE = (
     "steps batch micro_batch log_every save_every keep_checkpoints max_nonfinite data.size data.channels data.classes "
     "data.threads model.patch model.depth model.width model.heads sample.steps sample.guided_channels "
-    "sample.per_class sample.max_classes"
+    "sample.per_class sample.max_classes sd_dit.decoder_width sd_dit.decoder_depth sd_dit.decoder_heads "
+    "sd_dit.head_width sd_dit.bottleneck sd_dit.prototypes sadm.psi_width sadm.psi_features sadm.psi_every"
 )
 _NOT_NEGATIVE = "warmup lr eps weight_decay grad_clip seed threads sample_every sample.interval sample.agreement"
 _RANGES = {
@@ -254,6 +303,16 @@ _RANGES = {
     "betas": (0, 1),
     "label_drop": (0, 1),
     "ema.decay": (0, 1),
+    **dict.fromkeys(("sd_dit.student_temperature", "sd_dit.teacher_temperature"), (0.025, math.inf)),
+    "sd_dit.teacher_temperature_start": (0.025, math.inf),  # exp(1 / it) must be an fp32 number
+    **dict.fromkeys(("sd_dit.center_momentum", "sd_dit.momentum", "sd_dit.momentum_end"), (0, 1)),
+    "sd_dit.teacher_temperature_warmup": (0, 1),
+    "sd_dit.mask_ratio": (0, 0.95),
+    "sd_dit.teacher_noise": (1e-4, 1),
+    "sd_dit.beta": (0, math.inf),
+    **dict.fromkeys(("sadm.weight", "sadm.gradient_penalty", "sadm.psi_lr"), (0, math.inf)),
+    **dict.fromkeys(("sadm.huber_delta", "sadm.sigma_data"), (1e-6, math.inf)),
+    **dict.fromkeys(("sadm.psi_warmup", "sadm.psi_betas"), (0, 1)),
     "ema.std": (0.001, 0.28),  # a power-function profile cannot be wider than 12^-1/2
 }
 

@@ -11,7 +11,7 @@ from fastdit.config import CONFIG_FILE, OneLineParser, load
 from fastdit.engine import build
 from fastdit.engine.checkpoint_files import choose, classes_of, sampled_weights
 from fastdit.errors import UserError, run_command
-from fastdit.models import save_official
+from fastdit.models import fold_gains, save_official
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -29,8 +29,10 @@ def _export(argv: list[str]) -> None:
     if out.suffix not in (".pt", ".safetensors"):
         raise UserError(f"--out {out}: must end in .pt or .safetensors")
     config = load(run / CONFIG_FILE)
+    if out.suffix == ".pt" and config.uses("sd_dit"):
+        raise UserError(f"--out {out}: the original DiT's layout has no place for a decoder; give a .safetensors file")
     checkpoint = choose(run, args.checkpoint)
-    weights = sampled_weights(checkpoint)
+    weights = fold_gains(sampled_weights(checkpoint))
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".safetensors":
         save_file(weights, out)

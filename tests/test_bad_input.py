@@ -118,6 +118,7 @@ CASES = [
     Case("sampler", {"sample.sampler": "ddim"}, ("sample.sampler", "edm", "heun, euler")),
     Case("interval", {"sample.interval": "[2,1]"}, ("sample.interval", "below")),
     Case("sampler steps", {"noise.name": "ddpm", "sample.steps": 2000}, ("sample.steps", "1000")),
+    Case("optimizer", {"optimizer": "apex"}, ("optimizer: apex", "--optimizer fastdit")),
     Case("no ds_config", {"ds_config": "zero7"}, ("--ds_config zero7", "zero0, zero1, zero2, zero3")),
     Case("fp16", {"ds_config": "{home}/fp16.json"}, ("fp16.json", "bf16")),
     Case("broken ds_config", {"ds_config": "{home}/broken.json"}, ("broken.json", "not valid JSON")),

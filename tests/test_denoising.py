@@ -68,7 +68,7 @@ def fp64_loss(process, out, x0, eps, level) -> torch.Tensor:
 def test_loss_is_that_of_the_paper(process):
     x0, y = batch()
     network = Toy(process.out_channels(2))
-    loss, terms = Denoising(process, CLASSES, 0.3).loss(network, x0, y, torch.Generator().manual_seed(3))
+    loss, terms, *_ = Denoising(process, CLASSES, 0.3).loss(network, x0, y, torch.Generator().manual_seed(3))
     ((net_in, net_t, labels),) = network.seen
 
     replay = torch.Generator().manual_seed(3)
@@ -107,7 +107,7 @@ def test_gradients_reach_the_network_only(process):
     x0, y = batch()
     x0.requires_grad_(False)
     network = Toy(process.out_channels(2))
-    loss, _ = Denoising(process, CLASSES, 0.0).loss(network, x0, y, torch.Generator().manual_seed(0))
+    loss, *_ = Denoising(process, CLASSES, 0.0).loss(network, x0, y, torch.Generator().manual_seed(0))
     loss.backward()
     used = torch.zeros(CLASSES + 1, dtype=torch.bool).index_fill(0, y, True)
     assert torch.equal(network.bias.grad != 0, used)

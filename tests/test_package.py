@@ -145,7 +145,7 @@ def imports(path: Path, package: str) -> set[str]:
 ROOMS = {
     "data": (),
     "metrics": (),
-    "noise": (),
+    "noise": ("fastdit.kernels",),
     "models": ("fastdit.kernels",),
     "methods": ("fastdit.noise", "fastdit.models", "fastdit.kernels"),
 }

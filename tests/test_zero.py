@@ -25,7 +25,7 @@ def reference(world: int, accumulation: int = 1) -> tuple[list[float], list[floa
     config = parse(RECIPE)
     source = build.open_data(config)
     shape = build.shape_of(config, source.classes)
-    network, method = build.build_network(config, shape), build.build_method(config, shape)
+    network, method = build.build_training(config, shape)
     share = config.batch // (world * accumulation)
     here = {"batch": share, "world": world, "device": torch.device("cpu")}
     loaders = [build.build_loader(config, source, rank=rank, **here) for rank in range(world)]
@@ -39,7 +39,7 @@ def reference(world: int, accumulation: int = 1) -> tuple[list[float], list[floa
     for t in range(1, config.steps + 1):
         total, grads = 0.0, [torch.zeros_like(w) for w in weights]
         for loader, noise in [pair for pair in zip(loaders, noises) for _ in range(accumulation)]:
-            loss, _ = method.loss(network, *next(loader), noise)
+            loss, *_ = method.loss(network, *next(loader), noise)
             for grad, part in zip(grads, torch.autograd.grad(loss, params)):
                 grad += part.double() / (world * accumulation)
             total += loss.item() / (world * accumulation)

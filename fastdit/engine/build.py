@@ -3,11 +3,26 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastdit.config import Config
 from fastdit.data import Loader, Source, make_loader, open_source
 from fastdit.methods.denoising import Denoising
-from fastdit.models import DiT
+from fastdit.methods.self_discrimination import SelfDiscrimination
+from fastdit.methods.structure_game import StructureGame, TeacherFeatures
+from fastdit.models import (
+    DiT,
+    Encoder,
+    EncoderDecoder,
+    ImageResNet,
+    LatentResNet,
+    Student,
+    add_gains,
+    freeze_for_diffit,
+    load_checkpoint,
+    load_structure_encoder,
+)
 
 
 @dataclass(frozen=True)
@@ -30,23 +45,84 @@ def build_noise(config: Config):
     return getattr(config.noise, config.noise.name)
 
 
-def build_network(config: Config, shape: Shape) -> DiT:
-    """A freshly initialised DiT on the CPU; its weights depend on `config.seed` alone."""
-    return DiT(
-        input_size=(shape.height, shape.width),
-        channels=shape.channels,
-        classes=shape.classes,
-        out_channels=build_noise(config).out_channels(shape.channels),
-        patch=config.model.patch,
-        mlp_ratio=config.model.mlp_ratio,
+def build_network(config: Config, shape: Shape) -> DiT | EncoderDecoder:
+    """What is sampled, freshly initialised on the CPU; its weights depend on `config.seed` alone."""
+    sizes = {
+        "input_size": (shape.height, shape.width),
+        "channels": shape.channels,
+        "classes": shape.classes,
+        "patch": config.model.patch,
+        "mlp_ratio": config.model.mlp_ratio,
+        "attention_backend": config.model.attention,
+        **config.model.dims(),
+    }
+    out_channels = build_noise(config).out_channels(shape.channels)
+    if config.uses("sd_dit"):
+        network = _encoder_decoder(config, sizes, out_channels)
+    else:
+        network = DiT(**sizes, out_channels=out_channels, seed=config.seed)
+    if config.finetune == "diffit":
+        add_gains(network)
+    return network
+
+
+def _encoder_decoder(config: Config, sizes: dict, out_channels: int) -> EncoderDecoder:
+    settings = config.sd_dit
+    return EncoderDecoder(
+        Encoder(**sizes, class_token=settings.cls == "token"),
+        out_channels=out_channels,
+        width=settings.decoder_width,
+        depth=settings.decoder_depth,
+        heads=settings.decoder_heads,
+        hidden_tokens=settings.hidden_tokens,
         attention_backend=config.model.attention,
         seed=config.seed,
-        **config.model.dims(),
     )
 
 
-def build_method(config: Config, shape: Shape) -> Denoising:
-    return Denoising(build_noise(config), shape.classes, config.label_drop)
+def build_training(config: Config, shape: Shape) -> tuple[nn.Module, Denoising]:
+    """What is trained, on the CPU, with the weights of `config.init_from` where that is set; and the method."""
+    network = build_network(config, shape)
+    if config.init_from:
+        load_checkpoint(network, config.init_from, new_labels=config.finetune is not None)
+    if config.finetune == "diffit":
+        freeze_for_diffit(network)
+    module, method = network, Denoising(build_noise(config), shape.classes, config.label_drop)
+    if config.uses("sd_dit"):
+        settings = config.sd_dit
+        sizes = {"bottleneck": settings.bottleneck, "prototypes": settings.prototypes}
+        module = Student(network, head_width=settings.head_width, **sizes, seed=config.seed)
+        method = SelfDiscrimination(method.noise, method.classes, method.label_drop, settings, module)
+    if config.uses("sadm"):
+        psi = build_psi(config, shape, method)
+        method = StructureGame(method, config.sadm, psi, _flops(psi, shape))
+    return module, method
+
+
+def build_psi(config: Config, shape: Shape, base: Denoising) -> nn.Module:
+    """SADM's structure encoder. Raises UserError when its weights cannot be read."""
+    settings = config.sadm
+    if settings.psi == "teacher":
+        return TeacherFeatures(base)
+    if settings.psi == "image_resnet":
+        return ImageResNet(settings.psi_weights)
+    psi = LatentResNet(
+        channels=shape.channels,
+        features=settings.psi_features,
+        width=settings.psi_width,
+        spectral_norm=settings.spectral_norm,
+        seed=config.seed,
+    )
+    if settings.psi_weights:
+        load_structure_encoder(psi, settings.psi_weights)
+    return psi
+
+
+def _flops(network: nn.Module, shape: Shape) -> int:
+    """FLOPs of one forward pass of one sample."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.eval()(torch.zeros(1, shape.channels, shape.height, shape.width))
+    return counter.get_total_flops()
 
 
 def open_data(config: Config) -> Source:
@@ -84,7 +160,17 @@ def build_loader(
 
 def identity(config: Config, shape: Shape) -> dict:
     """What a checkpoint must share with the run that reads it, by field."""
+    own = {}
+    if config.uses("sd_dit"):
+        fields = ("cls", "hidden_tokens", "decoder_width", "decoder_depth", "decoder_heads", "head_width", "bottleneck")
+        own |= {f"sd_dit.{field}": getattr(config.sd_dit, field) for field in (*fields, "prototypes")}
+    if config.uses("sadm"):
+        fields = ("structure", "psi", "psi_width", "psi_features", "spectral_norm")
+        own |= {f"sadm.{field}": getattr(config.sadm, field) for field in fields}
     return {
+        "method": config.method,
+        "finetune": config.finetune,
+        **own,
         **{f"model.{key}": value for key, value in config.model.dims().items()},
         "model.patch": config.model.patch,
         "model.mlp_ratio": config.model.mlp_ratio,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from fastdit.engine.checkpoint_files import EMA_FILE, checkpoints, manifest, seal, sync
 from fastdit.engine.runtime import Runtime
@@ -12,10 +13,25 @@ from fastdit.engine.weights import ema_state
 from fastdit.errors import UserError
 
 STATE = "deepspeed"
+METHOD_FILE = "method.pt"
 
 
-def save(engine, runtime: Runtime, folder: Path, step: int, rank_state: dict, meta: dict, keep: int) -> Path:
-    """Write the checkpoint of `step` (a collective) and remove all but the `keep` newest. Returns its folder."""
+def save(
+    engine,
+    network: nn.Module,
+    runtime: Runtime,
+    folder: Path,
+    step: int,
+    rank_state: dict,
+    method_state: dict,
+    meta: dict,
+    keep: int,
+) -> Path:
+    """Write the checkpoint of `step` (a collective) and remove all but the `keep` newest. Returns its folder.
+
+    `network` is the part of the engine's module that is sampled; `rank_state` differs between ranks, `method_state`
+    does not.
+    """
     final, partial = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
     if runtime.first:
         for left in folder.glob(".step-*.partial"):  # by a crash while saving
@@ -24,8 +40,9 @@ def save(engine, runtime: Runtime, folder: Path, step: int, rank_state: dict, me
     runtime.barrier()
     engine.save_checkpoint(str(partial), tag=STATE, save_latest=False, exclude_frozen_parameters=False)
     torch.save(rank_state, partial / f"rank-{runtime.rank}.pt")
-    weights = ema_state(engine, "cpu")
+    weights = ema_state(engine, network, "cpu")
     if runtime.first:
+        torch.save(method_state, partial / METHOD_FILE)
         save_file(weights, partial / EMA_FILE)
     del weights
     runtime.barrier()
@@ -42,8 +59,8 @@ def save(engine, runtime: Runtime, folder: Path, step: int, rank_state: dict, me
     return final
 
 
-def restore(engine, runtime: Runtime, checkpoint: Path, meta: dict) -> tuple[int, dict]:
-    """Load `checkpoint` into the engine (a collective). Returns its step and this rank's own state.
+def restore(engine, runtime: Runtime, checkpoint: Path, meta: dict) -> tuple[int, dict, dict]:
+    """Load `checkpoint` into the engine (a collective). Returns its step, this rank's own state, and the method's.
 
     Raises UserError when it belongs to another network or number of ranks.
     """
@@ -58,4 +75,5 @@ def restore(engine, runtime: Runtime, checkpoint: Path, meta: dict) -> tuple[int
         raise UserError(f"{checkpoint}: DeepSpeed could not read it; resume from another folder")
     # This program wrote it, and the hashes were just checked.
     rank_state = torch.load(checkpoint / f"rank-{runtime.rank}.pt", weights_only=True)
-    return written["step"], rank_state
+    method_state = torch.load(checkpoint / METHOD_FILE, map_location="cpu", weights_only=True)
+    return written["step"], rank_state, method_state

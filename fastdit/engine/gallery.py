@@ -55,7 +55,7 @@ def _samples(session: Session, n: int, classes: list[int]) -> tuple[np.ndarray, 
     """n samples of the EMA weights, the work shared by the ranks: uint8 (n, H, W, C) and labels (n,) on rank 0."""
     runtime = session.runtime
     network = build.build_network(session.config, session.shape)
-    network.load_state_dict(ema_state(session.run.engine, "cpu"))
+    network.load_state_dict(ema_state(session.run.engine, session.run.sampled_network, "cpu"))
     labels = drawing.balanced_labels(n, classes)
     drawn = drawing.draw(
         network.to(runtime.device).eval(),

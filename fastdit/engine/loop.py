@@ -1,6 +1,7 @@
 """The training loop. No host sync in a step: scalars leave the device at the log interval only."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from fastdit.config import Config
 from fastdit.engine import checkpoint, checkpoint_files, schedules
 from fastdit.engine.ds_config import Plan
+from fastdit.engine.followers import Followers
 from fastdit.engine.layout import CHECKPOINTS
 from fastdit.engine.meter import Meter
 from fastdit.engine.records import Recorder, peak_flops
@@ -16,7 +18,7 @@ from fastdit.engine.runtime import Runtime, StopRequest
 from fastdit.engine.weights import EMA
 from fastdit.errors import UserError
 from fastdit.kernels import AdamWEMA
-from fastdit.models import flops_per_image
+from fastdit.methods.denoising import Denoising
 
 
 @dataclass
@@ -30,10 +32,11 @@ class Run:
     identity: dict
     engine: object
     optimizer: AdamWEMA
-    method: object
+    method: Denoising
     loader: object
     generator: torch.Generator
     meter: Meter
+    followers: list[Followers] = field(default_factory=list)
     recorder: Recorder | None = None  # rank 0
     seconds: float = 0.0  # of training, over all starts: without pictures, checkpoints, evaluation
 
@@ -50,7 +53,9 @@ class Run:
             state["cuda"] = torch.cuda.get_rng_state(self.runtime.device)
         return state
 
-    def load_state(self, state: dict) -> None:
+    def load_state(self, state: dict, method_state: dict) -> None:
+        self.method.load_state_dict(method_state)
+        self.follow()
         self.seconds = state["seconds"]
         self.loader.load_state_dict(state["loader"])
         self.meter.load_state_dict(state["meter"])
@@ -62,13 +67,23 @@ class Run:
     def save(self, step: int) -> Path:
         return checkpoint.save(
             self.engine,
+            self.sampled_network,
             self.runtime,
             self.folder / CHECKPOINTS,
             step,
             self.state(),
+            self.method.state_dict(),
             self.identity,
             self.config.keep_checkpoints,
         )
+
+    @property
+    def sampled_network(self) -> torch.nn.Module:
+        return self.method.sampled_network(self.engine.module)
+
+    def follow(self) -> None:
+        for followers in self.followers:
+            followers.refresh()
 
     def say(self, text: str) -> None:
         if self.recorder:
@@ -102,22 +117,10 @@ def train(run: Run, first_step: int, draw_samples) -> bool:
     Returns whether the end was reached; False after SIGTERM or Ctrl-C, with a checkpoint saved.
     Raises UserError when `max_nonfinite` steps in a row had a non-finite loss or gradient.
     """
-    config, meter = run.config, run.meter
+    config = run.config
     clock, stop, stop_every = Clock(), StopRequest(run.runtime), 1
     for step in range(first_step, config.steps):
-        for group in run.optimizer.param_groups:
-            group["lr"] = schedules.learning_rate(config, step)
-            group["emas"] = {EMA: schedules.ema_decay(config.ema, step)}
-        run.optimizer.forget_nonfinite()
-
-        for _ in range(run.plan.accumulation):
-            x0, y = next(run.loader)
-            loss, terms = run.method.loss(run.engine, x0, y, run.generator)
-            run.engine.backward(loss)
-            run.engine.step()
-            meter.add(terms)
-        meter.step(_skipped(run), step + 1)
-
+        train_step(run, step)
         done, last = step + 1, step + 1 == config.steps
         clock.steps += 1
         if run.recorder:
@@ -133,6 +136,34 @@ def train(run: Run, first_step: int, draw_samples) -> bool:
             run.say(f"stopped by {stop.name or 'a signal'} after step {done}; saved {path}; go on with --resume")
             return False
     return True
+
+
+def train_step(run: Run, step: int, lap: Callable[[str], None] = lambda part: None) -> None:
+    """Optimizer step `step` (0-based). `lap` is called after each part of it, by name: for who measures."""
+    config, meter = run.config, run.meter
+    decays = {EMA: schedules.ema_decay(config.ema, step), **run.method.begin_step(step / config.steps)}
+    for group in run.optimizer.param_groups:
+        group["lr"] = schedules.learning_rate(config, step)
+        group["emas"] = decays
+    run.optimizer.forget_nonfinite()
+    lap("rest")
+
+    for _ in range(run.plan.accumulation):
+        x0, y = next(run.loader)
+        lap("data")
+        outcome = run.method.loss(run.engine, x0, y, run.generator)
+        lap("forward")
+        run.engine.backward(outcome.loss)
+        lap("backward")
+        run.engine.step()
+        lap("optimizer")
+        meter.add(outcome.terms)
+    run.follow()
+    lap("followers")
+    meter.add(run.method.end_step())
+    lap("method")
+    meter.step(_skipped(run), step + 1)
+    lap("rest")
 
 
 def _skipped(run: Run) -> torch.Tensor:
@@ -160,7 +191,8 @@ def _record(run: Run, clock: Clock, step: int) -> int:
     if (norm := run.engine.get_global_grad_norm()) is not None:  # DeepSpeed does not tell it for ZeRO-0 in fp32
         values["grad_norm"] = float(norm)
     if peak := peak_flops(run.runtime.device):
-        values["mfu"] = flops_per_image(run.engine.module) * images / seconds / run.runtime.world / peak
+        flops = sum(run.method.flops(run.engine.module).values()) * images
+        values["mfu"] = flops / seconds / run.runtime.world / peak
     if run.recorder:
         run.recorder.log(step, values)
     if worst >= run.config.max_nonfinite:

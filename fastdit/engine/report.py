@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from importlib.resources import files
 from pathlib import Path
 
@@ -15,6 +16,19 @@ from fastdit.config import CONFIG_FILE
 from fastdit.engine.layout import CURVES, GRID, REPORT
 from fastdit.engine.records import read_metrics
 
+COLUMNS = 3
+# Title of each panel, and the metrics in it by label. A panel without data is left out: a method's are its own.
+PANELS = {
+    "loss": {"loss": "loss"},
+    "gradient norm": {"grad_norm": "gradient norm"},
+    "images / s": {"images_per_sec": "images / s"},
+    "discriminative loss": {"discriminative_loss": "discriminative loss"},
+    "teacher entropy (nats)": {"teacher_entropy": "patches", "cls_teacher_entropy": "class"},
+    "KL(teacher || student) (nats)": {"teacher_student_kl": "patches", "cls_teacher_student_kl": "class"},
+    "share of prototypes in use": {"prototype_usage": "patches"},
+    "norm of the centre": {"centre_norm": "patches"},
+}
+
 
 def write_report(folder: Path, facts: dict[str, str], versions: dict[str, str]) -> Path:
     """Write curves.png and report.html of the run in `folder`. `facts` are the figures at the top, in order."""
@@ -27,6 +41,7 @@ def write_report(folder: Path, facts: dict[str, str], versions: dict[str, str]) 
         versions=versions,
         grid=_embedded(folder / GRID),
         curves=_embedded(folder / CURVES),
+        titles=", ".join(title for title, _ in panels(metrics)),
         config=(folder / CONFIG_FILE).read_text(),
     )
     path = folder / REPORT
@@ -38,15 +53,34 @@ def _embedded(path: Path) -> str | None:
     return base64.b64encode(path.read_bytes()).decode() if path.exists() else None
 
 
+def panels(metrics: list[dict]) -> list[tuple[str, dict[str, list[tuple[int, float]]]]]:
+    """What there is to draw: titles, and under each (step, value) points by label, all from metrics.jsonl."""
+    found = []
+    for title, keys in PANELS.items():
+        lines = {
+            label: points
+            for key, label in keys.items()
+            if (points := [(line["step"], line[key]) for line in metrics if line.get(key) is not None])
+        }
+        if lines:
+            found.append((title, lines))
+    return found
+
+
 def _curves(metrics: list[dict], path: Path) -> None:
-    """Loss, gradient norm and speed against the step, all from metrics.jsonl."""
-    panels = (("loss", "loss"), ("grad_norm", "gradient norm"), ("images_per_sec", "images / s"))
-    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.2), layout="constrained")
-    for axis, (key, title) in zip(axes, panels):
-        points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
-        axis.plot(*zip(*points) if points else ((), ()), linewidth=1.2)
+    """Every panel against the step, COLUMNS in a row."""
+    shown = panels(metrics) or [("no metrics yet", {})]
+    rows = math.ceil(len(shown) / COLUMNS)
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=(12, 3.2 * rows), layout="constrained", squeeze=False)
+    for axis, (title, lines) in zip(axes.flat, shown):
+        for label, points in lines.items():
+            axis.plot(*zip(*points), linewidth=1.2, label=label)
+        if len(lines) > 1:
+            axis.legend(frameon=False)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
+    for axis in axes.flat[len(shown) :]:
+        axis.remove()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)

@@ -10,7 +10,8 @@ import torch
 from fastdit.config import CONFIG_FILE, Config, dump
 from fastdit.engine import build, checkpoint
 from fastdit.engine.checkpoint_files import newest_good
-from fastdit.engine.ds_config import plan
+from fastdit.engine.ds_config import Plan, plan
+from fastdit.engine.followers import Followers
 from fastdit.engine.layout import CHECKPOINTS, VERSIONS
 from fastdit.engine.loop import Run
 from fastdit.engine.meter import Meter
@@ -18,8 +19,7 @@ from fastdit.engine.records import Recorder, versions
 from fastdit.engine.runtime import Runtime
 from fastdit.engine.weights import EMA
 from fastdit.errors import UserError
-from fastdit.kernels import AdamWEMA, describe_attention, describe_native, describe_optimizer
-from fastdit.models import load_checkpoint
+from fastdit.kernels import AdamWEMA, ApexAdamEMA, describe_attention, describe_native, describe_optimizer
 
 
 class Session:
@@ -30,23 +30,19 @@ class Session:
         self.config, self.runtime = config, runtime
         folder = Path(config.out)
         agreed = plan(config, runtime.world, runtime.device.type == "cuda")
+        if config.uses("sadm") and agreed.micro_batch * runtime.world < 2:
+            raise UserError("batch: sadm compares samples of one micro-batch over all ranks; it needs at least two")
         self.source = build.open_data(config)
         self.shape = build.shape_of(config, self.source.classes)
         self.process = build.build_noise(config)
-        network = build.build_network(config, self.shape)
-        if config.init_from:
-            load_checkpoint(network, config.init_from)
-        self.parameters = sum(p.numel() for p in network.parameters())
+        module, method = build.build_training(config, self.shape)
+        network = method.sampled_network(module)
+        self.parameters = sum(p.numel() for p in module.parameters())
         self.attention = _attention(config.model.attention, runtime.device, agreed.precision, network)
-        optimizer = AdamWEMA(
-            network.parameters(),
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            emas={EMA: config.ema.decay},
-        )
-        engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=agreed.deepspeed)
+        averages = {EMA: config.ema.decay, **method.begin_step(0.0)}
+        trained = [p for p in module.parameters() if p.requires_grad]
+        optimizer = make_optimizer(config, agreed, runtime.device, trained, averages)
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=agreed.deepspeed)
         loader = build.build_loader(
             config,
             self.source,
@@ -55,6 +51,7 @@ class Session:
             world=runtime.world,
             device=runtime.device,
         )
+        method.to(runtime.device, torch.bfloat16 if agreed.precision == "bf16" else torch.float32)
         torch.manual_seed(config.seed)  # ours draws from `generator` alone; torch seeds its global one by chance
         generator = torch.Generator(runtime.device)
         generator.manual_seed(int(np.random.SeedSequence(config.seed, spawn_key=(runtime.rank,)).generate_state(1)[0]))
@@ -66,7 +63,8 @@ class Session:
             identity=build.identity(config, self.shape),
             engine=engine,
             optimizer=optimizer,
-            method=build.build_method(config, self.shape),
+            method=method,
+            followers=[Followers(engine, name, *lists) for name, lists in method.followers(module).items()],
             loader=loader,
             generator=generator,
             meter=Meter(runtime.device, runtime.world),
@@ -88,19 +86,20 @@ class Session:
         if found is None:
             say(f"{folder}: nothing to resume yet; starting at step 0")
             return 0
-        step, state = checkpoint.restore(run.engine, self.runtime, found, run.identity)
-        run.load_state(state)
+        step, *states = checkpoint.restore(run.engine, self.runtime, found, run.identity)
+        run.load_state(*states)
         say(f"resumed {found}")
         return step
 
     def _introduction(self) -> str:
         config, runtime, agreed, shape = self.config, self.runtime, self.run.plan, self.shape
         source = f"{self.source.n:,} samples of {self.source.path} as {shape.channels}x{shape.height}x{shape.width}"
+        optimizer = "optimizer: apex" if config.optimizer == "apex" else describe_optimizer(runtime.device)
         batch = f"{agreed.batch} = {agreed.micro_batch} x {agreed.accumulation} accumulated x {runtime.world} ranks"
         return (
             f"{config.method} on {source}, {shape.classes} classes\n"
             f"{self.parameters / 1e6:.1f} M parameters, {agreed.precision}, {self.process.name}; "
-            f"{self.attention}; {describe_native(runtime.device)}; {describe_optimizer(runtime.device)}\n"
+            f"{self.attention}; {describe_native(runtime.device)}; {optimizer}\n"
             f"{versions()['device']}, ZeRO-{agreed.stage}, batch {batch}\n"
             f"steps {self.first_step} to {config.steps} into {self.run.folder}"
         )
@@ -111,6 +110,21 @@ class Session:
         if self.run.recorder:
             self.run.recorder.close()
         torch.distributed.destroy_process_group()
+
+
+def make_optimizer(config: Config, agreed: Plan, device: torch.device, parameters, averages: dict) -> AdamWEMA:
+    """AdamW with `averages`, decays by name, by `config.optimizer`. Raises UserError where apex cannot serve."""
+    settings = {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")} | {"emas": averages}
+    if config.optimizer == "fastdit":
+        return AdamWEMA(parameters, **settings)
+    try:
+        optimizer = ApexAdamEMA(parameters, **settings)
+    except ValueError as error:
+        raise UserError(f"optimizer: {error}; mend that, or take --optimizer fastdit") from None
+    offload = agreed.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if device.type != "cuda" or offload.get("device", "none") != "none":
+        raise UserError("optimizer: apex works on GPUs only, without offload_optimizer; take --optimizer fastdit")
+    return optimizer
 
 
 def _attention(backend: str, device: torch.device, precision: str, network) -> str:

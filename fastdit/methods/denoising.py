@@ -1,14 +1,29 @@
 """The plain method: a noisy sample in, a denoising loss out (methods common to all diffusion transformers).
 
 x0 --add_noise--> x_t --network(x_t, level, y)--> out --loss--> scalar
+
+`Denoising` is also what every method is to the training loop: others override its members.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
-Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+from fastdit.models import flops_per_image
+
+Network = Callable[..., Tensor]
+
+
+class Outcome(NamedTuple):
+    """Of one micro-batch."""
+
+    loss: Tensor  # () float32, what is differentiated
+    terms: dict[str, Tensor]  # its named parts and health signals, () float32, detached; the same names every time
+    x0_hat: Tensor  # (B, C, H, W) float32, the one-step clean estimate, with its gradient
+    level: Tensor  # (B,) the noise level it was made at
 
 
 @dataclass
@@ -25,22 +40,58 @@ class Denoising:
     classes: int
     label_drop: float
 
-    def loss(
-        self, network: Network, x0: torch.Tensor, y: torch.Tensor, generator: torch.Generator
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Scalar loss (float32, mean over the batch) and its named parts, detached.
+    def loss(self, network: Network, x0: Tensor, y: Tensor, generator: torch.Generator) -> Outcome:
+        """x0 (B, C, H, W) float32, y (B,) int64, both on the generator's device. No host sync."""
+        level, eps, y = self.draw(x0, y, generator)
+        net_in, net_t = self.noise.network_input(self.noise.add_noise(x0, eps, level), level)
+        return self.judge(network(net_in, net_t, y), x0, eps, level)
 
-        x0 (B, C, H, W) float32, y (B,) int64, both on the generator's device. No host sync.
-        """
+    def draw(self, x0: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """A step's noise levels (B,), noise of x0's shape, and labels of which some are dropped."""
         level = self.noise.draw(len(x0), generator=generator, device=x0.device)
         eps = torch.randn(x0.shape, generator=generator, device=x0.device)
-        net_in, net_t = self.noise.network_input(self.noise.add_noise(x0, eps, level), level)
-        out = network(net_in, net_t, self.drop_labels(y, generator))
-        per_sample, _ = self.noise.loss(out, x0, eps, level)
-        loss = per_sample.mean()
-        return loss, {"loss": loss.detach()}
+        return level, eps, self.drop_labels(y, generator)
 
-    def drop_labels(self, y: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def judge(self, out: Tensor, x0: Tensor, eps: Tensor, level: Tensor) -> Outcome:
+        """The denoising loss, a mean over the batch, of the network's output."""
+        per_sample, x0_hat = self.noise.loss(out, x0, eps, level)
+        loss = per_sample.mean()
+        return Outcome(loss, {"loss": loss.detach()}, x0_hat, level)
+
+    def drop_labels(self, y: Tensor, generator: torch.Generator) -> Tensor:
         """y with each label replaced by the null label with probability `label_drop`."""
         dropped = torch.rand(y.shape, generator=generator, device=y.device) < self.label_drop
         return torch.where(dropped, self.classes, y)
+
+    def begin_step(self, progress: float) -> dict[str, float]:
+        """Set what changes with the share of the run that is done.
+
+        Returns the decays of the averages of all weights that the optimizer shall keep beside the sampled one, by name.
+        """
+        return {}
+
+    def end_step(self) -> dict[str, Tensor]:
+        """After the optimizer's update, on every rank: health signals of the whole step, as in `Outcome.terms`."""
+        return {}
+
+    def sampled_network(self, module: nn.Module) -> nn.Module:
+        """The part of the trained module that draws samples."""
+        return module
+
+    def followers(self, module: nn.Module) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+        """By average: tensors that must equal it after each update, and the parameters they follow."""
+        return {}
+
+    def flops(self, module: nn.Module) -> dict[str, float]:
+        """FLOPs of all matrix products for one image and step, forward and backward, by part."""
+        return {"network": flops_per_image(module)}
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move what the method itself holds; networks of its own get `dtype`."""
+
+    def state_dict(self) -> dict:
+        """What a resumed run must go on from, the same on all ranks, on the CPU."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take a `state_dict`."""

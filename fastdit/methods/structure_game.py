@@ -1,0 +1,283 @@
+"""SADM: structure-guided adversarial training (Yang et al., CVPR 2024, arXiv 2402.17563).
+
+Denoising losses judge each sample by itself. Here a second player, Psi, also compares the batch's structure, all
+pairwise distances, between clean samples and their one-step estimates:
+
+    f_i = Psi(x0_i),   g_i = Psi(x0_hat_i)                             x0_hat from the denoising loss's own forward pass
+    P_ij = |f_i - f_j| / mean |f_i - f_j|,   Q_ij the same of g        over pairs i != j of the global batch
+    L_str = sum w_ij penalty(P_ij - Q_ij) / sum w_ij,   w_ij = sqrt(w_i w_j),   w_i = s^2 / (sigma_i^2 + s^2)
+
+    denoiser:  min  L_denoise + lambda L_str       Psi frozen
+    Psi:       max  L_str                          on the same x0 and x0_hat, detached, after the denoiser's update
+
+From the paper: the game, and that the discriminator's score is the structural distance itself. Its normalisation (which
+bounds the maximisation), pairs over all ranks, weights that fade with noise, and all numbers are ours.
+
+It is played on top of any other method: `StructureGame(Denoising(...))`, `StructureGame(SelfDiscrimination(...))`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdit.kernels import AdamWEMA, StructureLoss, structure_loss
+from fastdit.methods.denoising import Denoising, Network, Outcome
+from fastdit.methods.self_discrimination import SelfDiscrimination
+
+COINCIDENT = 1e-12  # mean squared distance of features that are taken for one point
+
+
+@dataclass(frozen=True)
+class SADM:
+    """Settings of SADM, all ours.
+
+    Args:
+        structure: off; fixed: Psi stays as it starts; adversarial: it is trained against the denoiser.
+        weight: lambda.
+        psi: latent_resnet: a small ResNet on latents or small images; image_resnet: a pretrained ResNet-18 on pixels
+            (psi_weights); teacher: SD-DiT's teacher, which moves by itself and is no player: structure must be fixed.
+        psi_weights: file that Psi starts from: of fastdit-warm-start, or a torchvision ResNet-18; none: random.
+        psi_width: latent_resnet's, of its first block.
+        psi_features: dimension of latent_resnet's features.
+        spectral_norm: bound the weights of latent_resnet.
+        gradient_penalty: weight of mean |d (v . Psi(x)) / d x|^2 with random unit vectors v, over the mean squared
+            distance of the features (unless distances are not normalised); 0 is off.
+        psi_lr: Psi's learning rate.
+        psi_warmup: share of the run over which it rises.
+        psi_schedule: after that: constant, or cosine to zero at the end of the run.
+        psi_betas: of Psi's Adam.
+        psi_every: denoiser steps per step of Psi.
+        distance: of features: euclidean, squared or cosine.
+        normalise: distances by their mean over the pairs, or not at all.
+        penalty: of a difference of distances.
+        huber_delta: where huber turns linear.
+        sigma_data: s above.
+    """
+
+    structure: Literal["off", "fixed", "adversarial"] = "adversarial"
+    weight: float = 0.1
+    psi: Literal["latent_resnet", "image_resnet", "teacher"] = "latent_resnet"
+    psi_weights: str | None = None
+    psi_width: int = 96
+    psi_features: int = 512
+    spectral_norm: bool = False
+    gradient_penalty: float = 0.0
+    psi_lr: float = 1e-4
+    psi_warmup: float = 0.0
+    psi_schedule: Literal["constant", "cosine"] = "constant"
+    psi_betas: tuple[float, float] = (0.5, 0.999)
+    psi_every: int = 1
+    distance: Literal["euclidean", "squared", "cosine"] = "euclidean"
+    normalise: Literal["mean", "none"] = "mean"
+    penalty: Literal["l2", "l1", "huber"] = "l2"
+    huber_delta: float = 0.2
+    sigma_data: float = 0.5
+
+    def psi_lr_at(self, progress: float) -> float:
+        """Psi's learning rate when the share `progress` of the run is done."""
+        warm = min(1.0, progress / self.psi_warmup) if self.psi_warmup else 1.0
+        cosine = self.psi_schedule == "cosine"
+        return self.psi_lr * warm * (0.5 * (1 + math.cos(math.pi * progress)) if cosine else 1.0)
+
+
+class StructureGame(Denoising):
+    """Another method, `base`, with the structure term and the second player.
+
+    Args:
+        base: the method that makes outcomes; its hooks are called in turn.
+        settings: see `SADM`.
+        psi: (B, C, H, W) float32 to features (B, d); trained here, in fp32, if the structure is adversarial.
+        psi_flops: FLOPs of its forward pass for one sample.
+
+    Psi is whole on every rank: it is a hundredth of a DiT. Its gradients are averaged over the ranks.
+    """
+
+    def __init__(self, base: Denoising, settings: SADM, psi: nn.Module, psi_flops: float = 0.0) -> None:
+        super().__init__(base.noise, base.classes, base.label_drop)
+        self.base, self.settings, self.psi, self.psi_flops = base, settings, psi.eval().requires_grad_(False), psi_flops
+        self.plays = settings.structure == "adversarial"
+        self.step, self.batches, self.generator = 0, [], None
+        self.autocast = False
+        self.psi_lr = settings.psi_lr_at(0.0)
+
+    def loss(self, network: Network, x0: Tensor, y: Tensor, generator: torch.Generator) -> Outcome:
+        """The base's loss and lambda L_str, over the pairs of all ranks' micro-batches. No host sync.
+
+        Raises ValueError if all ranks together have but one sample.
+        """
+        outcome = self.base.loss(network, x0, y, generator)
+        if self.settings.structure == "off":
+            return outcome
+        with torch.no_grad():
+            real = self._features(x0)
+        structure = self._compare(real, self._features(outcome.x0_hat), outcome.level)
+        if self.plays:
+            self.batches.append((x0, outcome.x0_hat.detach(), outcome.level))
+            self.generator = generator
+        terms = {
+            "structure_loss": structure.loss.detach(),
+            "real_distance": structure.real_distance.float(),
+            "fake_distance": structure.fake_distance.float(),
+            "distance_correlation": structure.correlation.float(),
+        }
+        loss = outcome.loss + self.settings.weight * structure.loss
+        return outcome._replace(loss=loss, terms=outcome.terms | terms)
+
+    def end_step(self) -> dict[str, Tensor]:
+        """The base's, then Psi's step, one in `psi_every`."""
+        terms = self.base.end_step()
+        self.step += 1
+        batches, self.batches = self.batches, []
+        if self.plays and self.step % self.settings.psi_every == 0:
+            terms = terms | self._step_psi(batches)
+        return terms
+
+    def _step_psi(self, batches: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
+        """One ascent step of Psi on L_str. Gradients that are not finite change nothing."""
+        self.psi.train().requires_grad_(True)
+        for x0, x0_hat, level in batches:
+            both = torch.cat([x0, x0_hat])
+            if self.settings.gradient_penalty:
+                both.requires_grad_()
+            features = self._features(both)
+            loss = -self._compare(*features.chunk(2), level).loss
+            if self.settings.gradient_penalty:
+                loss = loss + self.settings.gradient_penalty * self._steepness(both, features)
+            (loss / len(batches)).backward()
+        grads = [p.grad for p in self.psi.parameters() if p.grad is not None]
+        _average_over_ranks(grads)
+        norm = torch.stack(torch._foreach_norm(grads)).norm()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.psi_lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.psi.eval().requires_grad_(False)
+        return {"psi_grad_norm": norm}
+
+    def _features(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.psi(x).float()
+
+    def _steepness(self, x: Tensor, features: Tensor) -> Tensor:
+        """The gradient penalty for clean samples and their estimates, `x`, over all ranks.
+
+        Where L_str does not see the scale of the features, the slope is relative to their spread: else it would fall
+        by shrinking them, and bound nothing.
+        """
+        v = F.normalize(torch.randn(features.shape, generator=self.generator, device=features.device), dim=1)
+        (slope,) = torch.autograd.grad((v * features).sum(), x, create_graph=True)
+        own = torch.cat([features, slope.flatten(1).square().sum(1, keepdim=True)], dim=1)
+        seen = self.settings.normalise == "none" and self.settings.distance != "cosine"
+        total = 0.0
+        for half in own.chunk(2):
+            rows = _AllRanks.apply(half)
+            squares = rows[:, -1].mean()
+            total = total + (squares if seen else squares / (2 * rows[:, :-1].var(0).sum()).clamp_min(COINCIDENT))
+        return total / 2
+
+    def _compare(self, real: Tensor, fake: Tensor, level: Tensor) -> StructureLoss:
+        """L_str over the pairs of all ranks: the same value on each, with the gradient for its own rows."""
+        settings, sigma = self.settings, self.noise.noise_to_signal(level)
+        weight = settings.sigma_data**2 / (sigma.square() + settings.sigma_data**2)
+        rows = _AllRanks.apply(torch.cat([real, fake, weight[:, None]], dim=1))
+        all_real, all_fake, weight = rows.split([real.shape[1], fake.shape[1], 1], dim=1)
+        return structure_loss(
+            all_real if real.requires_grad else all_real.detach(),  # what no player needs is not computed
+            all_fake,
+            weight[:, 0].detach(),
+            distance=settings.distance,
+            normalise=settings.normalise,
+            penalty=settings.penalty,
+            huber_delta=settings.huber_delta,
+        )
+
+    def begin_step(self, progress: float) -> dict[str, float]:
+        self.psi_lr = self.settings.psi_lr_at(progress)
+        return self.base.begin_step(progress)
+
+    def sampled_network(self, module: nn.Module) -> nn.Module:
+        return self.base.sampled_network(module)
+
+    def followers(self, module: nn.Module) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+        return self.base.followers(module)
+
+    def flops(self, module: nn.Module) -> dict[str, float]:
+        """Psi: features of x0, of x0_hat and their gradient; in its own step forward and backward of both."""
+        steps = {"off": 0, "fixed": 3, "adversarial": 3 + 6 / self.settings.psi_every}[self.settings.structure]
+        return {**self.base.flops(module), "psi": steps * self.psi_flops}
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Psi keeps fp32 weights and computes in `dtype`."""
+        self.base.to(device, dtype)
+        self.psi.to(device)
+        self.autocast = dtype == torch.bfloat16
+        if self.plays:
+            self.optimizer = AdamWEMA(self.psi.parameters(), lr=self.psi_lr, betas=self.settings.psi_betas)
+
+    def state_dict(self) -> dict:
+        own = {"step": self.step, "psi": self.psi.state_dict()} if self.settings.structure != "off" else {}
+        if self.plays:
+            own["optimizer"] = self.optimizer.state_dict()
+        return {"base": self.base.state_dict(), **own}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.base.load_state_dict(state["base"])
+        if self.settings.structure != "off":
+            self.step = state["step"]
+            self.psi.load_state_dict(state["psi"])
+        if self.plays:
+            self.optimizer.load_state_dict(state["optimizer"])
+
+
+class TeacherFeatures(nn.Module):
+    """SD-DiT's teacher as Psi. It stays the method's own: no part of this module, nor of its state."""
+
+    def __init__(self, method: SelfDiscrimination) -> None:
+        super().__init__()
+        self._describe = method.describe
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._describe(x)
+
+
+class _AllRanks(torch.autograd.Function):
+    """Rows of all ranks (B, d) -> (ranks * B, d), in rank order.
+
+    Every rank then computes the same loss, and an engine averages gradients over ranks: so a rank's own rows get the
+    upstream times the number of ranks, and the average is the gradient of that one loss.
+    """
+
+    @staticmethod
+    def forward(ctx, own: Tensor) -> Tensor:
+        ctx.ranks = _ranks()
+        if ctx.ranks == 1:
+            return own.view_as(own)
+        rows = own.new_empty(ctx.ranks * len(own), *own.shape[1:])
+        dist.all_gather_into_tensor(rows, own.contiguous())
+        return rows
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> Tensor:
+        if ctx.ranks == 1:
+            return upstream
+        return ctx.ranks * upstream.chunk(ctx.ranks)[dist.get_rank()]
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _average_over_ranks(tensors: list[Tensor]) -> None:
+    """In place, by one collective."""
+    if _ranks() == 1:
+        return
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    flat /= _ranks()
+    for t, mean in zip(tensors, flat.split([t.numel() for t in tensors])):
+        t.copy_(mean.view_as(t))
