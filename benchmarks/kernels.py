@@ -4,7 +4,6 @@ What is measured is in operations.py, how in measure.py and timing.py, what is k
 """
 
 import shlex
-from pathlib import Path
 
 import record as records
 import torch
@@ -56,7 +55,7 @@ def _benchmark(argv: list[str]) -> None:
     batch = args.batch or (2 if args.quick else 32 if device.type == "cuda" else 4)
     if batch < 1:
         raise UserError(f"--batch {batch}: must be at least 1")
-    files = {name: _writable(name, value) for name in ("json", "csv", "png") if (value := getattr(args, name))}
+    files = {name: records.writable(name, value) for name in ("json", "csv", "png") if (value := getattr(args, name))}
     writers = {"json": records.write_json, "csv": records.write_csv, "png": records.write_chart}
 
     effort = QUICK if args.quick else FULL[device.type]
@@ -122,16 +121,6 @@ def _device(name: str) -> torch.device:
     if device.type not in FULL:
         raise UserError(f"--device {name}: cannot be timed; give cpu or cuda")
     return device
-
-
-def _writable(name: str, value: str) -> Path:
-    path = Path(value)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-    except OSError as error:
-        raise UserError(f"--{name} {value}: cannot be written ({error.strerror}); give a file") from None
-    return path
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from operations import Case, Steps
-from record import OURS
+from record import OURS, failure
 from timing import Clock, Memory, Quantiles, Runner, as_tuple, memory
 from torch import Tensor
 
@@ -50,7 +50,7 @@ def _differentiable(clock: Clock, case: Case, dtype: torch.dtype, against: list[
             memories[name] = memory(clock.device, partial(contender.forward, 0), partial(contender.gradients, 0))
             contenders[name] = contender
         except Exception as error:  # a compiler's, or no memory left: a result, not the end of the run
-            ran[name] = _failure(error)
+            ran[name] = failure(error)
     moved = case.bytes(sets[0])
     for phase in ("forward", "backward", "both"):
         runners = {name: getattr(contender, f"{phase}_runner")() for name, contender in contenders.items()}
@@ -119,11 +119,7 @@ def _steps(clock: Clock, case: Steps, _, against: list[str]) -> Iterator[Measure
             memories[name] = memory(clock.device, step, None)
             runners[name] = Runner(lambda _, step=step: step())
         except Exception as error:
-            ran[name] = _failure(error)
+            ran[name] = failure(error)
     times = clock.interleave(runners, 1) if runners else {}
     for name, what in ran.items():
         yield Measured("step", name, what, times.get(name), case.bytes, memories.get(name))
-
-
-def _failure(error: Exception) -> str:
-    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -5,9 +5,10 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -26,13 +27,13 @@ COLUMNS = (
 OURS = "fastdit"
 
 
-def start(command: str, device: torch.device, settings: dict) -> dict:
+def start(command: str, device: torch.device, settings: dict, benchmark: str = "kernels") -> dict:
     """A record without rows."""
     gpu = device.type == "cuda"
     found = versions()
     load = [round(value, 2) for value in os.getloadavg()]
     return {
-        "benchmark": "kernels",
+        "benchmark": benchmark,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "device": torch.cuda.get_device_name(device) if gpu else found["device"],
@@ -52,6 +53,22 @@ def _driver() -> str:
     return subprocess.run(query, capture_output=True, text=True).stdout.strip().split("\n")[0] or "unknown"
 
 
+def failure(error: Exception) -> str:
+    """What a contender that raised shows in place of what it ran."""
+    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def writable(flag: str, value: str) -> Path:
+    """The path a flag gives, its folder made. Raises UserError."""
+    path = Path(value)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise UserError(f"--{flag} {value}: cannot be written ({error.strerror}); give a file") from None
+    return path
+
+
 def write_json(record: dict, path: Path) -> None:
     """Whole at every moment, so that a run cut short leaves what it has."""
     record["load"]["after"] = [round(value, 2) for value in os.getloadavg()]
@@ -60,10 +77,10 @@ def write_json(record: dict, path: Path) -> None:
     aside.replace(path)
 
 
-def write_csv(record: dict, path: Path) -> None:
+def write_csv(record: dict, path: Path, columns: Sequence[str] = COLUMNS) -> None:
     """One line a row; what was not measured is empty."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(record["rows"])
 
@@ -72,7 +89,7 @@ def read(path: Path) -> dict:
     """Raises UserError."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if missing := {"device", "kind", "versions", "rows"} - set(record):
+        if missing := {"benchmark", "device", "kind", "versions", "rows"} - set(record):
             raise ValueError(f"lacks {', '.join(sorted(missing))}")
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: is no record ({error}); write one with --json") from None
@@ -103,9 +120,14 @@ def lines(record: dict) -> list[str]:
         memory = " / ".join("-" if peak is None else f"{peak / 2**20:.1f}" for peak in peaks) if any(peaks) else ""
         name = (ours["case"], ours["size"], ours["phase"], ours["ran"])
         cells.append((*name, timed, rate, share, compared or "none", memory))
+    return aligned(cells)
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table, the first row its head."""
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    cells.insert(1, tuple("-" * width for width in widths))
-    return ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
+    ruled = [cells[0], ["-" * width for width in widths], *cells[1:]]
+    return ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in ruled]
 
 
 def _ms(value: float) -> str:
@@ -118,7 +140,18 @@ def _ratio(row: dict, ours: dict) -> str:
     return _ms(row["ms_p50"]) + " ms" if ours["ms_p50"] is None else f"{row['ms_p50'] / ours['ms_p50']:.2f}x"
 
 
-def table(records: Iterable[dict]) -> str:
+class Section(NamedTuple):
+    """A benchmark's part of the README, between two lines of its own."""
+
+    benchmark: str
+    markers: tuple[str, str]
+    lines: Callable[[dict], list[str]]
+
+
+KERNELS = Section("kernels", MARKERS, lines)
+
+
+def table(records: Iterable[dict], section: Section = KERNELS) -> str:
     """What the README shows of these records, GPUs first."""
     records = sorted(records, key=lambda record: (record["kind"] != "cuda", record["device"], record["date"]))
     parts = [] if any(record["kind"] == "cuda" for record in records) else ["NVIDIA GPUs: not measured.\n"]
@@ -130,21 +163,22 @@ def table(records: Iterable[dict]) -> str:
             f"{record['date'][:10]}, commit {found['commit']}, torch {found['torch']}, triton {found['triton']}, "
             f"driver {record['driver']}, {record['settings']['dtype']}, batch {record['settings']['batch']}, "
             f"load average {load['before'][0]} before and {load['after'][0]} after.\n\n"
-            + "\n".join(lines(record))
+            + "\n".join(section.lines(record))
             + "\n"
         )
     return "\n".join(parts)
 
 
-def write_readme(records: Path = RECORDS, readme: Path = README) -> None:
-    """Put the table of all records in a folder between the README's two markers. Raises UserError."""
-    text = readme.read_text(encoding="utf-8")
-    if not all(text.count(marker) == 1 for marker in MARKERS):
-        raise UserError(f"{readme}: must hold {' and '.join(marker.strip() for marker in MARKERS)} once, on own lines")
-    head, rest = text.split(MARKERS[0])
-    tail = rest.split(MARKERS[1])[1]
-    body = table(read(path) for path in sorted(records.glob("*.json")))
-    readme.write_text(f"{head}{MARKERS[0]}\n{body}\n{MARKERS[1]}{tail}", encoding="utf-8")
+def write_readme(records: Path = RECORDS, readme: Path = README, section: Section = KERNELS) -> None:
+    """Put the table of all records of a benchmark in a folder between its two markers. Raises UserError."""
+    text, (begin, end) = readme.read_text(encoding="utf-8"), section.markers
+    if not text.count(begin) == text.count(end) == 1:
+        raise UserError(f"{readme}: must hold {begin.strip()} and {end.strip()} once, on own lines")
+    head, rest = text.split(begin)
+    tail = rest.split(end)[1]
+    found = [read(path) for path in sorted(records.glob("*.json"))]
+    body = table((record for record in found if record["benchmark"] == section.benchmark), section)
+    readme.write_text(f"{head}{begin}\n{body}\n{end}{tail}", encoding="utf-8")
 
 
 def write_chart(record: dict, path: Path) -> None:

@@ -74,7 +74,7 @@ class Clock:
                 calls += 1
                 times[name].append(self._once(runners[name], calls % sets))
             rounds += 1
-        return {name: _quantiles(values) for name, values in times.items()}
+        return {name: quantiles(values) for name, values in times.items()}
 
     def _once(self, runner: Runner, index: int) -> float:
         self.buffer.sum()
@@ -101,7 +101,8 @@ class Clock:
         return 2 * self.buffer.nbytes / median / 1e6
 
 
-def _quantiles(values: list[float]) -> Quantiles:
+def quantiles(values: list[float]) -> Quantiles:
+    """Of milliseconds, or of other numbers."""
     levels = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
     return Quantiles(*(round(level, 6) for level in levels.tolist()), len(values))
 
@@ -131,13 +132,12 @@ def memory(device: torch.device, first: Callable[[], object], second: Callable[[
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with _quiet():
         profiler.start()
-    try:
-        result = first()
-        middle = time.time_ns()
-        results = second(result) if second is not None else None
-        end = time.time_ns()
-    finally:
-        with _quiet():
+        try:
+            result = first()
+            middle = time.time_ns()
+            results = second(result) if second is not None else None
+            end = time.time_ns()
+        finally:
             profiler.stop()
     del result, results
     events = profiler.profiler.kineto_results.events()
@@ -154,7 +154,7 @@ def memory(device: torch.device, first: Callable[[], object], second: Callable[[
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The profiler's library prints a line whenever it starts or stops."""
+    """The profiler's library prints a line whenever it starts or stops, and torch one for memory older than it."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

@@ -1,0 +1,206 @@
+"""What takes training steps in the throughput benchmark: fastdit's engine, plain PyTorch; and a product beside them.
+
+All train on batches of their own loader, with the same method, noise process and sizes.
+"""
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from stopwatch import Contender, Stopwatch
+from timing import memory
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastdit.config import Config
+from fastdit.engine import build
+from fastdit.engine.loop import train_step
+from fastdit.engine.runtime import Runtime
+from fastdit.engine.session import Session
+from fastdit.methods.self_discrimination import SelfDiscrimination
+
+PRODUCT = {"cuda": 8192, "cpu": 2048}  # rows and columns
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class _Silent(Runtime):
+    """A rank that leaves no files of a run behind."""
+
+    first = False
+
+
+class Engine(Contender):
+    """fastdit as it trains: a `Session`, and the steps of `fastdit.engine.loop.train`."""
+
+    def __init__(self, config: Config, runtime: Runtime, watch: Stopwatch):
+        super().__init__(watch)
+        silent = _Silent(runtime.rank, runtime.world, runtime.local_rank, runtime.device, runtime.hosts)
+        self.session = Session(config, silent)
+        self.run, self.done = self.session.run, 0
+        self.ran = f"ZeRO-{self.run.plan.stage}, {self.session.attention}"
+        self.flops = self.run.method.flops(self.run.engine.module)
+        if config.uses("sd_dit"):
+            method = self.run.method
+            cut_components(self.run.engine.module, getattr(method, "base", method), watch)
+
+    def step(self) -> None:
+        names = {"backward": "backward/encoder" if "encoder" in self.flops else "backward"}
+        names |= {"followers": "extras/refresh", "method": "extras"}
+        self.watch.start()
+        train_step(self.run, self.done, lambda part: self.watch.lap(names.get(part, part)))
+        self.done += 1
+
+    def close(self) -> None:
+        self.run.loader.close()
+
+
+def cut_components(student: nn.Module, method: SelfDiscrimination, watch: Stopwatch) -> None:
+    """Laps of SD-DiT's components, in the step itself.
+
+    Forward they are modules. Backward, autograd runs the youngest node that is ready: first the losses, then head and
+    prototypes, decoder, encoder; and of each first the node of the last tensor that it made.
+    """
+
+    def cut(name: str):
+        return lambda *_: watch.lap(name)
+
+    def after_encoder(*call) -> None:
+        watch.lap("forward/encoder")
+        call[-1].branch.register_hook(cut("backward/decoder"))
+
+    def after_decoder(*call) -> None:
+        watch.lap("forward/decoder")
+        call[-1].register_hook(cut("backward/head"))
+
+    def after_student(*call) -> None:
+        watch.lap("forward/head")
+        call[-1][2].loss.register_hook(cut("backward"))
+
+    for module in (method.teacher, student):
+        module.register_forward_pre_hook(cut("forward"))
+    method.teacher.register_forward_hook(cut("forward/teacher"))
+    student.network.encoder.register_forward_hook(after_encoder)
+    student.network.decoder.register_forward_hook(after_decoder)
+    student.register_forward_hook(after_student)
+
+
+class Plain(Contender):
+    """A DiT trained by PyTorch alone: torch.optim.AdamW (fused), `torch._foreach_lerp_` for the average; for bf16
+    autocast over fp32 weights, for several ranks DistributedDataParallel. fastdit's operations run as their references.
+
+    Args:
+        config: of method dit.
+        peer: makes a peer's model, called as `fastdit.models.DiT`, of a `Shape` and a number of output channels; None:
+            that DiT itself, with torch's own attention.
+        compiled: run it through `torch.compile`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        watch: Stopwatch,
+        peer: Callable[[build.Shape, int], nn.Module] | None = None,
+        compiled: bool = False,
+    ):
+        super().__init__(watch)
+        self.ran = "torch.compile" if compiled else "torch"
+        source = build.open_data(config)
+        shape = build.shape_of(config, source.classes)
+        own, self.method = build.build_training(replace(config, model=replace(config.model, attention="sdpa")), shape)
+        self.flops = self.method.flops(own)
+        self.network = (peer(shape, own.out_channels) if peer else own).to(runtime.device).train()
+        self.weights = [p for p in self.network.parameters() if p.requires_grad]
+        self.averages = [p.detach().clone() for p in self.weights]
+        rules = {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")}
+        self.optimizer, self.decay = torch.optim.AdamW(self.weights, **rules, fused=True), config.ema.decay
+        if compiled:
+            self.network = torch.compile(self.network, dynamic=False)
+        if runtime.world > 1:
+            self.network = DistributedDataParallel(self.network)
+        options = {"rank": runtime.rank, "world": runtime.world, "device": runtime.device}
+        self.loader = build.build_loader(config, source, batch=config.batch // runtime.world, **options)
+        self.generator = torch.Generator(runtime.device).manual_seed(runtime.rank)
+        self.autocast = torch.autocast(runtime.device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+    def step(self) -> None:
+        lap = self.watch.lap
+        with _reference_kernels():
+            self.watch.start()
+            x0, y = next(self.loader)
+            lap("data")
+            with self.autocast:
+                loss = self.method.loss(self.network, x0, y, self.generator).loss
+            lap("forward")
+            loss.backward()
+            lap("backward")
+            self.optimizer.step()
+            torch._foreach_lerp_(self.averages, self.weights, 1 - self.decay)
+            self.optimizer.zero_grad()
+            lap("optimizer")
+
+    def close(self) -> None:
+        self.loader.close()
+
+
+@contextmanager
+def _reference_kernels() -> Iterator[None]:
+    before = os.environ.get("FASTDIT_KERNELS")
+    os.environ["FASTDIT_KERNELS"] = "reference"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["FASTDIT_KERNELS"]
+        else:
+            os.environ["FASTDIT_KERNELS"] = before
+
+
+class Product(Contender):
+    """A large square product: what the device's GEMMs can do, in FLOP/s, while the others run."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, watch: Stopwatch):
+        super().__init__(watch)
+        self.n = PRODUCT[device.type]
+        self.left, self.right = torch.randn(2, self.n, self.n, device=device).to(dtype)
+        self.out = torch.empty_like(self.left)
+
+    def step(self) -> None:
+        self.watch.start()
+        torch.mm(self.left, self.right, out=self.out)
+        self.watch.lap("forward")
+
+    def rate(self, milliseconds: float) -> float:
+        """FLOP/s."""
+        return 2 * self.n**3 / milliseconds * 1e3
+
+
+def warm(make: Callable[[], Contender], device: torch.device) -> Contender:
+    """make(), after two steps, with its memory measured: what it holds by the first, and the second's own."""
+    before = _held(device)
+    contender = make()
+    contender.step()
+    contender.held = _held(device) - before
+    contender.peak = contender.held + memory(device, contender.step, None).peak
+    return contender
+
+
+def _held(device: torch.device) -> int:
+    """Bytes of all tensors on the device: on a GPU by the allocator's counter."""
+    gc.collect()
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter) and x.device == device]
+    return sum(dict(map(_place, tensors)).values())
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where its storage lies, and the bytes of that; a compiler leaves tensors behind that have none."""
+    storage = tensor.untyped_storage()
+    try:
+        return storage.data_ptr(), storage.nbytes()
+    except RuntimeError:
+        return 0, 0

@@ -1,0 +1,182 @@
+"""Rows of the throughput benchmark's record, and the tables made from them.
+
+A contender has one row of table "step", rows of table "phase" and, for SD-DiT, of table "component". Parts are medians
+of their own; `rest` is the whole step's median less those, so that a table's rows add up to the step.
+"""
+
+from collections.abc import Callable
+from statistics import median
+
+from record import Section, aligned
+from stopwatch import Contender, Laps
+from timing import Quantiles, quantiles
+
+GOAL = 1.45  # an SD-DiT step at most, in plain steps of the same size
+PLAIN = "dit"
+COLUMNS = (
+    "contender", "ran", "table", "part", "ms_p20", "ms_p50", "ms_p80", "steps", "ratio_p20", "ratio_p50", "ratio_p80",
+    "images_per_s", "flops_per_image", "mfu_datasheet", "mfu_gemm", "held_bytes", "peak_bytes",
+)  # fmt: skip
+REST, WHOLE = "rest", "whole step"
+PHASES = {
+    "data": "data",
+    "forward": "forward",
+    "backward": "backward",
+    "optimizer + averages": "optimizer",
+    "method extras": "extras",
+}
+# Of SD-DiT: the laps, and the component whose FLOPs are counted.
+COMPONENTS = {
+    "student encoder": (("forward/encoder", "backward/encoder"), "encoder"),
+    "decoder": (("forward/decoder", "backward/decoder"), "decoder"),
+    "teacher": (("forward/teacher",), "teacher"),
+    "head and prototypes": (("forward/head", "backward/head"), "head"),
+    "optimizer + averages": (("optimizer",), None),
+    "teacher refresh": (("extras/refresh",), None),
+    "data": (("data",), None),
+}
+NOTE = (
+    "Measured within the whole step, forward and backward together. The teacher's logits are computed with the "
+    "student's: their time is the head's, their FLOPs the teacher's. Rest: noise, masks, losses, centres, schedules; "
+    "where the structure game is played, that too."
+)
+
+
+def step_rows(
+    name: str, contender: Contender, rounds: list[list[Laps]], plain: list[list[Laps]], settings: dict
+) -> list[dict]:
+    """All rows of a contender from its laps and those of the plain step, round by round."""
+    laps = [step for turn in rounds for step in turn]
+    whole = whole_step(rounds)
+    pairs = zip(map(_median_step, rounds), map(_median_step, plain))
+    ratio = quantiles([own / other for own, other in pairs])
+    images = settings["batch"] / whole.p50 * 1e3
+    flops = sum(contender.flops.values())
+    rate = images * flops / settings["ranks"]
+    datasheet = settings["datasheet_flops"]
+    head = {"contender": name, "ran": contender.ran}
+    step = {
+        **_timed("step", WHOLE, whole, flops),
+        "ratio_p20": ratio.p20,
+        "ratio_p50": ratio.p50,
+        "ratio_p80": ratio.p80,
+        "images_per_s": images,
+        "mfu_datasheet": rate / datasheet if datasheet else None,
+        "mfu_gemm": rate / settings["gemm_flops"],
+        "held_bytes": contender.held,
+        "peak_bytes": contender.peak,
+    }
+    phases = {part: (lambda key, p=phase: key.partition("/")[0] == p, None) for part, phase in PHASES.items()}
+    rows = [step, *_part_rows("phase", phases, laps, whole)]
+    if "teacher" in contender.flops:
+        wanted = {part: (keys.__contains__, contender.flops.get(c)) for part, (keys, c) in COMPONENTS.items()}
+        rows += _part_rows("component", wanted, laps, whole)
+    return [dict.fromkeys(COLUMNS) | head | row for row in rows]
+
+
+def whole_step(rounds: list[list[Laps]]) -> Quantiles:
+    return quantiles([sum(step.values()) for turn in rounds for step in turn])
+
+
+def failed_row(name: str, why: str) -> dict:
+    return dict.fromkeys(COLUMNS) | {"contender": name, "ran": why, "table": "step", "part": WHOLE}
+
+
+def _median_step(turn: list[Laps]) -> float:
+    return median(sum(step.values()) for step in turn)
+
+
+def _part_rows(table: str, parts: dict, laps: list[Laps], whole: Quantiles) -> list[dict]:
+    """parts: by name, which laps are of the part, and its FLOPs or None."""
+    found = []
+    for part, (belongs, flops) in parts.items():
+        times = quantiles([sum(ms for key, ms in step.items() if belongs(key)) for step in laps])
+        found.append(_timed(table, part, times, flops))
+    rest = whole.p50 - sum(row["ms_p50"] for row in found)
+    return [*found, {"table": table, "part": REST, "ms_p50": rest, "steps": len(laps)}]
+
+
+def _timed(table: str, part: str, times: Quantiles, flops: float | None) -> dict:
+    return {
+        "table": table,
+        "part": part,
+        "ms_p20": times.p20,
+        "ms_p50": times.p50,
+        "ms_p80": times.p80,
+        "steps": times.rounds,
+        "flops_per_image": flops,
+    }
+
+
+def step_lines(record: dict) -> list[str]:
+    """Markdown: the steps of all contenders, their phases, and SD-DiT's components."""
+    rows = record["rows"]
+    steps = [row for row in rows if row["table"] == "step"]
+    lines = [f"Products of {_product(record)}.", "", *_steps(steps)]
+    lines += ["", "Parts of a step, ms:", "", *_phases(rows)]
+    if components := [row for row in rows if row["table"] == "component"]:
+        lines += ["", "Parts of an SD-DiT step:", "", *_components(components, steps), "", NOTE]
+    return lines
+
+
+def _product(record: dict) -> str:
+    settings = record["settings"]
+    n, rate, sheet = settings["gemm_size"], settings["gemm_flops"], settings["datasheet_flops"]
+    listed = f"; datasheet: {sheet / 1e12:.0f}" if sheet else ""
+    return f"{n} x {n} {settings['dtype']} matrices ran at {rate / 1e12:.3g} TFLOP/s{listed}"
+
+
+def _steps(steps: list[dict]) -> list[str]:
+    cells = [("contender", "runs", "ms a step (20-80 %)", "images/s", f"in {PLAIN} steps (20-80 %)", "GFLOP an image",
+              "MFU, datasheet", "MFU, GEMM", "peak MiB", "held MiB")]  # fmt: skip
+    for row in steps:
+        if row["ms_p50"] is None:
+            cells.append((row["contender"], row["ran"], *[""] * 8))
+            continue
+        sheet = row["mfu_datasheet"]
+        cells.append((
+            row["contender"], row["ran"], _spread(row, "ms", _ms), f"{row['images_per_s']:.4g}",
+            _spread(row, "ratio", "{:.2f}".format), f"{row['flops_per_image'] / 1e9:.3g}",
+            f"{sheet:.1%}" if sheet else "none", f"{row['mfu_gemm']:.1%}",
+            f"{row['peak_bytes'] / 2**20:.1f}", f"{row['held_bytes'] / 2**20:.1f}",
+        ))  # fmt: skip
+    return aligned(cells)
+
+
+def _phases(rows: list[dict]) -> list[str]:
+    names = [row["contender"] for row in rows if row["table"] == "step" and row["ms_p50"] is not None]
+    times = {(row["contender"], row["part"]): row["ms_p50"] for row in rows if row["table"] != "component"}
+    cells = [("part", *names)]
+    cells += [(part, *(_ms(times[name, part]) for name in names)) for part in (*PHASES, REST, WHOLE)]
+    return aligned(cells)
+
+
+def _components(components: list[dict], steps: list[dict]) -> list[str]:
+    by_name = {row["contender"]: row for row in steps}
+    whole, plain = by_name[components[0]["contender"]], by_name[PLAIN]
+    cells = [("part", "ms (20-80 %)", "of the step", "in plain steps", "GFLOP an image", "of the plain step's")]
+    for row in [*components, whole, plain | {"part": "plain step"}]:
+        flops = row["flops_per_image"]
+        cells.append((
+            row["part"],
+            _ms(row["ms_p50"]) if row["ms_p20"] is None else _spread(row, "ms", _ms),
+            f"{row['ms_p50'] / whole['ms_p50']:.1%}",
+            _spread(row, "ratio", "{:.2f}".format) if row is whole else f"{row['ms_p50'] / plain['ms_p50']:.2f}",
+            f"{flops / 1e9:.3g}" if flops else "",
+            f"{flops / plain['flops_per_image']:.2f}" if flops else "",
+        ))  # fmt: skip
+    if whole["contender"] == "sd_dit":
+        cells.append(("goal of the whole step", "", "", f"at most {GOAL}", "", ""))
+    return aligned(cells)
+
+
+def _spread(row: dict, what: str, shown: Callable[[float], str]) -> str:
+    low, middle, high = (shown(row[f"{what}_{q}"]) for q in ("p20", "p50", "p80"))
+    return f"{middle} ({low}-{high})"
+
+
+def _ms(value: float) -> str:
+    return f"{round(value, 2) + 0.0:.2f}" if abs(value) < 10 else f"{value:.1f}"  # + 0.0: no -0.00
+
+
+THROUGHPUT = Section("throughput", ("<!-- throughput: begin -->\n", "<!-- throughput: end -->\n"), step_lines)

@@ -1,0 +1,229 @@
+"""Measure whole training steps: `python benchmarks/throughput.py --model S/4 --method sd_dit --batch 8`.
+
+Also under `deepspeed benchmarks/throughput.py ...` or torchrun. What takes the steps is in contenders.py and peers.py,
+how they are timed in stopwatch.py, what is kept of it in step_tables.py and record.py.
+"""
+
+import os
+import re
+import shlex
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+import record as records
+import torch
+from peers import build_peer, load_peer
+from step_tables import COLUMNS, PLAIN, THROUGHPUT, failed_row, step_lines, step_rows, whole_step
+from stopwatch import TURNS, Stopwatch, interleave
+from torch import nn
+
+from fastdit.command_line import OneLineParser
+from fastdit.config import Config, parse
+from fastdit.engine import runtime
+from fastdit.engine.build import Shape
+from fastdit.engine.records import peak_flops
+from fastdit.errors import UserError, run_command
+from fastdit.models import SIZES
+
+STEPS = {"cuda": 40, "cpu": 10}
+AGAINST = ("eager", "compile")
+FILES = ("json", "csv")
+Against = dict[str, type[nn.Module] | None]  # by name; the class of a peer
+METHODS = Config.__dataclass_fields__["method"].type
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Leaves the process: 0, or 2 after a UserError."""
+    run_command(_benchmark, argv)
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog="throughput.py",
+        description="Time training steps, whole and in parts. Any dotted setting of a run is a flag here too: "
+        "--sd_dit.mask_ratio 0.5 (see fastdit/train.py --help).",
+    )
+    parser.add_argument("--model", type=str, default="S/2", help="size and patch")
+    parser.add_argument("--method", type=METHODS, default=PLAIN, help="any other runs beside dit")
+    parser.add_argument("--batch", type=int, default=8, help="samples of a step, over all ranks")
+    parser.add_argument("--size", type=int, default=32, help="height and width of an image or latent")
+    parser.add_argument("--channels", type=int, default=4)
+    parser.add_argument("--classes", type=int | None, default=None, help="default: of the data; synthetic: 1000")
+    parser.add_argument("--precision", type=Literal["auto", "bf16", "fp32"], default="auto")
+    parser.add_argument(
+        "--against", type=str | None, default=None, help="eager, compile, peer:NAME:FOLDER, with commas between"
+    )
+    parser.add_argument("--zero", type=Literal[0, 1, 2, 3], default=1, help="ZeRO's stage")
+    parser.add_argument("--data", type=str, default="synthetic", help="a source, as in training")
+    parser.add_argument("--steps", type=int | None, default=None, help="timed, of each; default: 40 on a GPU, else 10")
+    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of a rank; 0 shares the cores")
+    parser.add_argument("--json", type=str | None, default=None, help="write the record")
+    parser.add_argument("--csv", type=str | None, default=None, help="write the rows")
+    parser.add_argument(
+        "--readme",
+        type=bool,
+        default=False,
+        nargs="?",
+        const=True,
+        help="measure nothing; write the README's tables from benchmarks/records",
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+    return parser
+
+
+def _benchmark(argv: list[str]) -> None:
+    own, dotted = _split(argv)
+    args = _parser().parse(own)
+    if args.readme:
+        return records.write_readme(section=THROUGHPUT)
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps {args.steps}: must be at least 1")
+    config = _config(args, dotted)
+    against = _against(args.against)
+    files = {name: records.writable(name, value) for name in FILES if (value := getattr(args, name))}
+
+    if config.precision == "auto":
+        config = replace(config, precision="bf16" if runtime.on_gpu(config) else "fp32")
+    ranks = runtime.start(config)
+    record = _measure(config, against, ranks, args.steps or STEPS[ranks.device.type], _command(argv))
+    if ranks.first:
+        print("\n" + "\n".join(step_lines(record)))
+        if "json" in files:
+            records.write_json(record, files["json"])
+        if "csv" in files:
+            records.write_csv(record, files["csv"], COLUMNS)
+        for name, path in files.items():
+            print(f"{name}: {path}")
+    ranks.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _measure(config: Config, against: Against, ranks: runtime.Runtime, steps: int, command: str) -> dict:
+    """The record of all contenders."""
+    from contenders import DTYPES, Engine, Plain, Product, warm  # imports DeepSpeed: after runtime.start
+
+    device, turn, watch = ranks.device, TURNS[ranks.device.type], Stopwatch(ranks.device)
+    dtype = DTYPES[config.precision]
+    record = records.start(command, device, _settings(config, ranks, dtype, steps), "throughput")
+    plain = replace(config, method=PLAIN)
+    engines = {name: partial(Engine, replace(config, method=name), ranks, watch) for name in (PLAIN, config.method)}
+    others = {
+        name: partial(Plain, plain, ranks, watch, peer and partial(_peer, peer, plain), compiled=name == "compile")
+        for name, peer in against.items()
+    }
+    contenders, failed = {}, {}
+    for name, make in {**engines, **others}.items():
+        try:
+            contenders[name] = warm(make, device)
+            problem = None
+        except UserError:
+            raise
+        except Exception as error:  # a compiler's, a peer's, or no memory left: a result, not the end of the run
+            if name in engines:
+                raise
+            problem = records.failure(error)
+        watch.read()  # laps of the first steps, whole or not, are of no use
+        if ranks.agree([float(problem is not None)])[0]:
+            contenders.pop(name, None)
+            failed[name] = problem or "failed: on another rank"
+        if ranks.first:
+            print(f"{name}: {failed.get(name) or contenders[name].ran}", flush=True)
+    gemm = Product(device, dtype, watch)
+    laps = interleave({**contenders, "gemm": gemm}, ranks, turn, -(-steps // turn.timed))
+    for contender in contenders.values():
+        contender.close()
+
+    settings = record["settings"]
+    settings |= {"gemm_size": gemm.n, "gemm_flops": gemm.rate(whole_step(laps["gemm"]).p50)}
+    for name in (*engines, *others):
+        if name in failed:
+            record["rows"].append(failed_row(name, failed[name]))
+        else:
+            record["rows"] += step_rows(name, contenders[name], laps[name], laps[PLAIN], settings)
+    return record
+
+
+def _settings(config: Config, ranks: runtime.Runtime, dtype: torch.dtype, steps: int) -> dict:
+    return {
+        "method": config.method,
+        "model": f"{config.model.size}/{config.model.patch}",
+        **config.model.dims(),
+        "size": config.data.size,
+        "channels": config.data.channels,
+        "batch": config.batch,
+        "dtype": str(dtype).removeprefix("torch."),
+        "ranks": ranks.world,
+        "zero": config.ds_config,
+        "data": config.data.source,
+        "noise": config.noise.name,
+        "threads": torch.get_num_threads(),
+        "kernels": os.environ.get("FASTDIT_KERNELS", "auto"),
+        "steps": steps,
+        **TURNS[ranks.device.type]._asdict(),
+        "datasheet_flops": peak_flops(ranks.device) if dtype == torch.bfloat16 else None,
+    }
+
+
+def _peer(kind: type[nn.Module], config: Config, shape: Shape, out_channels: int) -> nn.Module:
+    return build_peer(kind, config.model.dims(), config.model.mlp_ratio, config.model.patch, shape, out_channels)
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Own flags, and a run's dotted settings, each with its values."""
+    own: list[str] = []
+    dotted: list[str] = []
+    target = own
+    for word in argv:
+        if word.startswith("--"):
+            target = dotted if "." in word.partition("=")[0] else own
+        target.append(word)
+    return own, dotted
+
+
+def _config(args, dotted: list[str]) -> Config:
+    size, _, patch = args.model.partition("/")
+    if size not in SIZES or not patch.isdecimal():
+        raise UserError(f"--model {args.model}: is no size and patch, as S/2 is; sizes are {', '.join(SIZES)}")
+    classes, source = args.classes, args.data
+    if source == "synthetic":
+        classes = classes or 1000
+        source = f"synthetic:{args.channels}x{args.size}x{args.size}:{classes}:10000"
+    flags = {
+        "model.size": size,
+        "model.patch": patch,
+        "data.source": source,
+        "data.size": args.size,
+        "data.channels": args.channels,
+        "ds_config": f"zero{args.zero}",
+        **{name: getattr(args, name) for name in ("method", "batch", "precision", "device", "threads")},
+    }
+    if classes:
+        flags["data.classes"] = classes
+    return parse([word for name, value in flags.items() for word in (f"--{name}", str(value))] + dotted)
+
+
+def _against(text: str | None) -> Against:
+    """Contenders by name, with the class of those that are peers. Raises UserError."""
+    chosen = {}
+    for name in text.split(",") if text else ():
+        kind, *rest = name.split(":", 2)
+        if kind == "peer" and len(rest) == 2:
+            chosen[rest[0]] = load_peer(*rest)
+        elif name in AGAINST:
+            chosen[name] = None
+        else:
+            raise UserError(f"--against {text}: {name!r} is unknown; choose of {', '.join(AGAINST)}, peer:NAME:FOLDER")
+    return chosen
+
+
+def _command(argv: list[str]) -> str:
+    """As given, but for where peers' clones lie and what the launcher adds."""
+    words = [word for word in argv if not word.startswith("--local_rank")]
+    command = shlex.join(["python", "benchmarks/throughput.py", *words])
+    return re.sub(r"(peer:[\w-]+):[^,\s']+", r"\1:FOLDER", command)
+
+
+if __name__ == "__main__":
+    main()
