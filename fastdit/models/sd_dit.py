@@ -109,11 +109,11 @@ class ProjectionHead(nn.Module):
         self.prototypes = Prototypes(prototypes, bottleneck)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for name, weight in self.named_parameters():  # iBOT's
+            for name, weight in self.named_parameters():
                 if name.endswith("bias"):
                     weight.zero_()
-                else:
-                    nn.init.trunc_normal_(weight, std=0.02, generator=generator)
+                else:  # at iBOT's widths its 0.02; in narrow heads that makes features so small that gradients explode
+                    nn.init.trunc_normal_(weight, std=weight.shape[1] ** -0.5, generator=generator)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T, width) -> (B, T, bottleneck)."""
