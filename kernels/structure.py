@@ -2,8 +2,12 @@
 
 The paper leaves the distances' normalisation, the pairs' weights and the penalty open; these are ours:
 
-    P_ij = |f_i - f_j| / mean_{i!=j} |f_i - f_j|,   Q_ij the same of g
+    P_ij = |f_i - f_j| / rms_{i!=j} |f_i - f_j|,   Q_ij the same of g
     L    = sum_{i!=j} w_ij penalty(P_ij - Q_ij) / sum_{i!=j} w_ij,   w_ij = sqrt(w_i w_j)
+
+So P and Q have mean square 1, and with equal weights and squared errors L = 2 - 2 mean(P Q): from 0, where they agree,
+to 2, where no pair is apart in both, for any B. Over the mean instead L reaches B: one point far from all others,
+which coincide, has P = B / 2 with each.
 
 Two passes over tiles of pairs i < j: the means, then the loss. Backward recomputes the tiles. Neither a
 (B, B, d) nor, beyond one panel of rows, a (B, B) tensor exists, and every sum has a fixed order.
@@ -22,10 +26,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ._dispatch import choose
-from .structure_triton import TINY, square_factor, structure
+from .structure_triton import TINY, square_factor, structure, units
 
 DISTANCES = ("euclidean", "squared", "cosine")
-NORMALISATIONS = ("mean", "none")
+NORMALISATIONS = ("rms", "mean", "none")
 PENALTIES = ("l2", "l1", "huber")
 
 _REFERENCE_CHUNK = 1 << 26  # rows * B * d of the reference's chunk
@@ -61,7 +65,7 @@ def structure_loss(
     weight: Tensor | None = None,
     *,
     distance: str = "euclidean",
-    normalise: str = "mean",
+    normalise: str = "rms",
     penalty: str = "l2",
     huber_delta: float = 1.0,
     implementation: str | None = None,
@@ -71,8 +75,8 @@ def structure_loss(
     real, fake (B, d), one floating dtype, any strides; arithmetic in fp32 (fp64 for fp64). weight (B,) >= 0 or
     None for ones: w_i, a constant; its values are the caller's to keep. All weights zero: the loss is zero.
     distance: "euclidean" |a - b|, "squared" |a - b|^2, "cosine" 1 - cos(a, b), taken of unit vectors as
-    |a - b|^2 / 2; a zero vector stays zero, 1/2 from all others. normalise: "mean" as above, or "none".
-    penalty of e = P - Q: "l2" e^2, "l1" |e|, "huber" e^2 / 2, from huber_delta on linear.
+    |a - b|^2 / 2; a zero vector stays zero, 1/2 from all others. normalise: distances by their "rms", their "mean",
+    or "none". penalty of e = P - Q: "l2" e^2, "l1" |e|, "huber" e^2 / 2, from huber_delta on linear.
     Coincident points are at distance exactly 0 and pull at each other with gradient 0.
 
     Memory beyond a padded copy of the features and their transposes: 128 MiB in backward, for any B. Where
@@ -87,12 +91,12 @@ def structure_loss(
     root = f.new_ones(f.shape[0]) if weight is None else weight.detach().to(work).sqrt()
     chosen = choose(real.device, implementation=implementation, triton=work == torch.float32)
     run = structure if chosen == "triton" else structure_loss_reference
-    loss, moments = run(f, g, root, distance, normalise == "mean", penalty, huber_delta)[:2]
+    loss, moments = run(f, g, root, distance, normalise, penalty, huber_delta)[:2]
     return StructureLoss(loss, moments.detach())
 
 
 def structure_loss_reference(
-    f: Tensor, g: Tensor, root: Tensor, distance: str, by_mean: bool, penalty: str, delta: float
+    f: Tensor, g: Tensor, root: Tensor, distance: str, normalise: str, penalty: str, delta: float
 ) -> tuple[Tensor, Tensor]:
     """(loss, moments) of features (unit vectors for "cosine") and root = sqrt(weight), in chunks of rows."""
     size = f.shape[0]
@@ -103,8 +107,7 @@ def structure_loss_reference(
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
     moments = sum(recomputed(_chunk_moments, f, g, a, b, distance) for a, b in spans) / (size * (size - 1))
-    scale = moments[:2].clamp_min(TINY) if by_mean else torch.ones_like(moments[:2])
-    scale = scale.to(f.dtype)
+    scale = units(moments, normalise).to(f.dtype)
     sums = sum(recomputed(_chunk_sums, f, g, root, scale, a, b, distance, penalty, delta) for a, b in spans)
     return (sums[0] / sums[1].clamp_min(TINY)).to(f.dtype), moments
 

@@ -24,6 +24,13 @@ def square_factor(distance: str) -> float:
     return 0.5 if distance == "cosine" else 1.0
 
 
+def units(moments: Tensor, normalise: str) -> Tensor:
+    """(2,) what distances of f and of g are divided by."""
+    if normalise == "none":
+        return torch.ones_like(moments[:2])
+    return moments[:2].clamp_min(TINY) if normalise == "mean" else moments[2:4].clamp_min(TINY).sqrt()
+
+
 @triton.jit
 def _distance_tile(xt, stride, width, rows, cols, factor, EUCLIDEAN: tl.constexpr, UNROLL: tl.constexpr):
     """(rows, cols) distances of the columns of xt (width, stride), both index vectors inside its padding."""
@@ -76,15 +83,9 @@ def _moments_kernel(
 
 
 @triton.jit
-def _scales(moments, BY_MEAN: tl.constexpr, TINY: tl.constexpr):
+def _scales(units):
     """What distances of f and of g are multiplied by."""
-    if BY_MEAN:
-        f = 1.0 / tl.maximum(tl.load(moments), TINY)
-        g = 1.0 / tl.maximum(tl.load(moments + 1), TINY)
-    else:
-        f = 1.0
-        g = 1.0
-    return f, g
+    return 1.0 / tl.load(units), 1.0 / tl.load(units + 1)
 
 
 @triton.jit
@@ -100,12 +101,12 @@ def _slope(e, delta, PENALTY: tl.constexpr):
 
 @triton.jit
 def _sums_kernel(
-    ft, gt, root, moments, partial, size, width, stride, factor, delta,
-    EUCLIDEAN: tl.constexpr, BY_MEAN: tl.constexpr, PENALTY: tl.constexpr, TINY: tl.constexpr,
+    ft, gt, root, units, partial, size, width, stride, factor, delta,
+    EUCLIDEAN: tl.constexpr, PENALTY: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     rows, cols = _upper_tile(ROWS, COLS)
-    f_scale, g_scale = _scales(moments, BY_MEAN, TINY)
+    f_scale, g_scale = _scales(units)
     valid = (rows[:, None] < cols[None, :]) & (cols[None, :] < size)
     p = tl.where(valid, _distance_tile(ft, stride, width, rows, cols, factor, EUCLIDEAN, UNROLL) * f_scale, 0.0)
     q = tl.where(valid, _distance_tile(gt, stride, width, rows, cols, factor, EUCLIDEAN, UNROLL) * g_scale, 0.0)
@@ -127,15 +128,15 @@ def _sums_kernel(
 
 @triton.jit
 def _coefficients_kernel(
-    ft, gt, root, moments, sums, upstream, f_out, g_out, size, width, stride, panel, first, pairs, factor, delta,
-    EUCLIDEAN: tl.constexpr, BY_MEAN: tl.constexpr, PENALTY: tl.constexpr, TINY: tl.constexpr,
+    ft, gt, root, units, sums, upstream, f_out, g_out, size, width, stride, panel, first, pairs, factor, delta,
+    EUCLIDEAN: tl.constexpr, NORMALISE: tl.constexpr, PENALTY: tl.constexpr, TINY: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """k_ij such that df_i = sum_j k_ij (f_i - f_j), at [j, i - first], and the same for g."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # j
     local = tl.program_id(1) * COLS + tl.arange(0, COLS)
     cols = first + local  # i
-    f_scale, g_scale = _scales(moments, BY_MEAN, TINY)
+    f_scale, g_scale = _scales(units)
     r = _distance_tile(ft, stride, width, rows, cols, factor, EUCLIDEAN, UNROLL)
     s = _distance_tile(gt, stride, width, rows, cols, factor, EUCLIDEAN, UNROLL)
     weight = tl.load(root + rows)[:, None] * tl.load(root + cols)[None, :]
@@ -143,9 +144,12 @@ def _coefficients_kernel(
     pull = by_weight * weight * _slope(r * f_scale - s * g_scale, delta, PENALTY)
     f_mean = 0.0
     g_mean = 0.0
-    if BY_MEAN:  # all distances pull at the mean
+    if NORMALISE != "none":  # all distances pull at their unit
         f_mean = by_weight * (tl.load(sums + 2) / pairs).to(tl.float32)
         g_mean = by_weight * (tl.load(sums + 3) / pairs).to(tl.float32)
+    if NORMALISE == "rms":
+        f_mean = f_mean * r * f_scale
+        g_mean = g_mean * s * g_scale
     valid = (rows[:, None] != cols[None, :]) & (rows[:, None] < size) & (cols[None, :] < size)
     for_f = (pull - f_mean) * f_scale
     for_g = (g_mean - pull) * g_scale
@@ -188,7 +192,7 @@ def _padded(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("fastdit::structure", mutates_args=())
 def structure(
-    f: Tensor, g: Tensor, root: Tensor, distance: str, by_mean: bool, penalty: str, delta: float
+    f: Tensor, g: Tensor, root: Tensor, distance: str, normalise: str, penalty: str, delta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, moments, sums); sums over pairs i < j: weighted cost, weight, weighted slope times P, times Q."""
     size, width = f.shape
@@ -204,10 +208,9 @@ def structure(
     moments = partial.sum(1, dtype=torch.float64) / (size * (size - 1) // 2)
 
     partial = f.new_empty(4, tiles)
-    choices = {"BY_MEAN": by_mean, "PENALTY": penalty, "TINY": TINY}
-    scale = moments[:2].float()
+    scale = units(moments, normalise).float()
     _sums_kernel[(tiles,)](
-        ft, gt, _padded(root), scale, partial, size, width, stride, factor, delta, **choices, **shape
+        ft, gt, _padded(root), scale, partial, size, width, stride, factor, delta, PENALTY=penalty, **shape
     )  # fmt: skip
     sums = partial.sum(1, dtype=torch.float64)
     return (sums[0] / sums[1].clamp_min(TINY)).float(), moments, sums
@@ -216,17 +219,17 @@ def structure(
 @torch.library.custom_op("fastdit::structure_backward", mutates_args=())
 def structure_backward(
     upstream: Tensor, f: Tensor, g: Tensor, root: Tensor, moments: Tensor, sums: Tensor,
-    distance: str, by_mean: bool, penalty: str, delta: float, need_f: bool, need_g: bool,
+    distance: str, normalise: str, penalty: str, delta: float, need_f: bool, need_g: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(df, dg); empty where not needed."""
     size, width = f.shape
     whole = [_padded(x) for x in (f, g)]
     ft, gt = (x.t().contiguous() for x in whole)
     stride, padded_width = whole[0].shape
-    root, scale = _padded(root), moments[:2].float()
+    root, scale = _padded(root), units(moments, normalise).float()
     out = [torch.empty_like(x) if needed else None for x, needed in zip(whole, (need_f, need_g))]
     tile = {"ROWS": _ROWS, "COLS": _COLS, "UNROLL": _UNROLL, "num_warps": 4}
-    choices = {"EUCLIDEAN": distance == "euclidean", "BY_MEAN": by_mean, "PENALTY": penalty, "TINY": TINY}
+    choices = {"EUCLIDEAN": distance == "euclidean", "NORMALISE": normalise, "PENALTY": penalty, "TINY": TINY}
     panel = min(stride, max(_COLS, _PANEL // stride // _COLS * _COLS))
     coefficients = f.new_empty(2, stride, panel)
     for first in range(0, stride, panel):
@@ -246,12 +249,12 @@ def structure_backward(
 
 
 @structure.register_fake
-def _(f, g, root, distance, by_mean, penalty, delta):
+def _(f, g, root, distance, normalise, penalty, delta):
     return f.new_empty(()), f.new_empty(5, dtype=torch.float64), f.new_empty(4, dtype=torch.float64)
 
 
 @structure_backward.register_fake
-def _(upstream, f, g, root, moments, sums, distance, by_mean, penalty, delta, need_f, need_g):
+def _(upstream, f, g, root, moments, sums, distance, normalise, penalty, delta, need_f, need_g):
     return tuple(x.new_empty(x.shape if needed else 0) for x, needed in ((f, need_f), (g, need_g)))
 
 

@@ -16,7 +16,7 @@ DELTA = 0.1  # inside the range of the tests' errors, so that huber is on both o
 TRITON = sys.modules["fastdit.kernels.structure_triton"]
 
 
-def naive(f, g, weight, distance="euclidean", normalise="mean", penalty="l2"):
+def naive(f, g, weight, distance="euclidean", normalise="rms", penalty="l2"):
     """The whole (B, B, d) at once, in the inputs' precision."""
     size = len(f)
     off_diagonal = ~torch.eye(size, dtype=torch.bool, device=f.device)
@@ -29,6 +29,8 @@ def naive(f, g, weight, distance="euclidean", normalise="mean", penalty="l2"):
         return squares if distance == "squared" else squares.sqrt()
 
     p, q = distances(f), distances(g)
+    if normalise == "rms":
+        p, q = p / p.square().mean().sqrt(), q / q.square().mean().sqrt()
     if normalise == "mean":
         p, q = p / p.mean(), q / q.mean()
     e = p - q
@@ -75,8 +77,8 @@ def small_tiles(monkeypatch, request):
 
 
 @pytest.mark.parametrize(
-    "choices",  # both normalisations with every distance and every penalty
-    [(d, NORMALISATIONS[(i + j) % 2], p) for (i, d), (j, p) in product(enumerate(DISTANCES), enumerate(PENALTIES))],
+    "choices",  # every normalisation with every distance and every penalty
+    [(d, NORMALISATIONS[(i + j) % 3], p) for (i, d), (j, p) in product(enumerate(DISTANCES), enumerate(PENALTIES))],
     ids="-".join,
 )
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -155,14 +157,26 @@ def test_nothing_to_compare_is_zero_and_finite(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_order_and_scale_do_not_matter(implementation):
+@pytest.mark.parametrize("normalise", ["rms", "mean"])
+def test_order_and_scale_do_not_matter(implementation, normalise):
     real, fake, weight = features(13)
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    loss, df, dg = loss_and_gradients(real, fake, weight, implementation=implementation)
-    permuted = loss_and_gradients(real[order], fake[order], weight[order], implementation=implementation)
-    scaled = loss_and_gradients(7 * real, 0.3 * fake, 5 * weight, implementation=implementation)
+    choices = {"implementation": implementation, "normalise": normalise}
+    loss, df, dg = loss_and_gradients(real, fake, weight, **choices)
+    permuted = loss_and_gradients(real[order], fake[order], weight[order], **choices)
+    scaled = loss_and_gradients(7 * real, 0.3 * fake, 5 * weight, **choices)
     for got, expected in zip((*permuted, *scaled), (loss, df[order], dg[order], loss, df / 7, dg / 0.3)):
         assert_exact(got, expected.double(), 2e-6)
+
+
+def test_the_most_that_can_be_won():
+    """Each side holds one sample apart and all others together, but not the same one."""
+    for size in (8, 64):
+        real, fake = torch.zeros(2, size, 3, device=DEVICE)
+        real[0], fake[1] = 1, 5
+        most = {name: structure_loss(real, fake, normalise=name).loss.item() for name in ("rms", "mean")}
+        assert most["rms"] == pytest.approx(2 - 2 / (size - 1), rel=1e-5)
+        assert most["mean"] == pytest.approx(size - size / (size - 1), rel=1e-5)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -243,9 +257,9 @@ def test_memory_of_the_kernels_is_a_panel():
     """B = 40 in panels of 16 rows: the largest tensor holds 2 x 48 x 16 coefficients, where (B, B) has 1,600."""
     real, fake, weight = (x.clone() for x in features(40, 3))
     with LargestTensor() as largest:
-        saved = TRITON.structure._init_fn(real, fake, weight, "euclidean", True, "l2", 1.0)
+        saved = TRITON.structure._init_fn(real, fake, weight, "euclidean", "rms", "l2", 1.0)
         one = torch.ones((), device=DEVICE)
-        choices = ("euclidean", True, "l2", 1.0, True, True)
+        choices = ("euclidean", "rms", "l2", 1.0, True, True)
         TRITON.structure_backward._init_fn(one, real, fake, weight, *saved[1:], *choices)
     assert largest.bytes == 4 * 2 * 48 * 16
 
@@ -268,7 +282,7 @@ def test_every_pair_is_in_one_tile():
 
 def test_operators_are_registered_soundly():
     real, fake, weight = features(11, 5)
-    choices = ("euclidean", True, "huber", DELTA)
+    choices = ("euclidean", "rms", "huber", DELTA)
     inputs = (real.requires_grad_(), fake.requires_grad_(), weight)
     torch.library.opcheck(TRITON.structure, (*inputs, *choices))
     loss, *saved = TRITON.structure(*inputs, *choices)

@@ -120,6 +120,8 @@ def build_psi(config: Config, shape: Shape, base: Denoising) -> nn.Module:
 
 def _flops(network: nn.Module, shape: Shape) -> int:
     """FLOPs of one forward pass of one sample."""
+    if isinstance(network, TeacherFeatures):
+        return network.flops
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network.eval()(torch.zeros(1, shape.channels, shape.height, shape.width))
     return counter.get_total_flops()

@@ -27,6 +27,10 @@ PANELS = {
     "KL(teacher || student) (nats)": {"teacher_student_kl": "patches", "cls_teacher_student_kl": "class"},
     "share of prototypes in use": {"prototype_usage": "patches"},
     "norm of the centre": {"centre_norm": "patches"},
+    "structure loss": {"structure_loss": "structure loss"},
+    "mean distance of features": {"real_distance": "clean samples", "fake_distance": "estimates"},
+    "correlation of the distances": {"distance_correlation": "correlation"},
+    "Psi's gradient norm": {"psi_grad_norm": "Psi's gradient norm"},
 }
 
 

@@ -189,15 +189,19 @@ class SelfDiscrimination(Denoising):
         return {TEACHER: (list(self.teacher.parameters()), self.teacher.sources(module))}
 
     def flops(self, module: Student) -> dict[str, float]:
-        network, head = module.network, module.head
+        network, compared = module.network, head_products(module.head, self.keep + 1)
         extra = network.encoder.class_token is not None
-        compared = head_products(head, self.keep + 1)
         return {
             "encoder": 6 * encoder_products(network.encoder, self.keep + extra),
             "decoder": 6 * decoder_products(network),
             "head": 6 * compared,
-            "teacher": 2 * (encoder_products(network.encoder, self.tokens + extra) + compared),
+            "teacher": self.teacher_flops() + 2 * compared,
         }
+
+    def teacher_flops(self) -> int:
+        """FLOPs of the teacher's encoder for one image."""
+        encoder = self.teacher.encoder
+        return 2 * encoder_products(encoder, self.tokens + (encoder.class_token is not None))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         self.teacher.to(device, dtype)

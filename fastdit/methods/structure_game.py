@@ -4,14 +4,15 @@ Denoising losses judge each sample by itself. Here a second player, Psi, also co
 pairwise distances, between clean samples and their one-step estimates:
 
     f_i = Psi(x0_i),   g_i = Psi(x0_hat_i)                             x0_hat from the denoising loss's own forward pass
-    P_ij = |f_i - f_j| / mean |f_i - f_j|,   Q_ij the same of g        over pairs i != j of the global batch
+    P_ij = |f_i - f_j| / rms |f_i - f_j|,   Q_ij the same of g         over pairs i != j of the global batch
     L_str = sum w_ij penalty(P_ij - Q_ij) / sum w_ij,   w_ij = sqrt(w_i w_j),   w_i = s^2 / (sigma_i^2 + s^2)
 
     denoiser:  min  L_denoise + lambda L_str       Psi frozen
     Psi:       max  L_str                          on the same x0 and x0_hat, detached, after the denoiser's update
 
 From the paper: the game, and that the discriminator's score is the structural distance itself. Its normalisation (which
-bounds the maximisation), pairs over all ranks, weights that fade with noise, and all numbers are ours.
+bounds the maximisation: see kernels/structure.py), pairs over all ranks, weights that fade with noise, and all numbers
+are ours.
 
 It is played on top of any other method: `StructureGame(Denoising(...))`, `StructureGame(SelfDiscrimination(...))`.
 """
@@ -53,7 +54,10 @@ class SADM:
         psi_betas: of Psi's Adam.
         psi_every: denoiser steps per step of Psi.
         distance: of features: euclidean, squared or cosine.
-        normalise: distances by their mean over the pairs, or not at all.
+        normalise: distances by their root mean square or their mean over the pairs, or not at all. Over the mean, a
+            Psi that sets one sample apart and lets all others coincide wins as much as the batch is large, and finds
+            that: on the shipped images (batch 64, one seed, 570 steps) L_str rose to 16 and Psi's gradient norm to
+            1125, over the root mean square to 1.1 and 46.
         penalty: of a difference of distances.
         huber_delta: where huber turns linear.
         sigma_data: s above.
@@ -73,7 +77,7 @@ class SADM:
     psi_betas: tuple[float, float] = (0.5, 0.999)
     psi_every: int = 1
     distance: Literal["euclidean", "squared", "cosine"] = "euclidean"
-    normalise: Literal["mean", "none"] = "mean"
+    normalise: Literal["rms", "mean", "none"] = "rms"
     penalty: Literal["l2", "l1", "huber"] = "l2"
     huber_delta: float = 0.2
     sigma_data: float = 0.5
@@ -239,7 +243,7 @@ class TeacherFeatures(nn.Module):
 
     def __init__(self, method: SelfDiscrimination) -> None:
         super().__init__()
-        self._describe = method.describe
+        self._describe, self.flops = method.describe, method.teacher_flops()
 
     def forward(self, x: Tensor) -> Tensor:
         return self._describe(x)

@@ -1,0 +1,257 @@
+"""SADM under DeepSpeed: against a reference that plays all ranks itself, resuming to the bit, and what is refused."""
+
+import math
+import shlex
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launching import TINY, Launched, averages, checkpoint, deepspeed, forked, metrics, run
+from test_config import complaint
+from test_resume import assert_same_run
+from test_structure_encoders import resnet18_weights
+
+from fastdit.config import parse, presets
+from fastdit.engine import build
+from fastdit.methods.denoising import Denoising, Outcome
+from fastdit.methods.structure_game import StructureGame
+from fastdit.models import LatentResNet
+from fastdit.models.structure_encoders import save_structure_encoder
+
+launch = pytest.mark.launch
+
+STEPS = 12
+SMALL = shlex.split(f"{shlex.join(TINY)} --method sadm --sadm.psi_width 16 --sadm.psi_features 12")
+# Every schedule at work, and a checkpoint that a log interval and a cycle of the players lie around.
+RECIPE = shlex.split(
+    f"{shlex.join(SMALL)} --steps {STEPS} --warmup 3 --schedule cosine --weight_decay 0.1 --eps 1e-4 --grad_clip 0.5 "
+    "--ema.decay 0.8 --log_every 5 --save_every 5 --sadm.weight 0.5 --sadm.psi_every 2 --sadm.psi_lr 3e-4 "
+    "--sadm.psi_warmup 0.3 --sadm.psi_schedule cosine"
+)
+BOTH = shlex.split(
+    f"{shlex.join(RECIPE)} --method sd_dit+sadm --sd_dit.decoder_width 24 --sd_dit.decoder_depth 1 "
+    "--sd_dit.decoder_heads 2 --sd_dit.head_width 40 --sd_dit.bottleneck 20 --sd_dit.prototypes 37 "
+    "--sadm.gradient_penalty 0.5 --sadm.spectral_norm true "
+    "--model.patch 4"  # every weight divides among two ranks: ZeRO-3 never sets the padding that others need
+)
+RUNS = {"sadm": [*RECIPE, "--ds_config", "zero1"], "sd_dit+sadm": [*BOTH, "--ds_config", "zero3"]}
+SIGNALS = ("structure_loss", "real_distance", "fake_distance", "distance_correlation", "psi_grad_norm")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """`trained(method)`: the folder of its run on 2 ranks, without a stop."""
+    folders: dict[str, Path] = {}
+
+    def trained(method: str) -> Path:
+        if method not in folders:
+            base = tmp_path_factory.mktemp("straight")
+            run(deepspeed(*RUNS[method], "--out", base / "run"), base / "log").succeeded()
+            folders[method] = base / "run"
+        return folders[method]
+
+    return trained
+
+
+class AllRanks(Denoising):
+    """Ranks one after the other; the estimates of all in one batch."""
+
+    def loss(self, network, batches, y, generators) -> Outcome:
+        parts = [super(AllRanks, self).loss(network, *batch, noise) for batch, noise in zip(batches, generators)]
+        loss = sum(part.loss for part in parts) / len(parts)
+        x0_hat, level = (torch.cat([getattr(part, name) for part in parts]) for name in ("x0_hat", "level"))
+        return Outcome(loss, {"loss": loss.detach()}, x0_hat, level)
+
+
+class Reference(StructureGame):
+    def _features(self, x):
+        return super()._features(torch.cat([x0 for x0, _ in x]) if isinstance(x, list) else x)
+
+    def _step_psi(self, batches):
+        return super()._step_psi([(torch.cat([x0 for x0, _ in x]), *others) for x, *others in batches])
+
+
+@cache
+def reference() -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """Metrics of every step of RECIPE on two ranks, and its final EMA (float64)."""
+    config = parse(RECIPE)
+    source = build.open_data(config)
+    shape = build.shape_of(config, source.classes)
+    network, _ = build.build_training(config, shape)
+    base = AllRanks(build.build_noise(config), shape.classes, config.label_drop)
+    method = Reference(base, config.sadm, build.build_psi(config, shape, base))
+    method.to(torch.device("cpu"), torch.float32)
+    here = {"batch": config.batch // 2, "world": 2, "device": torch.device("cpu")}
+    loaders = [build.build_loader(config, source, rank=rank, **here) for rank in range(2)]
+    seeds = [int(np.random.SeedSequence(config.seed, spawn_key=(rank,)).generate_state(1)[0]) for rank in range(2)]
+    noises = [torch.Generator().manual_seed(seed) for seed in seeds]
+    names, params = zip(*network.named_parameters())
+    weights = [p.detach().double() for p in params]
+    first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    ema, lines = [w.clone() for w in weights], []
+    for t in range(1, STEPS + 1):
+        method.begin_step((t - 1) / STEPS)
+        outcome = method.loss(network, [next(loader) for loader in loaders], None, noises)
+        grads = [g.double() for g in torch.autograd.grad(outcome.loss, params)]
+        norm = math.sqrt(sum(float((g * g).sum()) for g in grads))
+        lr = 2e-3 * (t / 3 if t <= 3 else 0.5 * (1 + math.cos(math.pi * (t - 4) / 9)))
+        decay = min(0.8, t / (9 + t))
+        for w, g, m, v, e in zip(weights, grads, first, second, ema):
+            g /= max(1.0, (norm + 1e-6) / 0.5)
+            m.mul_(0.9).add_(0.1 * g)
+            v.mul_(0.999).add_(0.001 * g * g)
+            w.mul_(1 - lr * 0.1)
+            w -= lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-4)
+            e.mul_(decay).add_((1 - decay) * w)
+        with torch.no_grad():
+            for p, w in zip(params, weights):
+                p.copy_(w)
+        terms = outcome.terms | method.end_step()
+        lines.append({key: value.item() for key, value in terms.items()} | {"grad_norm": norm})
+    for loader in loaders:
+        loader.close()
+    return lines, dict(zip(names, ema))
+
+
+@launch
+def test_two_ranks_train_as_the_reference(trained):
+    folder = trained("sadm")
+    lines, ema = reference()
+    assert sum(line["grad_norm"] > 0.5 for line in lines) > 3, "clipping must have acted"
+    told = metrics(folder)
+    assert [line["step"] for line in told] == [5, 10, 12]
+    for line, since in zip(told, (0, 5, 10)):
+        for key in ("loss", *SIGNALS):
+            expected = np.mean([one[key] for one in lines[since : line["step"]] if key in one])
+            assert line[key] == pytest.approx(expected, rel=2e-4), key
+        assert line["grad_norm"] == pytest.approx(lines[line["step"] - 1]["grad_norm"], rel=5e-4)
+        assert line["skipped"] == 0
+    found = averages(folder, STEPS)
+    for name, expected in ema.items():
+        torch.testing.assert_close(found[name].double(), expected, rtol=0, atol=4e-6, msg=name)
+
+
+@launch
+@pytest.mark.parametrize("method", RUNS)
+def test_two_ranks_killed_after_a_checkpoint(trained, tmp_path, method):
+    folder = tmp_path / "run"
+    flags = [*RUNS[method], "--out", folder]
+    # Drawing pictures at step 7 takes so long that the kill falls between two checkpoints.
+    with Launched(deepspeed(*flags, "--sample_every", 7, "--sample.steps", 2000), tmp_path / "log") as launched:
+        launched.until(checkpoint(folder, 5).exists, "step 5")
+        launched.kill()
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000005"]
+    outcome = run(deepspeed(*flags, "--resume"), tmp_path / "log").succeeded()
+    assert "steps 5 to 12" in outcome.text
+    assert_same_run(folder, trained(method), STEPS)
+    state = torch.load(checkpoint(folder, STEPS) / "method.pt", weights_only=True)
+    assert {float(moments["step"]) for moments in state["optimizer"]["state"].values()} == {STEPS // 2}
+    for line in metrics(folder):
+        assert all(isinstance(line[key], float) for key in SIGNALS), "JSON has no number for what is not finite"
+        assert line["structure_loss"] > 0
+        assert line["psi_grad_norm"] > 0
+        assert ("discriminative_loss" in line) == (method == "sd_dit+sadm")
+
+
+@launch
+@pytest.mark.parametrize("psi", ["latent_resnet", "teacher"])
+def test_bf16(tmp_path, psi):
+    flags = [*BOTH, "--sadm.psi", psi, "--sadm.structure", "fixed" if psi == "teacher" else "adversarial"]
+    forked(*flags, "--steps", 4, "--precision", "bf16", "--log_every", 2, "--out", tmp_path / "run").succeeded()
+    for line in metrics(tmp_path / "run"):
+        assert all(isinstance(line[key], float) for key in SIGNALS if psi != "teacher" or key != "psi_grad_norm")
+        assert 0 < line["structure_loss"] < 2
+    state = torch.load(checkpoint(tmp_path / "run", 4) / "method.pt", weights_only=True)
+    assert all(value.dtype == torch.float32 for value in state["psi"].values())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    forked(*SMALL, "--steps", 2, "--out", folder).succeeded()
+    return folder
+
+
+@launch
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("method", "dit"), ("sadm.psi_width", 32), ("sadm.psi_features", 8), ("sadm.structure", "fixed")],
+)
+def test_another_game_is_not_resumed(finished, flag, value):
+    outcome = forked("--resume", "--out", finished, "--steps", 3, f"--{flag}", value)
+    assert outcome.code == 2
+    assert f"was written with {flag} " in outcome.text.splitlines()[-1]
+    assert f"this run has {value}" in outcome.text.splitlines()[-1]
+    assert "Traceback" not in outcome.text
+
+
+@launch
+@pytest.mark.parametrize("name", ["width", "batch", "size", "file"])
+def test_what_a_run_finds_is_one_line(tmp_path, name):
+    save_structure_encoder(LatentResNet(channels=1, features=12, width=32), tmp_path / "w32.safetensors")
+    torch.save(resnet18_weights(), tmp_path / "r18.pth")
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    resnet = ["--sadm.psi", "image_resnet", "--sadm.psi_weights"]
+    flags, words = {
+        "width": (["--sadm.psi_weights", tmp_path / "w32.safetensors"], ["w32.safetensors", "width", "32", "16"]),
+        "batch": (["--batch", 1], ["batch", "sadm", "at least two"]),
+        "size": ([*resnet, tmp_path / "r18.pth"], ["sadm.psi", "image_resnet", "32", "28"]),
+        "file": ([*resnet, tmp_path / "other.pth", "--data.size", 35], ["other.pth", "resnet18"]),
+    }[name]
+    outcome = forked(*SMALL, "--steps", 1, *flags, "--out", tmp_path / "run")
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.text
+    line = outcome.text.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert [word for word in words if word not in line] == [], line
+
+
+@pytest.mark.parametrize("method", ["sadm", "sd_dit+sadm"])
+@pytest.mark.parametrize("preset", presets())
+def test_every_preset_plays(preset, method):
+    config = parse(["--preset", preset, "--method", method])
+    assert config.uses("sadm")
+    shape = build.shape_of(config, 10)
+    psi = build.build_psi(config, shape, None)
+    features = psi(torch.zeros(2, shape.channels, shape.height, shape.width))
+    assert features.shape == (2, config.sadm.psi_features)
+    assert 1e6 < sum(p.numel() for p in psi.parameters()) < 11e6 or preset == "quickstart"
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("structure=on", ["off", "fixed", "adversarial"]),
+        ("weight=-1", ["at least 0", "got -1"]),
+        ("psi=resnet", ["latent_resnet", "image_resnet", "teacher"]),
+        ("psi=image_resnet", ["sadm.psi_weights"]),
+        ("psi=teacher", ["sd_dit+sadm"]),
+        ("psi_width=0", ["at least 1"]),
+        ("psi_width=24", ["multiple of 16"]),
+        ("psi_features=0", ["at least 1"]),
+        ("gradient_penalty=-1", ["at least 0"]),
+        ("psi_lr=-1", ["at least 0"]),
+        ("psi_warmup=2", ["from 0 to 1"]),
+        ("psi_schedule=linear", ["constant", "cosine"]),
+        ("psi_betas=[0.5,2]", ["from 0 to 1"]),
+        ("psi_every=0", ["at least 1"]),
+        ("distance=manhattan", ["euclidean", "squared", "cosine"]),
+        ("normalise=max", ["mean", "none"]),
+        ("penalty=l3", ["l2", "l1", "huber"]),
+        ("huber_delta=0", ["at least 1e-06"]),
+        ("sigma_data=0", ["at least 1e-06"]),
+        ("psi_widht=5", ["no such setting", "--sadm.psi_width?"]),
+    ],
+)
+def test_each_bad_setting_is_one_line(setting, words):
+    text = complaint("--method", "sadm", "--data.channels", "3", f"--sadm.{setting}")
+    assert [word for word in [f"sadm.{setting.partition('=')[0]}", *words] if word not in text] == [], text
+
+
+def test_the_teacher_is_no_player_but_may_be_switched_off():
+    both = ("--method", "sd_dit+sadm", "--sadm.psi", "teacher")
+    assert "--sadm.structure fixed" in complaint(*both)
+    for structure in ("fixed", "off"):
+        assert parse([*both, "--sadm.structure", structure]).sadm.psi == "teacher"

@@ -1,0 +1,263 @@
+"""Psi as a player: when and how it steps, over ranks and restarts, what it may be, and what it costs."""
+
+import io
+import math
+
+import pytest
+import torch
+from kernel_checks import assert_exact
+from structure_game_helpers import (
+    CHANNELS,
+    CLASSES,
+    CPU,
+    Denoiser,
+    Silent,
+    exact,
+    first_gradients,
+    game,
+    gradient_penalty,
+    one_of_two_ranks,
+    samples,
+    scripted_step,
+    seeded,
+    tiny_psi,
+)
+from test_structure_encoders import resnet18_weights
+
+from fastdit.config import parse
+from fastdit.engine.build import Shape, build_training
+from fastdit.methods.structure_game import SADM
+from fastdit.models import ImageResNet, LatentResNet, encoder_products
+from fastdit.noise import EDM, Flow
+
+
+def weights(method) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in method.psi.parameters()]
+
+
+def moved(method, before: list[torch.Tensor]) -> float:
+    return max(float((p - b).abs().max()) for p, b in zip(method.psi.parameters(), before, strict=True))
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return all(map(same, a, b)) and len(a) == len(b) if isinstance(a, list | tuple) else a == b
+
+
+def step(method, network, seed: int = 3, batch=None) -> dict[str, torch.Tensor]:
+    method.loss(network, *(batch or samples()), seeded(seed))
+    return method.end_step()
+
+
+def test_psi_steps_on_the_mean_of_all_micro_batches():
+    network, method = Denoiser(), game(EDM())
+    batches = [samples(5, seed) for seed in range(3)]
+    for seed, batch in enumerate(batches):
+        method.loss(network, *batch, seeded(seed))
+    before = weights(method)
+    method.end_step()
+    told = [exact(method, network, tiny_psi(), *batch, seed=seed) for seed, batch in enumerate(batches)]
+    for mine, *parts in zip(first_gradients(method), *(one.gradients(one.psi) for one in told), strict=True):
+        assert_exact(mine, sum(parts) / 3)
+    assert moved(method, before) > 0
+    before = weights(method)
+    step(method, network)
+    assert len(method.optimizer.state) == len(before), "the next step knows nothing of those batches"
+    (one,) = {float(state["step"]) for state in method.optimizer.state.values()}
+    assert one == 2
+
+
+def test_psi_steps_once_in_psi_every():
+    network, method, at = Denoiser(), game(EDM(), psi_every=3), []
+    for number in range(1, 8):
+        before = weights(method)
+        signals = step(method, network, seed=number)
+        assert (signals.keys() == {"psi_grad_norm"}) == (number % 3 == 0)
+        if moved(method, before):
+            at.append(number)
+    assert at == [3, 6]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_psi_learns_at_its_own_rate(schedule):
+    settings = SADM(psi_lr=1e-3, psi_warmup=0.2, psi_schedule=schedule)
+    for progress, constant in {0.0: 0.0, 0.05: 2.5e-4, 0.2: 1e-3, 0.6: 1e-3, 1.0: 1e-3}.items():
+        expected = constant * (0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1)
+        assert settings.psi_lr_at(progress) == pytest.approx(expected, abs=1e-12)
+        method = game(EDM(), psi_lr=1e-3, psi_warmup=0.2, psi_schedule=schedule)
+        assert method.begin_step(progress) == {}
+        before = weights(method)
+        step(method, Denoiser())
+        assert moved(method, before) == pytest.approx(expected, rel=1e-2, abs=1e-9)  # Adam's first step: lr * sign
+    assert SADM(psi_lr=1e-3).psi_lr_at(0.0) == 1e-3
+
+
+@pytest.mark.parametrize(("normalise", "distance"), [("rms", "euclidean"), ("none", "squared"), ("none", "cosine")])
+def test_the_gradient_penalty(normalise, distance):
+    network, batch = Denoiser(), samples()
+    method = game(EDM(), gradient_penalty=0.4, normalise=normalise, distance=distance)
+    told, draws = exact(method, network, tiny_psi(), *batch), seeded()
+    method.loss(network, *batch, draws)
+    directions = torch.randn(14, 4, generator=torch.Generator().set_state(draws.get_state()))
+    method.end_step()
+    relative = (normalise, distance) != ("none", "squared")
+    penalised = told.loss - 0.4 * gradient_penalty(told, directions, relative)
+    for mine, true in zip(first_gradients(method), told.gradients(told.psi, penalised), strict=True):
+        assert_exact(mine, true)
+
+
+def test_shrinking_the_features_does_not_pay_the_gradient_penalty():
+    network, batch, penalties = Denoiser(), samples(), []
+    for scale in (1.0, 1e-3):
+        psi = tiny_psi()
+        with torch.no_grad():
+            psi[-1].weight.mul_(scale)
+        method = game(EDM(), psi=psi, gradient_penalty=0.4)
+        step(method, network, batch=batch)
+        *inner, head = first_gradients(method)
+        penalties.append((*inner, scale * head))
+    for a, b in zip(*penalties):
+        assert_exact(a, b.double(), 1e-5)
+
+
+def test_gradients_that_are_not_finite_change_nothing():
+    network, method = Denoiser(), game(EDM())
+    step(method, network)
+    before, state = weights(method), torch.load(saved(method), weights_only=True)
+    x0, y = samples()
+    x0[2, 0, 1] = float("nan")
+    signals = step(method, network, batch=(x0, y))
+    assert not signals["psi_grad_norm"].isfinite()
+    assert moved(method, before) == 0
+    assert same(method.state_dict()["optimizer"], state["optimizer"])
+    assert same(method.state_dict()["psi"], state["psi"])
+    assert step(method, network)["psi_grad_norm"].isfinite()
+    assert moved(method, before) > 0
+
+
+def test_spectral_norms_move_in_psis_own_step_only():
+    psi = LatentResNet(channels=CHANNELS, features=4, width=16, spectral_norm=True)
+    x0, y = torch.rand(4, CHANNELS, 8, 8, generator=seeded()) * 2 - 1, torch.arange(4)
+    method, network = game(EDM(), psi=psi, psi_lr=1e-3), Denoiser()
+    for seed in range(20):
+        before = {key: value.clone() for key, value in psi.named_buffers()}
+        method.loss(network, x0, y, seeded(seed))
+        assert same(dict(psi.named_buffers()), before)
+        method.end_step()
+        assert not same(dict(psi.named_buffers()), before)
+    for block in psi.blocks:
+        top = torch.linalg.matrix_norm(block.conv1.weight.detach().flatten(1), ord=2)
+        assert 0.9 < top < 1.1
+
+
+def saved(method) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(method.state_dict(), file)
+    file.seek(0)
+    return file
+
+
+def test_a_restarted_game_goes_on_to_the_bit():
+    settings = {"psi_every": 2, "psi_schedule": "cosine", "gradient_penalty": 0.1, "spectral_norm": True}
+
+    def fresh(seed):
+        psi = LatentResNet(channels=CHANNELS, features=4, width=16, spectral_norm=True, seed=seed)
+        return game(EDM(), psi=psi, psi_lr=1e-2, **settings)
+
+    x0, y = torch.rand(4, CHANNELS, 8, 8, generator=seeded()) * 2 - 1, torch.arange(4)
+    straight, network = fresh(0), Denoiser()
+
+    def play(method, numbers):
+        told = []
+        for number in numbers:
+            method.begin_step(number / 10)
+            told.append((method.loss(network, x0, y, seeded(number)).loss.detach(), method.end_step()))
+        return told
+
+    play(straight, range(3))
+    resumed = fresh(1)
+    resumed.load_state_dict(torch.load(saved(straight), weights_only=True))
+    before = weights(straight)
+    a, b = (play(method, range(3, 7)) for method in (straight, resumed))
+    assert same(a, b)
+    assert same(straight.state_dict(), resumed.state_dict())
+    assert moved(straight, before) > 1e-3
+    assert straight.step == 7
+
+
+# With one feature the gradient penalty does not depend on the random directions, which differ between ranks.
+RANKS = [{"features": 4}, {"features": 1, "gradient_penalty": 0.3}, {"features": 3, "distance": "squared"}]
+
+
+def test_two_ranks_play_as_one_with_all_samples(tmp_path):
+    torch.multiprocessing.spawn(one_of_two_ranks, (str(tmp_path), RANKS), nprocs=2)
+    both = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for first, second, case in zip(*both, RANKS, strict=True):
+        alone = scripted_step(torch.arange(8), **case)
+        for name in ("structure_loss", "real_distance", "fake_distance", "distance_correlation", "psi_grad_norm"):
+            assert torch.equal(first["terms"][name], second["terms"][name])
+            assert first["terms"][name].item() == pytest.approx(alone["terms"][name].item(), rel=1e-6), name
+        assert first["terms"]["loss"] != second["terms"]["loss"]
+        for a, b, whole in zip(first["network"], second["network"], alone["network"], strict=True):
+            assert_exact((a + b) / 2, whole.double(), 1e-6)
+        for a, b, whole in zip(first["psi"], second["psi"], alone["psi"], strict=True):
+            assert torch.equal(a, b)
+            assert_exact(a, whole.double(), 1e-6)
+        assert same(first["weights"], second["weights"])
+
+
+TEACHING = (
+    "--method sd_dit+sadm --sadm.structure fixed --sadm.psi teacher --batch 4 --data.size 8 --data.channels 2 "
+    "--model.patch 2 --model.depth 1 --model.width 16 --model.heads 2 --sd_dit.decoder_width 16 "
+    "--sd_dit.decoder_depth 1 --sd_dit.decoder_heads 2 --sd_dit.head_width 8 --sd_dit.bottleneck 4 "
+    "--sd_dit.prototypes 16"
+)
+
+
+def test_the_teacher_as_psi():
+    network, method = build_training(parse(TEACHING.split()), Shape(CHANNELS, 8, 8, CLASSES))
+    assert list(method.psi.parameters()) == list(method.psi.buffers()) == []
+    assert method.psi.state_dict() == {}
+    method.to(CPU, torch.float32)
+    x0, y = torch.rand(4, CHANNELS, 8, 8, generator=seeded()) * 2 - 1, torch.arange(4)
+    outcome = method.loss(network, x0, y, seeded())
+    assert outcome.terms["structure_loss"] > 0
+    (reached,) = torch.autograd.grad(outcome.loss, outcome.x0_hat, retain_graph=True)
+    assert (reached.flatten(1).norm(dim=1) > 0).all()
+    outcome.loss.backward()
+    assert all(p.grad is None for p in method.base.teacher.parameters())
+    signals = method.end_step()
+    assert "prototype_usage" in signals
+    assert "psi_grad_norm" not in signals
+    state = torch.load(saved(method), weights_only=True)
+    assert state.keys() == {"base", "step", "psi"}
+    method.load_state_dict(state)
+    assert method.flops(network)["psi"] == 3 * 2 * encoder_products(method.base.teacher.encoder, 16)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_pretrained_resnet_as_psi(tmp_path, channels):
+    torch.save(resnet18_weights(), tmp_path / "r18.pth")
+    psi = ImageResNet(tmp_path / "r18.pth")
+    before = {key: value.clone() for key, value in psi.state_dict().items()}
+    x0 = (torch.rand(3, channels, 32, 32, generator=seeded()) * 2 - 1).requires_grad_()
+    method = game(Flow(), base=ToClean, psi=psi)
+    outcome = method.loss(None, x0, torch.arange(3), seeded())
+    outcome.loss.backward()
+    assert outcome.terms["structure_loss"] > 0
+    assert (x0.grad.flatten(1).norm(dim=1) > 0).all()
+    assert method.end_step()["psi_grad_norm"] > 0
+    now = psi.state_dict()
+    stored = {key for key in now if "running" in key}
+    assert {key for key in now if torch.equal(now[key], before[key])} == stored
+
+
+class ToClean(Silent):
+    """Estimates half of the sample, and its gradient lands there."""
+
+    def loss(self, network, x0, y, generator):
+        outcome = super().loss(lambda x, t, y: torch.zeros_like(x), x0.detach(), y, generator)
+        return outcome._replace(x0_hat=0.5 * x0.square())
