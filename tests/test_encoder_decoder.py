@@ -253,7 +253,7 @@ def test_a_whole_one_loads_back_exactly(tmp_path):
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (lambda: DiT(input_size=12, **SIZES, out_channels=6), "not a whole DiT checkpoint"),
+        (lambda: DiT(input_size=12, **SIZES, out_channels=6), "no plain DiT; take --method sd_dit"),
         (lambda: make(class_token=False), "encoder.class_token.weight is not part of this model"),
         (lambda: make("mask_token"), "mask_token.weight is missing"),
         (lambda: make(depth=1), "decoder.blocks.1.fc1.bias is not part of this model"),

@@ -90,8 +90,8 @@ class Denoising:
         """Move what the method itself holds; networks of its own get `dtype`."""
 
     def state_dict(self) -> dict:
-        """What a resumed run must go on from, the same on all ranks, on the CPU."""
+        """What a resumed run must go on from, the same on all ranks."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take a `state_dict`."""
+        """Take a `state_dict`, whose tensors may be on another device."""
