@@ -71,6 +71,9 @@ def _parser() -> OneLineParser:
     parser.add_argument("--json", type=str | None, default=None, help="write the record")
     parser.add_argument("--csv", type=str | None, default=None, help="write the rows")
     parser.add_argument(
+        "--readme", type=bool, default=False, nargs="?", const=True, help="only: put all records into README.md"
+    )
+    parser.add_argument(
         "--judge", type=str | None, default=None, help="only judge this run's folder; used by the above"
     )
     return parser
@@ -79,6 +82,8 @@ def _parser() -> OneLineParser:
 def _benchmark(argv: list[str]) -> None:
     args = _parser().parse(argv)
     scales = [float(scale) for scale in args.guidance.split(",")]
+    if args.readme:
+        return records.write_readme(section=CONVERGENCE)
     if args.judge:
         print(json.dumps(_judge(Path(args.judge), args.samples, scales, args.threads)))
         return
@@ -91,7 +96,8 @@ def _benchmark(argv: list[str]) -> None:
     prices = _prices(contenders, common, out / "prices.json")
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
     settings = {"dtype": config.precision, "batch": config.batch, "budget_seconds": args.budget}
-    record = records.start(command, device, settings | {"samples": args.samples, "guidance": scales}, "convergence")
+    settings |= {"samples": args.samples, "guidance": scales, "jobs": args.jobs, "threads": args.threads}
+    record = records.start(command, device, settings, "convergence")
 
     def work(job: tuple[str, str, int]) -> dict:
         name, flags, seed = job
@@ -256,6 +262,9 @@ def lines(record: dict) -> list[str]:
             )
         )
     return records.aligned(cells)
+
+
+CONVERGENCE = records.Section("convergence", ("<!-- convergence: begin -->\n", "<!-- convergence: end -->\n"), lines)
 
 
 def _spread(values: list[float], form: str) -> str:
