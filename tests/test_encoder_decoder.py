@@ -159,7 +159,7 @@ def test_initialisation():
     state = network.state_dict()
     assert same(make("mask_token").state_dict(), state)
     other = make("mask_token", seed=1).state_dict()
-    zero = {"adaln", "head", "bridge"}
+    zero = {"adaln", "head"}
     for name, value in state.items():
         if set(name.split(".")) & zero or name.endswith(("bias", "freq_shift")):
             assert not value.any(), name

@@ -183,7 +183,7 @@ def init_weights(module: nn.Module, seed: int) -> None:
     generator = torch.Generator(parameters[0][1].device).manual_seed(seed)
     for name, weight in parameters:
         parts = set(name.split("."))
-        if "bias" in parts or parts & {"adaln", "head", "bridge"}:
+        if "bias" in parts or parts & {"adaln", "head"}:
             weight.zero_()
         elif parts & {"time_embed", "label_embed", "class_token", "mask_token"}:
             weight.normal_(std=0.02, generator=generator)

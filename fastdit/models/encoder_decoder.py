@@ -6,8 +6,9 @@ arXiv 2306.09305), but without its mask token: a hidden patch enters the decoder
     hidden patches, embedded by the encoder's    |
     first layer ----------------------> bridge --+
 
-The bridge is one adaLN-modulated linear layer to the decoder's width. With nothing hidden, as in sampling, this is an
-ordinary, deeper DiT.
+The bridge is one adaLN-modulated linear layer to the decoder's width. MaskDiT's starts at zero; ours does not: the
+output is zero at first by the head alone, and what the encoder sees counts from the first step. With nothing hidden, as
+in sampling, this is an ordinary, deeper DiT.
 """
 
 from typing import Literal, get_args
