@@ -6,7 +6,7 @@ a CPU the price is processor time, so that a busy machine does not move the budg
 each run's own steps. Evaluation is not counted.
 
 The judge: the plain denoising loss of the sampled weights, all patches visible, on the first training images with fixed
-noise (methods share it, and no run sees its data often); and class agreement of samples. Both as in the run's report.
+noise (methods share it, and no run sees its data often); and class agreement of samples, as in a run's report.
 """
 
 import json
@@ -44,7 +44,7 @@ SETS = {
     },
     "both": {"sd_dit+sadm": "--method sd_dit+sadm"},
 }
-KNOWN_IMAGES, LOSS_IMAGES = 10_000, 2048
+LOSS_IMAGES = 2048
 COLUMNS = ("contender", "flags", "seed", "steps", "step_seconds", "images", "loss", "agreement")
 
 
@@ -94,8 +94,9 @@ def _benchmark(argv: list[str]) -> None:
     command = shlex.join(["python", "benchmarks/convergence.py", *(argv if argv is not None else sys.argv[1:])])
     config = parse([*shlex.split(common), "--out", str(out / "none")])
     prices = _prices(contenders, common, out / "prices.json")
-    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
-    settings = {"dtype": config.precision, "batch": config.batch, "budget_seconds": args.budget}
+    device = _device(config)
+    dtype = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    settings = {"dtype": dtype, "batch": config.batch, "budget_seconds": args.budget}
     settings |= {"samples": args.samples, "guidance": scales, "jobs": args.jobs, "threads": args.threads}
     record = records.start(command, device, settings, "convergence")
 
@@ -166,10 +167,16 @@ def _prices(contenders: dict[str, str], common: str, path: Path) -> dict[str, fl
 
 
 def _run(folder: Path, flags: str, args) -> dict:
-    """Train and judge in processes of their own; the result of a finished run is read."""
-    done = folder / "judged.json"
+    """Train and judge in processes of their own; the result of a finished run is read.
+
+    Raises UserError when one of them fails, or the folder's result is of other flags.
+    """
+    done, asked = folder / "judged.json", f"{flags} --samples {args.samples} --guidance {args.guidance}"
     if done.exists():
-        return json.loads(done.read_text())
+        found = json.loads(done.read_text())
+        if found.pop("asked") != asked:
+            raise UserError(f"{folder}: was trained or judged with other flags; choose another --out")
+        return found
     own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of the process that priced the steps
     env = {key: value for key, value in os.environ.items() if key not in own}
     env |= {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(args.threads)}
@@ -181,12 +188,19 @@ def _run(folder: Path, flags: str, args) -> dict:
         ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         if ended.returncode:
             raise UserError(f"{folder}: {shlex.join(command)} failed: {(ended.stderr or ended.stdout)[-500:]}")
-    done.write_text(ended.stdout.strip().splitlines()[-1])
-    return json.loads(done.read_text())
+    found = json.loads(ended.stdout.strip().splitlines()[-1])
+    done.write_text(json.dumps({"asked": asked, **found}))
+    return found
+
+
+def _device(config: Config) -> torch.device:
+    from fastdit.engine import runtime
+
+    return torch.device("cuda" if runtime.on_gpu(config) else "cpu")
 
 
 def _judge(folder: Path, samples: int, scales: list[float], threads: int) -> dict:
-    from fastdit.engine import build
+    from fastdit.engine import build, judge
     from fastdit.engine.checkpoint_files import choose, classes_of, sampled_weights
 
     torch.set_num_threads(threads)
@@ -195,13 +209,14 @@ def _judge(folder: Path, samples: int, scales: list[float], threads: int) -> dic
     shape = build.shape_of(config, classes_of(checkpoint))
     network = build.build_network(config, shape)
     network.load_state_dict(sampled_weights(checkpoint))
-    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    device = _device(config)
     network.to(device).eval()
-    known, labels = _images(config)
-    agreement = {f"{scale:g}": _agreement(network, config, shape, samples, scale, known, labels) for scale in scales}
+    known = judge.known_images(config, build.open_data(config))
+    images, labels = (part[:LOSS_IMAGES] for part in known)
+    agreement = {f"{scale:g}": _agreement(network, config, shape, samples, scale, known) for scale in scales}
     return {
         "images": config.steps * (config.batch or 0),
-        "loss": _loss(network, build.build_noise(config), known[:LOSS_IMAGES], labels[:LOSS_IMAGES], device),
+        "loss": _loss(network, build.build_noise(config), images, labels, device),
         "agreement": agreement,
     }
 
@@ -218,29 +233,15 @@ def _loss(network, noise, x0: torch.Tensor, y: torch.Tensor, device: torch.devic
     return total / len(x0)
 
 
-def _agreement(network, config: Config, shape, n: int, guidance: float, known, known_labels) -> float:
-    from fastdit.engine import build, drawing
-    from fastdit.metrics.class_agreement import class_agreement
+def _agreement(network, config: Config, shape, n: int, guidance: float, known) -> float:
+    from fastdit.engine import build, drawing, judge
 
     labels = drawing.balanced_labels(n, range(shape.classes))
     device = next(network.parameters()).device
     settings = replace(config.sample, guidance=guidance)
     process = build.build_noise(config)
     drawn = drawing.draw(network, process, settings, shape, labels, indices=range(n), seed=0, device=device)
-    seen = torch.from_numpy(drawing.to_uint8(drawn)).permute(0, 3, 1, 2) / 127.5 - 1
-    return class_agreement(seen, torch.from_numpy(labels), known, known_labels)
-
-
-def _images(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    from fastdit.engine import build
-
-    source = build.open_data(config)
-    count = min(source.n, KNOWN_IMAGES)
-    loader = build.build_loader(config, source, batch=500, rank=0, world=1, device=torch.device("cpu"), flip=False)
-    pairs = [next(loader) for _ in range(-(-count // 500))]
-    loader.close()
-    x, y = (torch.cat(parts)[:count] for parts in zip(*pairs))
-    return x, y
+    return judge.agreement(drawing.to_uint8(drawn), labels, known)
 
 
 def lines(record: dict) -> list[str]:

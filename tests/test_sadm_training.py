@@ -1,6 +1,5 @@
 """SADM under DeepSpeed: against a reference that plays all ranks itself, resuming to the bit, and what is refused."""
 
-import math
 import shlex
 from functools import cache
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fp64_reference import MasterWeights, rank_inputs
 from launching import TINY, Launched, averages, checkpoint, deepspeed, forked, metrics, run
 from test_config import complaint
 from test_resume import assert_same_run
@@ -83,36 +83,15 @@ def reference() -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     base = AllRanks(build.build_noise(config), shape.classes, config.label_drop)
     method = Reference(base, config.sadm, build.build_psi(config, shape, base))
     method.to(torch.device("cpu"), torch.float32)
-    here = {"batch": config.batch // 2, "world": 2, "device": torch.device("cpu")}
-    loaders = [build.build_loader(config, source, rank=rank, **here) for rank in range(2)]
-    seeds = [int(np.random.SeedSequence(config.seed, spawn_key=(rank,)).generate_state(1)[0]) for rank in range(2)]
-    noises = [torch.Generator().manual_seed(seed) for seed in seeds]
-    names, params = zip(*network.named_parameters())
-    weights = [p.detach().double() for p in params]
-    first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))
-    ema, lines = [w.clone() for w in weights], []
-    for t in range(1, STEPS + 1):
-        method.begin_step((t - 1) / STEPS)
-        outcome = method.loss(network, [next(loader) for loader in loaders], None, noises)
-        grads = [g.double() for g in torch.autograd.grad(outcome.loss, params)]
-        norm = math.sqrt(sum(float((g * g).sum()) for g in grads))
-        lr = 2e-3 * (t / 3 if t <= 3 else 0.5 * (1 + math.cos(math.pi * (t - 4) / 9)))
-        decay = min(0.8, t / (9 + t))
-        for w, g, m, v, e in zip(weights, grads, first, second, ema):
-            g /= max(1.0, (norm + 1e-6) / 0.5)
-            m.mul_(0.9).add_(0.1 * g)
-            v.mul_(0.999).add_(0.001 * g * g)
-            w.mul_(1 - lr * 0.1)
-            w -= lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-4)
-            e.mul_(decay).add_((1 - decay) * w)
-        with torch.no_grad():
-            for p, w in zip(params, weights):
-                p.copy_(w)
-        terms = outcome.terms | method.end_step()
-        lines.append({key: value.item() for key, value in terms.items()} | {"grad_norm": norm})
-    for loader in loaders:
-        loader.close()
-    return lines, dict(zip(names, ema))
+    master, lines = MasterWeights(network, warmup=3, steps=STEPS), []
+    with rank_inputs(config, source, 2) as (loaders, noises):
+        for t in range(STEPS):
+            method.begin_step(t / STEPS)
+            outcome = method.loss(network, [next(loader) for loader in loaders], None, noises)
+            norm = master.step([g.double() for g in torch.autograd.grad(outcome.loss, master.params)])
+            terms = outcome.terms | method.end_step()
+            lines.append({key: value.item() for key, value in terms.items()} | {"grad_norm": norm})
+    return lines, master.averages["ema"]
 
 
 @launch

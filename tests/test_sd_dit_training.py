@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fp64_reference import MasterWeights, rank_inputs
 from launching import SCRIPTS, TINY, Launched, averages, checkpoint, deepspeed, forked, free_port, metrics, run
 from safetensors.torch import load_file, save_file
 from sd_dit_reference import randomise
@@ -58,49 +59,27 @@ def reference(accumulation: int = 1):
     source = build.open_data(config)
     shape = build.shape_of(config, source.classes)
     student, method = build.build_training(config, shape)
-    parts = 2 * accumulation
-    here = {"batch": config.batch // parts, "world": 2, "device": torch.device("cpu")}
-    loaders = [build.build_loader(config, source, rank=rank, **here) for rank in range(2)]
-    seeds = [int(np.random.SeedSequence(config.seed, spawn_key=(rank,)).generate_state(1)[0]) for rank in range(2)]
-    noises = [torch.Generator().manual_seed(seed) for seed in seeds]
-    names, params = zip(*student.named_parameters())
-    weights = [p.detach().double() for p in params]
-    first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))
-    ema, slow = ([w.clone() for w in weights] for _ in range(2))
-    teacher = dict(method.teacher.named_parameters())
-    lines = []
-    for t in range(1, STEPS + 1):
-        done = (t - 1) / STEPS
-        method.begin_step(done)
-        line, grads = {}, [torch.zeros_like(w) for w in weights]
-        for loader, noise in [pair for pair in zip(loaders, noises) for _ in range(accumulation)]:
-            outcome = method.loss(student, *next(loader), noise)
-            for grad, piece in zip(grads, torch.autograd.grad(outcome.loss, params)):
-                grad += piece.double() / parts
-            for key, value in outcome.terms.items():
-                line[key] = line.get(key, 0.0) + value.item() / parts
-        norm = math.sqrt(sum(float((g * g).sum()) for g in grads))
-        lr = 2e-3 * (t / 3 if t <= 3 else 0.5 * (1 + math.cos(math.pi * (t - 4) / 9)))
-        decay, momentum = min(0.8, t / (9 + t)), 1 - 0.2 * (1 + math.cos(math.pi * done)) / 2
-        for w, g, m, v, e, s in zip(weights, grads, first, second, ema, slow):
-            g /= max(1.0, (norm + 1e-6) / 0.5)
-            m.mul_(0.9).add_(0.1 * g)
-            v.mul_(0.999).add_(0.001 * g * g)
-            w.mul_(1 - lr * 0.1)
-            w -= lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-4)
-            e.mul_(decay).add_((1 - decay) * w)
-            s.mul_(momentum).add_((1 - momentum) * w)
-        with torch.no_grad():
-            for p, w in zip(params, weights):
-                p.copy_(w)
-            for name, s in zip(names, slow):
-                if (place := name.removeprefix("network.")) in teacher:
-                    teacher[place].copy_(s)
-        line |= {key: value.item() for key, value in method.end_step().items()}
-        lines.append(line | {"grad_norm": norm})
-    for loader in loaders:
-        loader.close()
-    final = {name.removeprefix("network."): (e, s) for name, e, s in zip(names, ema, slow)}
+    parts, teacher = 2 * accumulation, dict(method.teacher.named_parameters())
+    master, lines = MasterWeights(student, warmup=3, steps=STEPS, averages=("ema", "teacher")), []
+    with rank_inputs(config, source, 2, accumulation) as (loaders, noises):
+        for t in range(STEPS):
+            method.begin_step(t / STEPS)
+            line, grads = {}, master.no_gradient()
+            for loader, noise in [pair for pair in zip(loaders, noises) for _ in range(accumulation)]:
+                outcome = method.loss(student, *next(loader), noise)
+                for grad, piece in zip(grads, torch.autograd.grad(outcome.loss, master.params)):
+                    grad += piece.double() / parts
+                for key, value in outcome.terms.items():
+                    line[key] = line.get(key, 0.0) + value.item() / parts
+            momentum = 1 - 0.2 * (1 + math.cos(math.pi * t / STEPS)) / 2
+            line["grad_norm"] = master.step(grads, teacher=momentum)
+            with torch.no_grad():
+                for name, s in master.averages["teacher"].items():
+                    if (place := name.removeprefix("network.")) in teacher:
+                        teacher[place].copy_(s)
+            lines.append(line | {key: value.item() for key, value in method.end_step().items()})
+    slow = master.averages["teacher"]
+    final = {name.removeprefix("network."): (e, slow[name]) for name, e in master.averages["ema"].items()}
     return lines, final, method.centers
 
 

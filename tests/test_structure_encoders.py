@@ -331,7 +331,7 @@ def test_bad_files(tmp_path):
     save_file(state | {"extra": torch.zeros(1)}, path, metadata=header)
     assert f"{path}: extra is not part" in one_line(load_structure_encoder, net, path)
     save_file(state | {"stem.weight": torch.zeros(2)}, path, metadata=header)
-    assert f"{path}: stem.weight is (2,), this network needs (16, 3, 3, 3)" in one_line(
+    assert f"{path}: stem.weight is (2,), this model needs (16, 3, 3, 3)" in one_line(
         load_structure_encoder, net, path
     )
 
@@ -486,9 +486,9 @@ def test_bad_resnet18_files(weights, tmp_path):
     fewer = {name: value for name, value in weights.items() if name != "layer3.0.bn2.running_var"}
     assert "x.pth: layer3.0.bn2.running_var is missing; give the weights" in one_line(ImageResNet, saved(fewer))
     deeper = weights | {"layer1.2.conv1.weight": torch.zeros(64, 64, 3, 3)}  # a ResNet-34
-    assert "x.pth: layer1.2.conv1.weight is not part of this network" in one_line(ImageResNet, saved(deeper))
+    assert "x.pth: layer1.2.conv1.weight is not part of this model" in one_line(ImageResNet, saved(deeper))
     wider = weights | {"layer4.0.conv1.weight": torch.zeros(1024, 256, 3, 3)}
-    assert "is (1024, 256, 3, 3), this network needs (512, 256, 3, 3)" in one_line(ImageResNet, saved(wider))
+    assert "is (1024, 256, 3, 3), this model needs (512, 256, 3, 3)" in one_line(ImageResNet, saved(wider))
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 32, 32), (3, 32, 32), (2, 3, 31, 32), (2, 3, 32, 31)])

@@ -5,12 +5,12 @@ DeepSpeed, the optimizer, the schedules or the loop. It plays all ranks itself.
 """
 
 import json
-import math
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
+from fp64_reference import MasterWeights, rank_inputs
 from launching import RECIPE, TINY, averages, forked, metrics, python, run
 
 from fastdit.config import parse
@@ -26,41 +26,18 @@ def reference(world: int, accumulation: int = 1) -> tuple[list[float], list[floa
     source = build.open_data(config)
     shape = build.shape_of(config, source.classes)
     network, method = build.build_training(config, shape)
-    share = config.batch // (world * accumulation)
-    here = {"batch": share, "world": world, "device": torch.device("cpu")}
-    loaders = [build.build_loader(config, source, rank=rank, **here) for rank in range(world)]
-    seeds = [int(np.random.SeedSequence(config.seed, spawn_key=(rank,)).generate_state(1)[0]) for rank in range(world)]
-    noises = [torch.Generator().manual_seed(seed) for seed in seeds]
-    names, params = zip(*network.named_parameters())
-    weights = [p.detach().double() for p in params]
-    first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))
-    ema = [w.clone() for w in weights]
-    losses, norms = [], []
-    for t in range(1, config.steps + 1):
-        total, grads = 0.0, [torch.zeros_like(w) for w in weights]
-        for loader, noise in [pair for pair in zip(loaders, noises) for _ in range(accumulation)]:
-            loss, *_ = method.loss(network, *next(loader), noise)
-            for grad, part in zip(grads, torch.autograd.grad(loss, params)):
-                grad += part.double() / (world * accumulation)
-            total += loss.item() / (world * accumulation)
-        norm = math.sqrt(sum(float((g * g).sum()) for g in grads))
-        losses.append(total)
-        norms.append(norm)
-        lr = 2e-3 * (t / 5 if t <= 5 else 0.5 * (1 + math.cos(math.pi * (t - 6) / 35)))
-        decay = min(0.8, t / (9 + t))
-        for w, g, m, v, e in zip(weights, grads, first, second, ema):
-            g /= max(1.0, (norm + 1e-6) / 0.5)
-            m.mul_(0.9).add_(0.1 * g)
-            v.mul_(0.999).add_(0.001 * g * g)
-            w.mul_(1 - lr * 0.1)
-            w -= lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-4)
-            e.mul_(decay).add_((1 - decay) * w)
-        with torch.no_grad():
-            for p, w in zip(params, weights):
-                p.copy_(w)
-    for loader in loaders:
-        loader.close()
-    return losses, norms, dict(zip(names, ema))
+    master, losses, norms = MasterWeights(network, warmup=5, steps=config.steps), [], []
+    with rank_inputs(config, source, world, accumulation) as (loaders, noises):
+        for _ in range(config.steps):
+            total, grads = 0.0, master.no_gradient()
+            for loader, noise in [pair for pair in zip(loaders, noises) for _ in range(accumulation)]:
+                loss, *_ = method.loss(network, *next(loader), noise)
+                for grad, part in zip(grads, torch.autograd.grad(loss, master.params)):
+                    grad += part.double() / (world * accumulation)
+                total += loss.item() / (world * accumulation)
+            losses.append(total)
+            norms.append(master.step(grads))
+    return losses, norms, master.averages["ema"]
 
 
 def check(folder, stage: int, world: int, accumulation: int = 1) -> None:

@@ -22,6 +22,7 @@ def save(
     runtime: Runtime,
     folder: Path,
     step: int,
+    *,
     rank_state: dict,
     method_state: dict,
     meta: dict,

@@ -3,8 +3,8 @@
 It is written into a hidden folder, hashed, flushed to disk and only then renamed to `step-NNNNNNNN`; so a folder of
 that name is whole or damaged by something else, and the hashes tell which. Inside: DeepSpeed's own files (weights,
 ZeRO-sharded optimizer and EMA), `ema.safetensors` (the sampled weights, whole), `rank-N.pt` (that rank's generators
-and place in the data), `method.pt` (what the method keeps: centres, second player) and
-`manifest.json`. All ranks must see one file system.
+and place in the data), `method.pt` (what the method keeps: centres, second player) and `manifest.json`. All ranks must
+see one file system.
 """
 
 import hashlib

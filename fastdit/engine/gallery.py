@@ -5,17 +5,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from fastdit.engine import build, drawing
+from fastdit.engine import build, drawing, judge
 from fastdit.engine.layout import GRID, GRIDS
 from fastdit.engine.records import read_metrics, versions
 from fastdit.engine.report import write_report
 from fastdit.engine.session import Session
 from fastdit.engine.weights import ema_state
-from fastdit.metrics.class_agreement import class_agreement
-
-KNOWN_IMAGES = 10_000  # the class-agreement judge's share of the training images, at most
 
 
 def draw_grid(session: Session, step: int) -> None:
@@ -43,7 +39,8 @@ def finish(session: Session) -> None:
             images, labels = drawn
             drawing.grid(images[:on_grid], labels[:on_grid], session.source.class_names).save(run.folder / GRID)
             if n := settings.agreement:
-                share = _agreement(session, images[:n], labels[:n])
+                known = judge.known_images(session.config, session.source)
+                share = judge.agreement(images[:n], labels[:n], known)
                 figures["class agreement"] = f"{share:.1%} of {n} samples (5-NN on raw pixels of the training images)"
     if session.runtime.first:
         report = write_report(run.folder, figures | _facts(session), versions())
@@ -74,17 +71,6 @@ def _samples(session: Session, n: int, classes: list[int]) -> tuple[np.ndarray, 
     for rank, part in enumerate(parts):
         images[rank :: runtime.world] = part
     return images, labels
-
-
-def _agreement(session: Session, images: np.ndarray, labels: np.ndarray) -> float:
-    batch, count = 500, min(session.source.n, KNOWN_IMAGES)
-    here = {"rank": 0, "world": 1, "device": torch.device("cpu")}
-    loader = build.build_loader(session.config, session.source, batch=batch, flip=False, **here)
-    pairs = [next(loader) for _ in range(-(-count // batch))]
-    loader.close()
-    known, known_labels = (torch.cat(parts)[:count] for parts in zip(*pairs))
-    samples = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
-    return class_agreement(samples, torch.from_numpy(labels), known, known_labels)
 
 
 def _can_show(session: Session) -> bool:

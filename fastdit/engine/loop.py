@@ -71,10 +71,10 @@ class Run:
             self.runtime,
             self.folder / CHECKPOINTS,
             step,
-            self.state(),
-            self.method.state_dict(),
-            self.identity,
-            self.config.keep_checkpoints,
+            rank_state=self.state(),
+            method_state=self.method.state_dict(),
+            meta=self.identity,
+            keep=self.config.keep_checkpoints,
         )
 
     @property

@@ -20,6 +20,7 @@ from fastdit.engine.runtime import Runtime
 from fastdit.engine.weights import EMA
 from fastdit.errors import UserError
 from fastdit.kernels import AdamWEMA, ApexAdamEMA, describe_attention, describe_native, describe_optimizer
+from fastdit.models.dit import Block
 
 
 class Session:
@@ -129,10 +130,12 @@ def make_optimizer(config: Config, agreed: Plan, device: torch.device, parameter
 
 def _attention(backend: str, device: torch.device, precision: str, network) -> str:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    sizes = [block.proj.in_features // block.heads for block in network.modules() if isinstance(block, Block)]
     try:
-        return describe_attention(backend, device, dtype, network.width // network.heads)
+        described = [describe_attention(backend, device, dtype, size) for size in dict.fromkeys(sizes)]
     except ValueError as error:
         raise UserError(f"model.attention: {error}") from None
+    return described[0]  # the encoder's
 
 
 def _attempt(work):

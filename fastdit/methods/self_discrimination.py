@@ -25,11 +25,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdit.kernels import split_tokens
 from fastdit.methods.denoising import Denoising, Network, Outcome
+from fastdit.methods.ranks import ranks, sum_over_ranks
 from fastdit.models import HiddenTokens, Student, Target, Teacher, decoder_products, encoder_products, head_products
 
 TEACHER = "teacher"
@@ -133,7 +133,7 @@ class SelfDiscrimination(Denoising):
             student_temperature=self.settings.student_temperature,
             teacher_temperature=self.temperature,
             centering=self.settings.centering,
-            all_reduce=_sum_over_ranks,
+            all_reduce=sum_over_ranks,
         )  # fmt: skip
         self._remember(of_class, of_patches)
         generative = self.judge(out, x0, eps, level)
@@ -165,8 +165,8 @@ class SelfDiscrimination(Denoising):
         Teacher features that are not finite leave the centres as they are.
         """
         means, wins = self.means / self.count, self.wins.to(self.means.dtype)
-        packed = _sum_over_ranks(torch.cat([means, wins[None]]))
-        means, wins = packed[:2] / _ranks(), packed[2]
+        packed = sum_over_ranks(torch.cat([means, wins[None]]))
+        means, wins = packed[:2] / ranks(), packed[2]
         moved = torch.lerp(means, self.centers, self.settings.center_momentum)
         self.centers = torch.where(moved.isfinite().all(), moved, self.centers)
         self._forget()
@@ -213,14 +213,3 @@ class SelfDiscrimination(Denoising):
 
     def load_state_dict(self, state: dict) -> None:
         self.centers = state["centers"].to(self.centers.device)
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _sum_over_ranks(x: Tensor) -> Tensor:
-    """In place."""
-    if _ranks() > 1:
-        dist.all_reduce(x)
-    return x

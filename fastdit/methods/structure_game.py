@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from fastdit.kernels import AdamWEMA, StructureLoss, structure_loss
 from fastdit.methods.denoising import Denoising, Network, Outcome
+from fastdit.methods.ranks import average_over_ranks, ranks
 from fastdit.methods.self_discrimination import SelfDiscrimination
 
 COINCIDENT = 1e-12  # mean squared distance of features that are taken for one point
@@ -154,7 +155,7 @@ class StructureGame(Denoising):
                 loss = loss + self.settings.gradient_penalty * self._steepness(both, features)
             (loss / len(batches)).backward()
         grads = [p.grad for p in self.psi.parameters() if p.grad is not None]
-        _average_over_ranks(grads)
+        average_over_ranks(grads)
         norm = torch.stack(torch._foreach_norm(grads)).norm()
         for group in self.optimizer.param_groups:
             group["lr"] = self.psi_lr
@@ -258,7 +259,7 @@ class _AllRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, own: Tensor) -> Tensor:
-        ctx.ranks = _ranks()
+        ctx.ranks = ranks()
         if ctx.ranks == 1:
             return own.view_as(own)
         rows = own.new_empty(ctx.ranks * len(own), *own.shape[1:])
@@ -270,18 +271,3 @@ class _AllRanks(torch.autograd.Function):
         if ctx.ranks == 1:
             return upstream
         return ctx.ranks * upstream.chunk(ctx.ranks)[dist.get_rank()]
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _average_over_ranks(tensors: list[Tensor]) -> None:
-    """In place, by one collective."""
-    if _ranks() == 1:
-        return
-    flat = torch.cat([t.flatten() for t in tensors])
-    dist.all_reduce(flat)
-    flat /= _ranks()
-    for t, mean in zip(tensors, flat.split([t.numel() for t in tensors])):
-        t.copy_(mean.view_as(t))

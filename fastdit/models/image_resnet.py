@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from fastdit.errors import UserError
 
-from .pretrained import _read_tensors
-from .structure_encoders import misfit
+from .pretrained import misfit, read_tensors
 
 SMALLEST = 32  # rows or columns
 WIDTHS = (64, 128, 256, 512)
@@ -96,7 +95,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the weights of torchvision's resnet18, .pth or .safetensors")
     try:
-        state = _read_tensors(path, "model")
+        state = read_tensors(path, "model")
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     return {  # copies: safetensors' tensors are the file itself, mapped, and it may be written again

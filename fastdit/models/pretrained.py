@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdit.errors import UserError
 
@@ -210,7 +210,7 @@ def _for_encoder(encoder: Encoder, state: State) -> State:
 
 def _read_file(path: Path, which: str) -> tuple[State, Tensor | None]:
     """The state (ours), and the position table of an original DiT."""
-    state = _read_tensors(path, which)
+    state = read_tensors(path, which)
     if "patch_embed.weight" in state or "encoder.patch_embed.weight" in state:
         return state, None
     if "x_embedder.proj.weight" not in state:
@@ -240,7 +240,7 @@ def _read_folder(encoder: Encoder, path: Path) -> State:
     existing = [file for file in weights if file.exists()]
     if not existing:
         raise ValueError(f"it has neither {weights[0].name} nor {weights[1].name}")
-    return from_diffusers(_read_tensors(existing[0], "model"))
+    return from_diffusers(read_tensors(existing[0], "model"))
 
 
 def _check_config(encoder: Encoder, config: dict[str, Any]) -> None:
@@ -256,7 +256,7 @@ def _check_config(encoder: Encoder, config: dict[str, Any]) -> None:
             raise ValueError(f"{field} is {theirs} in config.json, {ours} in this model; build it to match")
 
 
-def _read_tensors(path: Path, which: str) -> State:
+def read_tensors(path: Path, which: str) -> State:
     if not path.exists():
         raise ValueError("no such file; give a .pt or .safetensors file, or a diffusers folder")
     try:
@@ -289,8 +289,16 @@ def _check_fits(model: DiT | Encoder | EncoderDecoder, state: State) -> None:
     for field, theirs, ours in pairs:
         if theirs != ours:
             raise ValueError(f"{field} is {theirs} in this file, {ours} in this model; build it to match")
-    for key in sorted(expected.keys() ^ state.keys()):
-        raise ValueError(f"{key} {'is missing' if key in expected else 'is not part of this model'}")
-    for key, value in expected.items():
-        if state[key].shape != value.shape:
-            raise ValueError(f"{key} is {tuple(state[key].shape)}, this model needs {tuple(value.shape)}")
+    if fault := misfit(model, state):
+        raise ValueError(fault)
+
+
+def misfit(module: nn.Module, state: State) -> str | None:
+    """How `state` differs from `module`'s own tensors, by name and shape, in a few words; None if it does not."""
+    expected = module.state_dict()
+    for name in sorted(expected.keys() ^ state.keys()):
+        return f"{name} {'is missing' if name in expected else 'is not part of this model'}"
+    for name, value in expected.items():
+        if state[name].shape != value.shape:
+            return f"{name} is {tuple(state[name].shape)}, this model needs {tuple(value.shape)}"
+    return None

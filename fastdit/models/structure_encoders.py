@@ -16,6 +16,8 @@ from torch.nn.utils import parametrizations
 
 from fastdit.errors import UserError
 
+from .pretrained import misfit
+
 NORM_GROUP = 16  # channels that share statistics
 
 
@@ -168,14 +170,3 @@ def load_structure_encoder(module: LatentResNet, path: str | Path) -> None:
     if fault := misfit(module, state):
         raise UserError(f"{path}: {fault}; write it again with fastdit-warm-start")
     module.load_state_dict(state)
-
-
-def misfit(module: nn.Module, state: dict[str, Tensor]) -> str | None:
-    """How `state` differs from `module`'s own tensors, by name and shape, in a few words; None if it does not."""
-    expected = module.state_dict()
-    for name in sorted(expected.keys() ^ state.keys()):
-        return f"{name} {'is missing' if name in expected else 'is not part of this network'}"
-    for name, value in expected.items():
-        if state[name].shape != value.shape:
-            return f"{name} is {tuple(state[name].shape)}, this network needs {tuple(value.shape)}"
-    return None
