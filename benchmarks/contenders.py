@@ -20,7 +20,9 @@ from fastdit.engine import build
 from fastdit.engine.loop import train_step
 from fastdit.engine.runtime import Runtime
 from fastdit.engine.session import Session
+from fastdit.methods.denoising import Outcome
 from fastdit.methods.self_discrimination import SelfDiscrimination
+from fastdit.methods.structure_game import StructureGame
 
 PRODUCT = {"cuda": 8192, "cpu": 2048}  # rows and columns
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -42,15 +44,19 @@ class Engine(Contender):
         self.run, self.done = self.session.run, 0
         self.ran = f"ZeRO-{self.run.plan.stage}, {self.session.attention}"
         self.flops = self.run.method.flops(self.run.engine.module)
+        self.names = {"backward": "backward/network", "followers": "extras", "method": "extras"}
+        method = self.run.method
+        if config.uses("sadm"):
+            self.names |= {"forward": "forward/structure", "method": "extras/psi"}
+            cut_game(method, watch, "forward" if config.uses("sd_dit") else "forward/network")
+            method = method.base
         if config.uses("sd_dit"):
-            method = self.run.method
-            cut_components(self.run.engine.module, getattr(method, "base", method), watch)
+            self.names |= {"backward": "backward/encoder", "followers": "extras/refresh"}
+            cut_components(self.run.engine.module, method, watch)
 
     def step(self) -> None:
-        names = {"backward": "backward/encoder" if "encoder" in self.flops else "backward"}
-        names |= {"followers": "extras/refresh", "method": "extras"}
         self.watch.start()
-        train_step(self.run, self.done, lambda part: self.watch.lap(names.get(part, part)))
+        train_step(self.run, self.done, lambda part: self.watch.lap(self.names.get(part, part)))
         self.done += 1
 
     def close(self) -> None:
@@ -85,6 +91,27 @@ def cut_components(student: nn.Module, method: SelfDiscrimination, watch: Stopwa
     student.network.encoder.register_forward_hook(after_encoder)
     student.network.decoder.register_forward_hook(after_decoder)
     student.register_forward_hook(after_student)
+
+
+def cut_game(game: StructureGame, watch: Stopwatch, before: str) -> None:
+    """Laps around SADM's base, its loss named `before`: what is left of the game's own is the structure term and Psi.
+
+    The structure term is what the forward pass made last, so the backward pass comes to it first.
+    """
+    loss, end_step = game.base.loss, game.base.end_step
+
+    def base_loss(*args) -> Outcome:
+        outcome = loss(*args)
+        watch.lap(before)
+        outcome.x0_hat.register_hook(lambda _: watch.lap("backward/structure"))
+        return outcome
+
+    def base_end_step() -> dict[str, torch.Tensor]:
+        terms = end_step()
+        watch.lap("extras")
+        return terms
+
+    game.base.loss, game.base.end_step = base_loss, base_end_step
 
 
 class Plain(Contender):

@@ -1,7 +1,7 @@
 """Rows of the throughput benchmark's record, and the tables made from them.
 
-A contender has one row of table "step", rows of table "phase" and, for SD-DiT, of table "component". Parts are medians
-of their own; `rest` is the whole step's median less those, so that a table's rows add up to the step.
+A contender has one row of table "step", rows of table "phase" and, for methods of several parts, of table "component".
+Parts are medians of their own; `rest` is the whole step's median less those, so that a table's rows add up to the step.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from record import Section, aligned
 from stopwatch import Contender, Laps
 from timing import Quantiles, quantiles
 
-GOAL = 1.45  # an SD-DiT step at most, in plain steps of the same size
+GOALS = {"sd_dit": "at most 1.45", "sadm": "at most 1.10 (XL/2, batch 256)"}  # in plain steps of the same size
 PLAIN = "dit"
 COLUMNS = (
     "contender", "ran", "table", "part", "ms_p20", "ms_p50", "ms_p80", "steps", "ratio_p20", "ratio_p50", "ratio_p80",
@@ -25,20 +25,23 @@ PHASES = {
     "optimizer + averages": "optimizer",
     "method extras": "extras",
 }
-# Of SD-DiT: the laps, and the component whose FLOPs are counted.
+# Of methods of several parts: the laps, and the component whose FLOPs are counted.
 COMPONENTS = {
+    "denoiser": (("forward/network", "backward/network"), "network"),
     "student encoder": (("forward/encoder", "backward/encoder"), "encoder"),
     "decoder": (("forward/decoder", "backward/decoder"), "decoder"),
     "teacher": (("forward/teacher",), "teacher"),
     "head and prototypes": (("forward/head", "backward/head"), "head"),
+    "structure term": (("forward/structure", "backward/structure"), "structure"),
+    "Psi's step": (("extras/psi",), "psi"),
     "optimizer + averages": (("optimizer",), None),
     "teacher refresh": (("extras/refresh",), None),
     "data": (("data",), None),
 }
 NOTE = (
-    "Measured within the whole step, forward and backward together. The teacher's logits are computed with the "
-    "student's: their time is the head's, their FLOPs the teacher's. Rest: noise, masks, losses, centres, schedules; "
-    "where the structure game is played, that too."
+    "Measured within the whole step, forward and backward together. SD-DiT's teacher's logits are computed with the "
+    "student's: their time is the head's, their FLOPs the teacher's. SADM's denoiser has noise and loss with it. Rest: "
+    "noise, masks, losses, centres, schedules."
 )
 
 
@@ -68,8 +71,13 @@ def step_rows(
     }
     phases = {part: (lambda key, p=phase: key.partition("/")[0] == p, None) for part, phase in PHASES.items()}
     rows = [step, *_part_rows("phase", phases, laps, whole)]
-    if "teacher" in contender.flops:
-        wanted = {part: (keys.__contains__, contender.flops.get(c)) for part, (keys, c) in COMPONENTS.items()}
+    if len(contender.flops) > 1:
+        seen = {key for step in laps for key in step}
+        wanted = {
+            part: (keys.__contains__, contender.flops.get(counted))
+            for part, (keys, counted) in COMPONENTS.items()
+            if seen.intersection(keys)
+        }
         rows += _part_rows("component", wanted, laps, whole)
     return [dict.fromkeys(COLUMNS) | head | row for row in rows]
 
@@ -109,13 +117,14 @@ def _timed(table: str, part: str, times: Quantiles, flops: float | None) -> dict
 
 
 def step_lines(record: dict) -> list[str]:
-    """Markdown: the steps of all contenders, their phases, and SD-DiT's components."""
+    """Markdown: the steps of all contenders, their phases, and the method's components."""
     rows = record["rows"]
     steps = [row for row in rows if row["table"] == "step"]
     lines = [f"Products of {_product(record)}.", "", *_steps(steps)]
     lines += ["", "Parts of a step, ms:", "", *_phases(rows)]
     if components := [row for row in rows if row["table"] == "component"]:
-        lines += ["", "Parts of an SD-DiT step:", "", *_components(components, steps), "", NOTE]
+        name = components[0]["contender"]
+        lines += ["", f"Parts of a step of {name}:", "", *_components(components, steps), "", NOTE]
     return lines
 
 
@@ -165,8 +174,8 @@ def _components(components: list[dict], steps: list[dict]) -> list[str]:
             f"{flops / 1e9:.3g}" if flops else "",
             f"{flops / plain['flops_per_image']:.2f}" if flops else "",
         ))  # fmt: skip
-    if whole["contender"] == "sd_dit":
-        cells.append(("goal of the whole step", "", "", f"at most {GOAL}", "", ""))
+    if goal := GOALS.get(whole["contender"]):
+        cells.append(("goal of the whole step", "", "", goal, "", ""))
     return aligned(cells)
 
 

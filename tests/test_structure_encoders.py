@@ -331,9 +331,7 @@ def test_bad_files(tmp_path):
     save_file(state | {"extra": torch.zeros(1)}, path, metadata=header)
     assert f"{path}: extra is not part" in one_line(load_structure_encoder, net, path)
     save_file(state | {"stem.weight": torch.zeros(2)}, path, metadata=header)
-    assert f"{path}: stem.weight is (2,), this model needs (16, 3, 3, 3)" in one_line(
-        load_structure_encoder, net, path
-    )
+    assert f"{path}: stem.weight is (2,), this model needs (16, 3, 3, 3)" in one_line(load_structure_encoder, net, path)
 
 
 # -- ImageResNet --

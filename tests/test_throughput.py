@@ -112,7 +112,8 @@ def test_every_contender_has_its_rows(measured, plain):
 
     record = measured[0]
     assert all(tuple(row) == COLUMNS for row in record["rows"] + plain["rows"])
-    phases, components = [*PHASES, "rest"], [*COMPONENTS, "rest"]
+    phases = [*PHASES, "rest"]
+    components = [part for part in COMPONENTS if part not in ("denoiser", "structure term", "Psi's step")] + ["rest"]
     for name in ("dit", "sd_dit", "eager", "facebookresearch"):
         assert [row["part"] for row in parts(record, name, "phase")] == phases
         assert len(parts(record, name, "step")) == 1
@@ -197,11 +198,11 @@ def test_a_contender_that_raises_is_shown_and_the_run_goes_on(measured):
 
 
 def test_json_csv_and_printed_table_agree(measured):
-    from step_tables import COLUMNS, GOAL, step_lines
+    from step_tables import COLUMNS, GOALS, step_lines
 
     record, printed, folder = measured
     assert "\n".join(step_lines(record)) in printed
-    assert f"at most {GOAL}" in printed
+    assert GOALS["sd_dit"] in printed
     with (folder / "r.csv").open(newline="") as file:
         read = list(csv.DictReader(file))
     assert read == [{key: "" if row[key] is None else str(row[key]) for key in COLUMNS} for row in record["rows"]]
@@ -229,9 +230,24 @@ def test_readme_comes_from_the_records(measured, tmp_path):
 
 
 def test_a_step_is_the_training_loops(tmp_path):
-    """The same weights, averages, teacher and centres after three steps, to the bit."""
+    """The same weights, averages, teacher, centres and Psi after three steps, to the bit."""
     config = parse(
-        [*RUN, *SAME, "--method", "sd_dit", "--steps", "3", "--lr", "1e-2", "--warmup", "2", "--out", str(tmp_path)]
+        [
+            *RUN,
+            *SAME,
+            "--method",
+            "sd_dit+sadm",
+            "--sadm.psi_width",
+            "16",
+            "--steps",
+            "3",
+            "--lr",
+            "1e-2",
+            "--warmup",
+            "2",
+            "--out",
+            str(tmp_path),
+        ]
     )
     from fastdit.engine import runtime
 
@@ -252,7 +268,9 @@ def test_a_step_is_the_training_loops(tmp_path):
     for run in (mine.run, theirs.run):
         module = run.engine.module
         average = ema_state(run.engine, module, "cpu")
-        states.append([*module.parameters(), *average.values(), *run.method.teacher.parameters(), run.method.centers])
+        base = run.method.base
+        states.append([*module.parameters(), *average.values(), *base.teacher.parameters(), base.centers])
+        states[-1] += run.method.psi.parameters()
     mine.close()
     theirs.close()
     assert all(map(torch.equal, *states))
@@ -291,6 +309,36 @@ def test_components_are_cut_where_they_end():
     for names, wanted in zip(made, modules, strict=True):
         assert {".".join(name.split(".")[: 1 + name.startswith("network")]) for name in names} == wanted
     assert sum(map(len, made)) == len(list(module.parameters()))
+
+
+def test_the_game_is_cut_from_its_base():
+    """What is computed between cuts: by whom Psi is run, and which gradients have been made."""
+    from contenders import cut_game
+
+    config = parse([*RUN, *SAME, "--method", "sadm", "--sadm.psi_width", "16"])
+    module, game = build.build_training(config, build.shape_of(config, 7))
+    game.to(torch.device("cpu"), torch.float32)
+    seen: list[str] = []
+
+    class Watch:
+        def lap(self, name: str) -> None:
+            seen.append(f"| {name}")
+
+    cut_game(game, Watch(), "forward/network")
+    module.register_forward_hook(lambda *_: seen.append("denoiser"))
+    game.psi.register_forward_hook(lambda *_: seen.append("psi"))
+    game.psi.register_full_backward_hook(lambda *_: seen.append("psi backward"))
+    module.register_full_backward_hook(lambda *_: seen.append("denoiser backward"))
+    generator = torch.Generator().manual_seed(0)
+    x0, y = torch.randn(3, 3, 16, 16, generator=generator), torch.tensor([0, 3, 6])
+    game.loss(module, x0, y, generator).loss.backward()
+    game.end_step()
+    whole = [*module.parameters()]
+    assert all(p.grad is not None for p in whole)
+    assert seen == [
+        "denoiser", "| forward/network", "psi", "psi", "psi backward", "| backward/structure", "denoiser backward",
+        "| extras", "psi", "psi backward",
+    ]  # fmt: skip
 
 
 def test_laps_add_up_and_turns_turn(monkeypatch):

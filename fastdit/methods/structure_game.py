@@ -212,9 +212,13 @@ class StructureGame(Denoising):
         return self.base.followers(module)
 
     def flops(self, module: nn.Module) -> dict[str, float]:
-        """Psi: features of x0, of x0_hat and their gradient; in its own step forward and backward of both."""
-        steps = {"off": 0, "fixed": 3, "adversarial": 3 + 6 / self.settings.psi_every}[self.settings.structure]
-        return {**self.base.flops(module), "psi": steps * self.psi_flops}
+        """Psi's in the term: features of x0, of x0_hat and their gradient; in its own step: both, and both backward."""
+        own = {}
+        if self.settings.structure != "off":
+            own["structure"] = 3 * self.psi_flops
+        if self.plays:
+            own["psi"] = 6 / self.settings.psi_every * self.psi_flops
+        return self.base.flops(module) | own
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Psi keeps fp32 weights and computes in `dtype`."""
