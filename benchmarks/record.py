@@ -189,8 +189,12 @@ def write_charts(section: Section, records: Path = RECORDS) -> None:
 
 
 def _records_of(section: Section, folder: Path) -> list[dict]:
+    """A benchmark's records in a folder, those within a suite's too."""
     found = [read(path) | {"name": path.stem} for path in sorted(folder.glob("*.json"))]
-    return [record for record in found if record["benchmark"] == section.benchmark]
+    for suite in [record for record in found if record["benchmark"] == "suite"]:
+        parts = [row["record"] for row in suite["rows"] if row["record"]]
+        found += [part | {"name": suite["name"]} for part in parts if "benchmark" in part]
+    return [record for record in found if record["benchmark"] == section.benchmark and record["rows"]]
 
 
 def write_chart(record: dict, path: Path) -> None:
