@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/quickstart
 ARGS ?=
+# Test files at a time.
+JOBS ?= 2
 # torch: its CUDA build where `nvidia-smi` finds a GPU, else the CPU build from this index. TORCH_INDEX= (empty)
 # takes whatever pip is configured to find; TORCH_INDEX=URL asks another index first.
 TORCH_INDEX ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
@@ -26,7 +28,7 @@ quickstart: setup
 	OMP_WAIT_POLICY=passive $(VENV)/bin/deepspeed fastdit/train.py --preset quickstart --ds_config zero1 --out $(RUN) --resume $(ARGS)
 
 test: setup
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -1,5 +1,6 @@
 """Start real runs: the launchers in processes of their own, and quick one-rank runs forked from a server."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -141,35 +142,44 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def forked(*flags) -> Outcome:
-    """`python fastdit/train.py ...` on one rank, in a fork of a server that has done the slow imports."""
+def forked(*flags, ranks: int = 1, program: str = "fastdit.train") -> Outcome:
+    """What `python fastdit/train.py ...`, or another program's `main(argv)`, does: in forks of a server that has done
+    the slow imports, one a rank. Their code is the first rank's that is not 0."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["fastdit.train", "fastdit.engine.gallery", "fastdit.engine.loop"])
     before = dict(os.environ)
     os.environ.update(THREADS, DS_ACCELERATOR="cpu")
     log = Path(os.environ.get("TMPDIR", "/tmp")) / f"fastdit-{uuid.uuid4().hex}.log"
+    launched = {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    launched |= {"MASTER_PORT": free_port()}
+    processes = []
     try:
-        process = server.Process(target=_train, args=([str(flag) for flag in flags], str(log)))
-        process.start()
+        for rank in range(ranks):
+            own = launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+            argv = [str(flag) for flag in flags]
+            processes.append(server.Process(target=_train, args=(program, argv, own, str(log))))
+            processes[-1].start()
     finally:
         os.environ.clear()
         os.environ.update(before)
-    process.join(PATIENCE)
+    end = time.monotonic() + PATIENCE
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
     try:
-        if process.exitcode is None:
+        codes = [-1 if process.exitcode is None else process.exitcode for process in processes]
+        for process in processes:
             process.kill()
-        return Outcome(-1 if process.exitcode is None else process.exitcode, log.read_text())
+        return Outcome(next((code for code in codes if code), 0), log.read_text())
     finally:
         log.unlink()
 
 
-def _train(argv: list[str], log: str) -> None:
+def _train(program: str, argv: list[str], environment: dict[str, str], log: str) -> None:
+    os.environ.update(environment)
     handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for standard in (1, 2):
         os.dup2(handle, standard)
-    from fastdit.train import main
-
-    main(argv)
+    importlib.import_module(program).main(argv)
 
 
 def metrics(folder: Path, untimed: bool = False) -> list[dict]:

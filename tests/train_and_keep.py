@@ -9,8 +9,8 @@ from fastdit.config import parse
 from fastdit.engine import runtime
 
 
-def main() -> None:
-    config = parse(sys.argv[1:])
+def main(argv: list[str]) -> None:
+    config = parse(argv)
     ranks = runtime.start(config)
     from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -35,4 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
