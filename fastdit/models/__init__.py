@@ -1,20 +1,24 @@
 """Networks and the checkpoints they read and write. Knows nothing of noise, data or training."""
 
+from .autoencoders import Autoencoder, open_autoencoder
 from .dit import SIZES, DiT, Encoder, encoder_products, flops_per_image
 from .encoder_decoder import EncoderDecoder, HiddenTokens, decoder_products
 from .finetune import add_gains, fold_gains, freeze_for_diffit
 from .image_resnet import ImageResNet
+from .latent_decoder import LatentDecoder
 from .pretrained import load_checkpoint, save_official
 from .sd_dit import Student, Target, Teacher, head_products
 from .structure_encoders import LatentResNet, load_structure_encoder
 
 __all__ = [
     "SIZES",
+    "Autoencoder",
     "DiT",
     "Encoder",
     "EncoderDecoder",
     "HiddenTokens",
     "ImageResNet",
+    "LatentDecoder",
     "LatentResNet",
     "Student",
     "Target",
@@ -28,5 +32,6 @@ __all__ = [
     "head_products",
     "load_checkpoint",
     "load_structure_encoder",
+    "open_autoencoder",
     "save_official",
 ]
