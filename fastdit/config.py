@@ -42,6 +42,8 @@ class DataConfig:
         threads: DALI's CPU threads per rank.
         latent_scale: factor on latents after `latent_shift` is subtracted (SD VAE: 0.18215).
         latent_shift: subtracted from latents.
+        autoencoder: what decodes latents into pictures: identity, space_to_depth:K, a folder that diffusers saved
+            (AutoencoderKL, AutoencoderTiny), or taef2's pair of files. none: no pictures are drawn of latents.
     """
 
     source: str = "fashion_mnist"
@@ -53,6 +55,7 @@ class DataConfig:
     threads: int = 2
     latent_scale: float = 1.0
     latent_shift: float = 0.0
+    autoencoder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,8 @@ class SampleConfig:
         guided_channels: guide only the first so many channels (official DiT checkpoints: 3); none guides all.
         per_class: pictures of each class in the grid.
         max_classes: classes shown in the grid.
-        agreement: samples for the class-agreement figure at the end (a k-NN on the training images); 0 is off.
+        agreement: samples for the class-agreement figure at the end (a k-NN on the training images, so not for
+            latents); 0 is off.
     """
 
     sampler: str | None = None
@@ -264,14 +268,12 @@ class Config:
             raise UserError("sadm.psi: teacher follows the student and is no player; set --sadm.structure fixed")
         if sadm.psi == "latent_resnet" and sadm.psi_width % NORM_GROUP:
             raise UserError(f"sadm.psi_width: {sadm.psi_width} must be a multiple of {NORM_GROUP}; change it")
-        if sadm.psi == "image_resnet" and (sadm.psi_weights is None or self.data.channels not in (1, 3)):
+        pixels = self.data.channels in (1, 3) or self.data.autoencoder is not None
+        if sadm.psi == "image_resnet" and (sadm.psi_weights is None or not pixels):
             raise UserError(
-                f"sadm.psi: image_resnet needs sadm.psi_weights (torchvision's resnet18) and pixels; data.channels is "
-                f"{self.data.channels}"
+                f"sadm.psi: image_resnet needs sadm.psi_weights (torchvision's resnet18) and pixels, of latents by "
+                f"--data.autoencoder; data.channels is {self.data.channels}"
             )
-        smallest = min(self.data.size) if isinstance(self.data.size, tuple) else self.data.size
-        if sadm.psi == "image_resnet" and smallest < 32:
-            raise UserError(f"sadm.psi: image_resnet needs at least 32 rows and columns; data.size is {self.data.size}")
 
     def _check_sampling(self) -> None:
         process, settings = getattr(self.noise, self.noise.name), self.sample
@@ -303,6 +305,7 @@ _RANGES = {
     "betas": (0, 1),
     "label_drop": (0, 1),
     "ema.decay": (0, 1),
+    "data.latent_scale": (1e-6, math.inf),
     **dict.fromkeys(("sd_dit.student_temperature", "sd_dit.teacher_temperature"), (0.025, math.inf)),
     "sd_dit.teacher_temperature_start": (0.025, math.inf),  # exp(1 / it) must be an fp32 number
     **dict.fromkeys(("sd_dit.center_momentum", "sd_dit.momentum", "sd_dit.momentum_end"), (0, 1)),

@@ -58,6 +58,9 @@ def _parser() -> OneLineParser:
     parser.add_argument(
         "--guided_channels", type=int | None, default=None, help="guide only the first so many channels"
     )
+    parser.add_argument(
+        "--autoencoder", type=str | None, default=None, help="what decodes latents; default: the run's data.autoencoder"
+    )
     return parser
 
 
@@ -73,6 +76,8 @@ def _sample(argv: list[str]) -> None:
     chosen = {key: value for key, value in chosen.items() if value is not None}
     model = replace(config.model, attention="auto")  # the one it was trained with may not run here
     config = replace(config, model=model, sample=replace(config.sample, **chosen))
+    if args.autoencoder is not None:
+        config = replace(config, data=replace(config.data, autoencoder=args.autoencoder))
     device = _device(args.device)
     checkpoint = choose(run, args.checkpoint)
     shape = build.shape_of(config, classes_of(checkpoint))
@@ -80,8 +85,12 @@ def _sample(argv: list[str]) -> None:
     for field, value in build.identity(config, shape).items():
         if written[field] != value:
             raise UserError(f"{checkpoint}: has {field} {written[field]}, {run} has {value}; give one of that run")
-    if shape.channels not in (1, 3):
-        raise UserError(f"{run}: samples are latents of {shape.channels} channels; a picture needs their autoencoder")
+    decoder = build.build_decoder(config, shape)
+    if decoder is None and shape.channels not in (1, 3):
+        raise UserError(
+            f"{run}: samples are latents of {shape.channels} channels; a picture needs their autoencoder: give "
+            "--autoencoder here, or --data.autoencoder to the run"
+        )
     classes = _classes(args.classes, shape.classes)
 
     network = build.build_network(config, shape)
@@ -97,6 +106,7 @@ def _sample(argv: list[str]) -> None:
             indices=range(args.n),
             seed=args.seed,
             device=device,
+            decoder=decoder.to(device) if decoder else None,
             progress=partial(tqdm, desc="sampling", unit="batch"),
         )
     )

@@ -32,11 +32,11 @@ class Denoiser(nn.Module):
         return out.tanh() + self.bias[y][:, :, None, None]
 
 
-def tiny_psi(features: int = 4) -> nn.Module:
+def tiny_psi(features: int = 4, values: int = CHANNELS * math.prod(SIZE)) -> nn.Module:
     """Two layers, smooth, far from linear on samples of [-1, 1]; always the same."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        first = nn.Linear(CHANNELS * math.prod(SIZE), 9)
+        first = nn.Linear(values, 9)
         return nn.Sequential(nn.Flatten(), first, nn.Tanh(), nn.Linear(9, features, bias=False))
 
 
@@ -67,10 +67,11 @@ class Scripted(Denoising):
         return level[y], eps[y], y % CLASSES
 
 
-def game(process, base=Silent, psi: nn.Module | None = None, **settings) -> StructureGame:
+def game(process, base=Silent, psi: nn.Module | None = None, decoder=None, **settings) -> StructureGame:
     """A game at weight 1 unless told otherwise, ready to play."""
     settings = {"weight": 1.0, **settings}
-    method = StructureGame(base(process, CLASSES, 0.3), SADM(**settings), tiny_psi() if psi is None else psi)
+    psi = tiny_psi() if psi is None else psi
+    method = StructureGame(base(process, CLASSES, 0.3), SADM(**settings), psi, decoder=decoder)
     method.to(CPU, torch.float32)
     return method
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from autoencoder_helpers import diffusers_model
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -15,7 +16,7 @@ from fastdit.engine.build import Shape
 from fastdit.engine.drawing import BATCH as BATCHES
 from fastdit.engine.drawing import balanced_labels, draw, grid, to_uint8
 from fastdit.metrics.class_agreement import class_agreement, knn_labels
-from fastdit.models import DiT
+from fastdit.models import DiT, LatentDecoder, open_autoencoder
 from fastdit.noise import DDPM, EDM, Flow
 
 BATCH = BATCHES["cpu"]
@@ -51,7 +52,7 @@ class Studio:
         self.process = PROCESSES[self.sampler]
         self.network = trained_like(self.process)
 
-    def __call__(self, indices, labels, seed=0, **settings) -> torch.Tensor:
+    def __call__(self, indices, labels, seed=0, decoder=None, **settings) -> torch.Tensor:
         settings = {"sampler": self.sampler, "steps": 4, "guidance": 2.0, "interval": (0.1, 20.0), **settings}
         return draw(
             self.network,
@@ -62,6 +63,7 @@ class Studio:
             indices=indices,
             seed=seed,
             device=torch.device("cpu"),
+            decoder=decoder,
         )
 
 
@@ -113,6 +115,19 @@ def test_the_network_always_sees_full_batches(studio):
 
 def test_nothing_to_draw_is_nothing_drawn(studio):
     assert studio([], balanced_labels(3, [0])).shape == (0, 1, 12, 8)
+
+
+def test_latents_are_shown_decoded(tmp_path):
+    """Each to the bit the same, whatever is drawn with it, in rounding too."""
+    diffusers_model("AutoencoderTiny", latent_channels=SHAPE.channels).save_pretrained(tmp_path)
+    decoder = LatentDecoder(open_autoencoder(str(tmp_path)), scale=0.5, shift=0.1)
+    studio, labels = Studio("heun"), balanced_labels(BATCH + 3, range(SHAPE.classes))
+    plain, shown = studio(range(BATCH + 3), labels), studio(range(BATCH + 3), labels, decoder=decoder)
+    assert shown.shape == (BATCH + 3, 3, 24, 16)
+    torch.testing.assert_close(shown, decoder.autoencoder.decode(plain / 0.5 + 0.1), rtol=1e-5, atol=1e-5)
+    for some in ([BATCH + 2], [3, 0, BATCH], range(5)):
+        assert torch.equal(studio(some, labels, decoder=decoder), shown[list(some)])
+    assert studio([], labels, decoder=decoder).shape == (0, 3, 24, 16)
 
 
 def test_balanced_labels():

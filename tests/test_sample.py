@@ -8,9 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from autoencoder_helpers import diffusers_model
+from data_helpers import latent_source
+from launching import forked
 from PIL import Image
 from safetensors.torch import load_file
 
+from fastdit.config import load
+from fastdit.engine import build, drawing
 from fastdit.errors import UserError
 from fastdit.sample import _sample
 
@@ -196,6 +201,73 @@ def test_places_that_do_not_fit(run, copied, tmp_path):
     config.write_text(settings)
     shutil.rmtree(copied / "checkpoints")
     assert f"{copied}: holds no checkpoint yet" in refusal(copied, "")
+
+
+@pytest.fixture(scope="module")
+def latent_run(tmp_path_factory) -> Path:
+    """Two steps on latents of 2x2 pixels, (12, 6, 4), of two classes."""
+    home = tmp_path_factory.mktemp("latents")
+    (home / "data").mkdir()
+    posteriors = np.random.default_rng(0).normal(0, 0.2, (6, 2, 12, 6, 4)).astype(np.float32)
+    latent_source(home / "data", np.abs(posteriors))
+    flags = "--data.size [6,4] --data.channels 12 --data.latent_scale 2.5 --data.latent_shift 0.125 --data.flip false"
+    shown = f"--data.autoencoder space_to_depth:2 --model.patch 2 --sample.agreement 9 --data.source {home}/data"
+    forked(*" ".join(TINY).split(), *flags.split(), *shown.split(), "--out", home / "run").succeeded()
+    return home / "run"
+
+
+def test_latents_are_drawn_as_pictures(latent_run, sample):
+    drawn, config = sample("--n 11", run=latent_run), load(latent_run / "config.yaml")
+    assert (drawn["images"].shape, drawn["labels"].tolist()) == ((11, 12, 8, 3), [i % 2 for i in range(11)])
+    assert np.array_equal(sample("--n 3", run=latent_run)["images"], drawn["images"][:3])
+    shape = build.shape_of(config, 2)
+    network = build.build_network(config, shape)
+    network.load_state_dict(load_file(latent_run / "checkpoints/step-00000002/ema.safetensors"))
+    latents = drawing.draw(
+        network.eval(),
+        build.build_noise(config),
+        config.sample,
+        shape,
+        drawn["labels"],
+        indices=range(11),
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    pixels = torch.nn.functional.pixel_shuffle(latents / 2.5 + 0.125, 2)
+    assert np.array_equal(drawn["images"], drawing.to_uint8(pixels))
+    assert drawn["images"].std() > 10
+
+
+def test_the_run_shows_them_too(latent_run, sample):
+    grid = Image.open(latent_run / "samples.png")
+    assert np.array_equal(np.asarray(grid), np.asarray(sample("--n 2", "x.png", run=latent_run)))
+    assert "class agreement" not in (latent_run / "report.html").read_text(), "that compares pixels"
+
+
+def test_another_autoencoder_or_none(latent_run, sample, tmp_path):
+    text = refusal(latent_run, "--autoencoder identity")
+    assert "data.autoencoder: latents of identity have 3 channels, data.channels is 12" in text
+    assert "/nowhere: no such autoencoder; give identity" in refusal(latent_run, "--autoencoder /nowhere")
+    diffusers_model("AutoencoderTiny", latent_channels=12).save_pretrained(tmp_path / "vae")
+    other = sample(f"--n 2 --autoencoder {tmp_path / 'vae'}", run=latent_run)["images"]
+    mine = sample("--n 2", run=latent_run)["images"]
+    assert other.shape == mine.shape
+    assert not np.array_equal(other, mine)
+    bare = Path(shutil.copytree(latent_run, tmp_path / "bare"))
+    config = bare / "config.yaml"
+    config.write_text(config.read_text().replace("autoencoder: space_to_depth:2", "autoencoder: null"))
+    text = refusal(bare, "")
+    assert f"{bare}: samples are latents of 12 channels; a picture needs their autoencoder" in text
+    assert "--data.autoencoder" in text
+    assert np.array_equal(sample("--n 2 --autoencoder space_to_depth:2", run=bare)["images"], mine)
+
+
+def test_images_are_not_decoded(tmp_path):
+    flags = ["--data.autoencoder", "space_to_depth:1", "--data.channels", 3]
+    outcome = forked(*" ".join(TINY).split(), *flags, "--out", tmp_path / "run")
+    assert outcome.code == 2
+    line = outcome.text.splitlines()[-1]
+    assert line.startswith("error: data.autoencoder: space_to_depth:1 decodes latents, and fashion_mnist holds images;")
 
 
 def test_the_command_itself_without_deepspeed(run, tmp_path):

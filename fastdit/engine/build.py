@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastdit.config import Config
 from fastdit.data import Loader, Source, make_loader, open_source
+from fastdit.errors import UserError
 from fastdit.methods.denoising import Denoising
 from fastdit.methods.self_discrimination import SelfDiscrimination
 from fastdit.methods.structure_game import StructureGame, TeacherFeatures
@@ -16,13 +17,16 @@ from fastdit.models import (
     Encoder,
     EncoderDecoder,
     ImageResNet,
+    LatentDecoder,
     LatentResNet,
     Student,
     add_gains,
     freeze_for_diffit,
     load_checkpoint,
     load_structure_encoder,
+    open_autoencoder,
 )
+from fastdit.models.image_resnet import SMALLEST
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,25 @@ def _encoder_decoder(config: Config, sizes: dict, out_channels: int) -> EncoderD
     )
 
 
-def build_training(config: Config, shape: Shape) -> tuple[nn.Module, Denoising]:
-    """What is trained, on the CPU, with the weights of `config.init_from` where that is set; and the method."""
+def build_decoder(config: Config, shape: Shape) -> LatentDecoder | None:
+    """What makes pictures of the run's samples, on the CPU; None where they are pictures. Raises UserError."""
+    data = config.data
+    if data.autoencoder is None:
+        return None
+    autoencoder = open_autoencoder(data.autoencoder)
+    if autoencoder.channels != shape.channels:
+        raise UserError(
+            f"data.autoencoder: latents of {data.autoencoder} have {autoencoder.channels} channels, data.channels is "
+            f"{shape.channels}; give the autoencoder that the latents were made with"
+        )
+    return LatentDecoder(autoencoder, scale=data.latent_scale, shift=data.latent_shift)
+
+
+def build_training(config: Config, shape: Shape, decoder: LatentDecoder | None = None) -> tuple[nn.Module, Denoising]:
+    """What is trained, on the CPU, with the weights of `config.init_from` where that is set; and the method.
+
+    decoder: from `build_decoder`, for SADM's image_resnet.
+    """
     network = build_network(config, shape)
     if config.init_from:
         load_checkpoint(network, config.init_from, new_labels=config.finetune is not None)
@@ -94,8 +115,20 @@ def build_training(config: Config, shape: Shape) -> tuple[nn.Module, Denoising]:
         module = Student(network, head_width=settings.head_width, **sizes, seed=config.seed)
         method = SelfDiscrimination(method.noise, method.classes, method.label_drop, settings, module)
     if config.uses("sadm"):
-        psi = build_psi(config, shape, method)
-        method = StructureGame(method, config.sadm, psi, _flops(psi, shape))
+        psi, seen = build_psi(config, shape, method), shape
+        decoder = decoder if config.sadm.psi == "image_resnet" else None
+        if decoder is not None:
+            factor = decoder.autoencoder.factor
+            seen = Shape(3, factor * shape.height, factor * shape.width, shape.classes)
+            if not config.sadm.psi_decoder_gradient:
+                decoder.approximate_gradient()
+        if config.sadm.psi == "image_resnet" and min(seen.height, seen.width) < SMALLEST:
+            raise UserError(
+                f"sadm.psi: image_resnet needs at least {SMALLEST} rows and columns, it would see {seen.height} x "
+                f"{seen.width}; choose another psi, or larger samples"
+            )
+        decoded = _flops(decoder, shape) if decoder is not None else 0
+        method = StructureGame(method, config.sadm, psi, _flops(psi, seen), decoder, decoded)
     return module, method
 
 
@@ -122,8 +155,12 @@ def _flops(network: nn.Module, shape: Shape) -> int:
     """FLOPs of one forward pass of one sample."""
     if isinstance(network, TeacherFeatures):
         return network.flops
+    # A decoder's pass costs as much as a large DiT's: count it without computing it.
+    device = "meta" if isinstance(network, LatentDecoder) else "cpu"
+    weights = {name: value.to(device) for name, value in (*network.named_parameters(), *network.named_buffers())}
+    x = torch.zeros(1, shape.channels, shape.height, shape.width, device=device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.eval()(torch.zeros(1, shape.channels, shape.height, shape.width))
+        torch.func.functional_call(network.eval(), weights, x)
     return counter.get_total_flops()
 
 

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fastdit.config import SampleConfig
 from fastdit.engine.build import Shape
+from fastdit.models import LatentDecoder
 from fastdit.noise.sampling import PerSampleNoise, sample
 
 # Samples drawn at once, always: matrix products round otherwise for another number of rows. On a CPU few, so that a
@@ -31,13 +32,17 @@ def draw(
     indices: Sequence[int],
     seed: int,
     device: torch.device,
+    decoder: LatentDecoder | None = None,
     progress=None,
 ) -> torch.Tensor:
     """Samples (len(indices), C, H, W) float32 on the CPU; sample `i` has class labels[i] and noise (seed, i).
 
+    With a decoder, which must be on the device: the pictures it makes of them, (len(indices), 3, H, W).
+
     The last batch is filled up by repetition, so that a sample does not depend, even in rounding, on how many are
     drawn with it.
     """
+    shown = (lambda x: x) if decoder is None else decoder
     batch = BATCH[torch.device(device).type]
     rounds = [list(indices[at : at + batch]) for at in range(0, len(indices), batch)]
     parts = []
@@ -57,9 +62,10 @@ def draw(
             null_label=shape.classes,
             draw_noise=source,
         )
-        parts.append(x[: len(chunk)].cpu())
-    empty = torch.empty(0, shape.channels, shape.height, shape.width)
-    return torch.cat(parts) if parts else empty
+        parts.append(shown(x)[: len(chunk)].cpu())
+    if not parts:
+        parts = [shown(torch.empty(0, shape.channels, shape.height, shape.width, device=device)).cpu()]
+    return torch.cat(parts)
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:

@@ -38,7 +38,7 @@ def finish(session: Session) -> None:
         if drawn:
             images, labels = drawn
             drawing.grid(images[:on_grid], labels[:on_grid], session.source.class_names).save(run.folder / GRID)
-            if n := settings.agreement:
+            if (n := settings.agreement) and session.source.kind != "latent":
                 known = judge.known_images(session.config, session.source)
                 share = judge.agreement(images[:n], labels[:n], known)
                 figures["class agreement"] = f"{share:.1%} of {n} samples (5-NN on raw pixels of the training images)"
@@ -63,6 +63,7 @@ def _samples(session: Session, n: int, classes: list[int]) -> tuple[np.ndarray, 
         indices=range(runtime.rank, n, runtime.world),
         seed=0,
         device=runtime.device,
+        decoder=session.decoder,
     )
     parts = runtime.gather(drawing.to_uint8(drawn))
     if parts is None:
@@ -74,7 +75,7 @@ def _samples(session: Session, n: int, classes: list[int]) -> tuple[np.ndarray, 
 
 
 def _can_show(session: Session) -> bool:
-    return session.source.kind != "latent" and session.shape.channels in (1, 3)
+    return session.decoder is not None or (session.source.kind != "latent" and session.shape.channels in (1, 3))
 
 
 def _shown_classes(session: Session) -> list[int]:

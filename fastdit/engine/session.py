@@ -36,7 +36,15 @@ class Session:
         self.source = build.open_data(config)
         self.shape = build.shape_of(config, self.source.classes)
         self.process = build.build_noise(config)
-        module, method = build.build_training(config, self.shape)
+        self.decoder = build.build_decoder(config, self.shape)
+        if self.source.kind == "image" and config.data.autoencoder not in (None, "identity"):
+            raise UserError(
+                f"data.autoencoder: {config.data.autoencoder} decodes latents, and {self.source.path} holds images; "
+                "leave it out, or train on latents"
+            )
+        module, method = build.build_training(config, self.shape, self.decoder)
+        if self.decoder:
+            self.decoder.to(runtime.device)
         network = method.sampled_network(module)
         self.parameters = sum(p.numel() for p in module.parameters())
         self.attention = _attention(config.model.attention, runtime.device, agreed.precision, network)
