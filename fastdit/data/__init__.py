@@ -1,7 +1,17 @@
 """Data: sources of labelled images or latents -> DALI pipelines -> an exactly resumable stream of batches."""
 
+from fastdit.data.in_order import read_in_order
 from fastdit.data.loader import Loader, make_loader
-from fastdit.data.shards import write_shards
+from fastdit.data.shards import UNFINISHED, write_shard, write_shards
 from fastdit.data.sources import Source, open_source
 
-__all__ = ["Loader", "Source", "make_loader", "open_source", "write_shards"]
+__all__ = [
+    "UNFINISHED",
+    "Loader",
+    "Source",
+    "make_loader",
+    "open_source",
+    "read_in_order",
+    "write_shard",
+    "write_shards",
+]

@@ -107,11 +107,21 @@ class ImageReader(DaliReader):
     The image is scaled until it just covers `size` (cubic filter with antialiasing, extents rounded to whole
     pixels, values rounded to 8 bits: Pillow's bicubic, but for repeating the edge beyond the border), then
     the centre is cut out. EXIF orientation is applied. A palette image counts as RGB.
-    Raises UserError for an image with other than `channels` channels.
+    An image with other than `channels` channels is converted (`convert`: grey is repeated, transparency dropped), or
+    raises UserError.
     """
 
-    def __init__(self, source: Source, requests: Iterable[Request], *, size: tuple[int, int], channels: int, **options):
-        self.size, self.channels = size, channels
+    def __init__(
+        self,
+        source: Source,
+        requests: Iterable[Request],
+        *,
+        size: tuple[int, int],
+        channels: int,
+        convert: bool = False,
+        **options,
+    ):
+        self.size, self.channels, self.convert = size, channels, convert
         super().__init__(source, requests, **options)
 
     def _graph(self) -> tuple[DataNode, ...]:
@@ -150,7 +160,7 @@ class ImageReader(DaliReader):
     def _tensor(self, request: Request, images, shapes) -> torch.Tensor:
         channels = np.asarray(shapes.as_array())[:, 2]
         wrong = np.flatnonzero(channels != self.channels)
-        if len(wrong):
+        if len(wrong) and not self.convert:
             where, found = self.source.where(request.ids[wrong[0]]), int(channels[wrong[0]])
             raise UserError(
                 f"{where}: {found} channels ({_KINDS[found]}) where the model takes {self.channels}; "

@@ -13,6 +13,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from fastdit.errors import UserError
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 LATENT_EXTENSION = "npy"
+UNFINISHED = ".unfinished"  # a folder beside shards that are still being written
+Sample = tuple[str, Mapping[str, bytes]]  # its key, and its files by extension
 _BLOCK = 512
 _END = bytes(_BLOCK)
 
@@ -222,34 +225,29 @@ def _pax(records: bytes) -> dict[str, str | int]:
     return fields
 
 
-def write_shards(
-    pattern: str | os.PathLike, samples: Iterable[tuple[str, Mapping[str, bytes]]], per_shard: int
-) -> list[Path]:
-    """Writes samples `(key, {extension: bytes})` to USTAR shards named by `pattern`, e.g. `out/a-%03d.tar`.
+def write_shards(pattern: str | os.PathLike, samples: Iterable[Sample], per_shard: int) -> list[Path]:
+    """Writes samples `(key, {extension: bytes})` to shards named by `pattern`, such as `a-%03d.tar`; see `write_shard`.
 
-    The bytes depend on the samples alone (no times, owners or modes of this machine). A shard appears under
-    its name only when it is whole. Returns the shards' paths.
+    Returns the shards' paths.
     """
-    paths: list[Path] = []
-    members: list[tuple[str, bytes]] = []
+    paths, samples = [], iter(samples)
+    while part := list(islice(samples, per_shard)):
+        paths.append(Path(str(pattern) % len(paths)))
+        write_shard(paths[-1], part)
+    return paths
 
-    def flush() -> None:
-        path = Path(str(pattern) % len(paths))
-        partial = path.with_suffix(".partial")
-        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for name, content in members:
-                info = tarfile.TarInfo(name)
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> None:
+    """Writes samples, as they come, to one USTAR shard.
+
+    The bytes depend on the samples alone (no times, owners or modes of this machine). The shard has a hidden name
+    until it is whole.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, files in samples:
+            for extension, content in files.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-        partial.replace(path)
-        paths.append(path)
-        members.clear()
-
-    count = 0
-    for count, (key, files) in enumerate(samples, start=1):
-        members.extend((f"{key}.{extension}", content) for extension, content in files.items())
-        if count % per_shard == 0:
-            flush()
-    if members:
-        flush()
-    return paths
+    partial.replace(path)

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastdit.data.folders import FolderSamples
 from fastdit.data.latents import LatentSamples
-from fastdit.data.shards import ShardSamples, find_shards
+from fastdit.data.shards import UNFINISHED, ShardSamples, find_shards
 from fastdit.data.synthetic import SyntheticSamples
 from fastdit.errors import UserError
 
@@ -68,6 +68,8 @@ def open_source(path: str, *, classes: int | None = None) -> Source:
         names = samples.class_names
     else:
         shards = find_shards(str(_shipped(path)))
+        if (shards[0].parent / UNFINISHED).exists():
+            raise UserError(f"{shards[0].parent}: not all of its shards are written yet; run fastdit/encode.py again")
         samples = ShardSamples(shards)
         kind = "latent" if samples.is_latent else "image"
         samples = LatentSamples(samples) if samples.is_latent else samples

@@ -1,0 +1,218 @@
+"""Latent shards of a source of images, made by any number of processes that need not know of each other.
+
+    out/latents-00000.tar ...   the shards, in the source's order; each appears when it is whole
+    out/.unfinished/            settings.json, and a record of each shard that is done; gone at the end
+    out/manifest.json           at the end: settings, counts, statistics, a checksum of each shard
+    out/classes.json            names of the classes
+
+Shard k is the work of rank k mod world. What is done is not done again, by whatever ranks the work is continued.
+"""
+
+import hashlib
+import io
+import json
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdit.data import UNFINISHED, Source, read_in_order, write_shard
+from fastdit.errors import UserError
+from fastdit.models import Autoencoder
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the shards of one folder have in common.
+
+    Args:
+        source: as given to `open_source`.
+        samples: in it.
+        size: height and width of the images that are encoded.
+        autoencoder: its name, sha256, and the scale and shift it advises.
+        dtype: of the latents.
+        mirrored: whether each mirrored image's latent is stored too.
+        per_shard: samples.
+    """
+
+    source: str
+    samples: int
+    size: tuple[int, int]
+    autoencoder: dict
+    dtype: Literal["float16", "float32"]
+    mirrored: bool
+    per_shard: int
+
+    @property
+    def shards(self) -> range:
+        return range(-(-self.samples // self.per_shard))
+
+    def ids(self, shard: int) -> range:
+        """Of its samples, in the source."""
+        return range(shard * self.per_shard, min((shard + 1) * self.per_shard, self.samples))
+
+
+def name_of(shard: int) -> str:
+    return f"latents-{shard:05d}.tar"
+
+
+def remaining(out: Path, settings: Settings, rank: int, world: int) -> list[int]:
+    """The shards that this rank still has to write into `out`. Raises UserError if it holds something else."""
+    finished, own = out / MANIFEST, json.loads(json.dumps(asdict(settings)))
+    begun = out / UNFINISHED / "settings.json"
+    if finished.is_file() or begun.is_file():
+        _check_same(finished if finished.is_file() else begun, own)
+    elif any(out.glob("*.tar")):
+        raise UserError(f"--out {out}: holds other shards; choose another folder")
+    if finished.is_file():
+        return []
+    begun.parent.mkdir(parents=True, exist_ok=True)
+    _write(begun, own)
+    return [k for k in settings.shards if k % world == rank and not _record(out, k).is_file()]
+
+
+def encode_shards(
+    shards: list[int],
+    source: Source,
+    autoencoder: Autoencoder,
+    out: Path,
+    settings: Settings,
+    *,
+    batch: int,
+    device: torch.device,
+    threads: int,
+    on_corrupt: Literal["stop", "skip"],
+    progress: Callable[[int], object],
+) -> None:
+    """Write these shards; the autoencoder is on `device`. `progress` is told how many samples are done each time.
+
+    Raises UserError for an image that cannot be decoded (unless on_corrupt is "skip") or a latent that is not finite.
+    """
+    chunks = [
+        np.array(settings.ids(k)[at : at + batch]) for k in shards for at in range(0, len(settings.ids(k)), batch)
+    ]
+    images = read_in_order(source, chunks, size=settings.size, device=device, threads=threads, on_corrupt=on_corrupt)
+    waiting = next(images, None)
+    for shard in shards:
+        statistics = Statistics()
+
+        def samples(shard=shard, statistics=statistics) -> Iterator[tuple[str, dict[str, bytes]]]:
+            nonlocal waiting
+            while waiting is not None and int(waiting[0][0]) in settings.ids(shard):
+                ids, x = waiting
+                latents = _encoded(autoencoder, x, settings)
+                statistics.add(latents, source.labels[ids])
+                for i, latent in zip(ids.tolist(), latents.cpu().numpy()):
+                    if not np.isfinite(latent).all():
+                        raise UserError(
+                            f"{source.where(i)}: its latent is not finite in {settings.dtype}; encode as float32"
+                        )
+                    yield f"{i:08d}", {"npy": _npy(latent), "cls": str(source.labels[i]).encode()}
+                progress(len(ids))
+                waiting = next(images, None)
+
+        path = out / name_of(shard)
+        write_shard(path, samples())
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        _write(_record(out, shard), {"sha256": digest, **statistics.state()})
+
+
+def finish(out: Path, settings: Settings, source: Source) -> dict | None:
+    """Write the manifest if all shards are done, by whatever rank. Returns it; None if they are not."""
+    try:
+        records = {name_of(k): json.loads(_record(out, k).read_text(encoding="utf-8")) for k in settings.shards}
+        (out / "classes.json").write_text(json.dumps(source.class_names, indent=1) + "\n", encoding="utf-8")
+        _write(out / MANIFEST, asdict(settings) | _merged(records, source.classes))
+    except FileNotFoundError:  # another rank is not done, or was faster
+        if not (out / MANIFEST).is_file():
+            return None
+    shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+    return json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+
+
+def _merged(records: dict[str, dict], classes: int) -> dict:
+    """What a manifest says of all shards together. Standard deviations are those of draws from the posteriors."""
+    labels = Counter()
+    for record in records.values():
+        labels.update({int(label): n for label, n in record["labels"].items()})
+    total, squares, cells = (
+        sum(np.array(record[part]) for record in records.values()) for part in ("sum", "squares", "cells")
+    )
+    mean = total / cells
+    return {
+        "encoded": labels.total(),
+        "counts": [labels[label] for label in range(classes)],
+        "channel_mean": mean.tolist(),
+        "channel_std": np.sqrt(squares / cells - mean**2).tolist(),
+        "shards": {
+            name: {"samples": sum(record["labels"].values()), "sha256": record["sha256"]}
+            for name, record in records.items()
+        },
+    }
+
+
+class Statistics:
+    """Of one shard's latents: labels, and what mean and variance of each channel follow from."""
+
+    def __init__(self) -> None:
+        self.labels, self.cells, self.sums = Counter(), 0, None
+
+    def add(self, latents: Tensor, labels: np.ndarray) -> None:
+        """latents (b, 2 or 4, C, h, w), means and stds in turn; labels (b,)."""
+        self.labels.update(labels.tolist())
+        mean, std = latents.double()[:, 0::2], latents.double()[:, 1::2]
+        sums = torch.stack([mean.sum((0, 1, 3, 4)), (mean.square() + std.square()).sum((0, 1, 3, 4))])
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.cells += mean[:, :, 0].numel()
+
+    def state(self) -> dict:
+        total, squares = (0, 0) if self.sums is None else self.sums.tolist()
+        return {"labels": dict(self.labels), "cells": self.cells, "sum": total, "squares": squares}
+
+
+@torch.no_grad()
+def _encoded(autoencoder: Autoencoder, x: Tensor, settings: Settings) -> Tensor:
+    """(b, 2 or 4, C, h, w): mean and std, of the mirrored images too where they are stored."""
+    views = [x, x.flip(-1)] if settings.mirrored else [x]
+    parts = [part for view in views for part in autoencoder.encode(view)]
+    return torch.stack(parts, dim=1).to(getattr(torch, settings.dtype))
+
+
+def _npy(latent: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, latent)
+    return out.getvalue()
+
+
+def _record(out: Path, shard: int) -> Path:
+    return out / UNFINISHED / f"{name_of(shard)}.json"
+
+
+def _write(path: Path, value: dict) -> None:
+    """As JSON. The file is whole whenever it is there, whoever else writes it."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    partial.replace(path)
+
+
+def _check_same(path: Path, own: dict) -> None:
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path}: cannot be read; delete its folder and encode again") from None
+    for field, value in own.items():
+        if theirs.get(field) != value:
+            raise UserError(
+                f"{path}: was begun with {field} {theirs.get(field)}, now it is {value}; repeat the command as it was, "
+                "or choose another --out"
+            )
