@@ -89,7 +89,7 @@ def _encode(argv: list[str]) -> None:
             f"{manifest['encoded']} of {source.n} samples in {len(manifest['shards'])} shards; train on them with "
             f"--data.source {out} --data.channels {autoencoder.channels} "
             f"--data.size {height if height == width else f'[{height},{width}]'} "
-            f"--data.latent_scale {autoencoder.scale:g} --data.latent_shift {autoencoder.shift:g} "
+            f"--data.latent_scale {autoencoder.scale} --data.latent_shift {autoencoder.shift} "
             f"--data.autoencoder {args.autoencoder}"
         )
     else:

@@ -109,7 +109,7 @@ def test_a_folder_of_an_older_diffusers(folders, copies):
 
 
 def taef2_transcription(w: dict[str, torch.Tensor], layers: list, x: torch.Tensor) -> torch.Tensor:
-    """The network, layer by layer, in the dtype of the arguments: `layers` says what stands at each place of the sequence."""
+    """The network in the dtype of the arguments; `layers` says what stands at each place of the sequence."""
 
     def conv(name: str, x: torch.Tensor, stride: int = 1) -> torch.Tensor:
         weight = w[f"{name}.weight"]

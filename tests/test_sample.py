@@ -263,11 +263,11 @@ def test_another_autoencoder_or_none(latent_run, sample, tmp_path):
 
 
 def test_images_are_not_decoded(tmp_path):
-    flags = ["--data.autoencoder", "space_to_depth:1", "--data.channels", 3]
+    flags = ["--data.autoencoder", "space_to_depth:2"]
     outcome = forked(*" ".join(TINY).split(), *flags, "--out", tmp_path / "run")
     assert outcome.code == 2
     line = outcome.text.splitlines()[-1]
-    assert line.startswith("error: data.autoencoder: space_to_depth:1 decodes latents, and fashion_mnist holds images;")
+    assert line.startswith("error: data.autoencoder: space_to_depth:2 decodes latents, and fashion_mnist holds images;")
 
 
 def test_the_command_itself_without_deepspeed(run, tmp_path):

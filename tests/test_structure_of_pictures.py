@@ -114,6 +114,27 @@ def test_the_denoisers_gradient_without_the_decoders(decoder):
         assert_exact(mine, true, 2e-5)
 
 
+@pytest.mark.parametrize("exact_gradient", [True, False])
+def test_autocast(decoder, exact_gradient):
+    """In bf16, as on GPUs: near the fp32 value and gradient, and the decoder runs in it, forward and again."""
+    if not exact_gradient:
+        decoder.approximate_gradient()
+    found, seen = [], []
+    decoder.autoencoder.model.decoder.conv_in.register_forward_hook(lambda _, given, made: seen.append(made.dtype))
+    for dtype in (torch.float32, torch.bfloat16):
+        network, method = Denoiser(), game(EDM(), psi=picture_psi(), decoder=decoder)
+        method.to(CPU, dtype)
+        outcome = method.loss(network, *samples(7), seeded())
+        outcome.loss.backward()
+        method.end_step()
+        found.append((outcome.terms["structure_loss"], torch.cat([g.flatten() for g in gradients(network)])))
+    passes = 2 + 2 + 2 * exact_gradient  # seven samples are two parts: x0, x0_hat, and that once more
+    assert seen == [torch.float32] * passes + [torch.bfloat16] * passes
+    (exactly, slope), (roughly, rough) = found
+    assert roughly.item() == pytest.approx(exactly.item(), rel=0.1)
+    assert 0 < (rough - slope).norm() < 0.15 * slope.norm()
+
+
 def test_the_gradient_penalty_is_in_pixels(decoder):
     """Psi's own step sees the pictures that were made: it never passes the decoder."""
     network, (x0, y), calls = Denoiser(), samples(5), []

@@ -36,12 +36,12 @@ class Session:
         self.source = build.open_data(config)
         self.shape = build.shape_of(config, self.source.classes)
         self.process = build.build_noise(config)
-        self.decoder = build.build_decoder(config, self.shape)
         if self.source.kind == "image" and config.data.autoencoder not in (None, "identity"):
             raise UserError(
                 f"data.autoencoder: {config.data.autoencoder} decodes latents, and {self.source.path} holds images; "
                 "leave it out, or train on latents"
             )
+        self.decoder = build.build_decoder(config, self.shape)
         module, method = build.build_training(config, self.shape, self.decoder)
         if self.decoder:
             self.decoder.to(runtime.device)
