@@ -43,9 +43,10 @@ RECIPE = shlex.split(
     "--ema.decay 0.8 --log_every 4 --save_every 6 --sd_dit.momentum 0.8 --sd_dit.center_momentum 0.7 "
     "--sd_dit.beta 0.5 --sd_dit.mask_ratio 0.25 --sd_dit.teacher_temperature_warmup 0.5"
 )
-PARTITIONED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+SMALL_BUCKET = {"reduce_bucket_size": 2000}  # below the largest weight's size
+PARTITIONED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **SMALL_BUCKET}}
 ACCUMULATING = {
-    "zero_optimization": {"stage": 2},
+    "zero_optimization": {"stage": 2, **SMALL_BUCKET},
     "train_micro_batch_size_per_gpu": 2,
     "gradient_accumulation_steps": 2,
 }
