@@ -14,12 +14,15 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 
 setup: $(VENV)/ready
 
+# torch-fidelity, which tests compare with, comes without its torchvision: the package index has that for CUDA, and beside
+# a CPU torch it does not load.
 $(VENV)/ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_INDEX),$(VENV)/bin/pip install --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) $(TORCH))
 	$(VENV)/bin/pip install -c constraints.txt -e '.[dev]'
+	$(VENV)/bin/pip install -c constraints.txt --no-deps torch-fidelity
 	@touch $@
 
 # --resume: a second `make quickstart` goes on where the first was stopped. Threads that wait without spinning cost a
