@@ -1,7 +1,6 @@
 """Draw samples from a run: `python fastdit/sample.py --run runs/x --classes 0,3 --n 64 --guidance 2 --out grid.png`."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,10 +9,10 @@ import torch
 from tqdm import tqdm
 
 from fastdit.command_line import OneLineParser
-from fastdit.config import CONFIG_FILE, Config, load
+from fastdit.config import Config
 from fastdit.data import open_source
 from fastdit.engine import build, drawing
-from fastdit.engine.checkpoint_files import choose, classes_of, manifest, sampled_weights
+from fastdit.engine.sampled_run import add_run_flags, add_sampler_flags, open_run, settings_of
 from fastdit.errors import UserError, run_command
 
 
@@ -24,13 +23,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _parser() -> OneLineParser:
     parser = OneLineParser(prog="fastdit-sample", description="Draw samples with a run's averaged weights.")
-    parser.add_argument("--run", type=str, required=True, help="folder of the run")
-    parser.add_argument(
-        "--checkpoint",
-        type=str | None,
-        default=None,
-        help="one checkpoint folder; default: the newest good one",
-    )
+    add_run_flags(parser)
     parser.add_argument(
         "--out",
         type=str,
@@ -41,26 +34,7 @@ def _parser() -> OneLineParser:
     parser.add_argument("--n", type=int, default=64, help="number of samples")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; sample i depends on the seed and i alone")
     parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--steps",
-        type=int | None,
-        default=None,
-        help="sampler steps; these five default to the run's settings",
-    )
-    parser.add_argument("--sampler", type=str | None, default=None, help="edm, flow: heun, euler; ddpm: ddpm, ddim")
-    parser.add_argument("--guidance", type=float | None, default=None, help="classifier-free guidance scale; 1 is off")
-    parser.add_argument(
-        "--interval",
-        type=tuple[float, float] | None,
-        default=None,
-        help="noise-to-signal range of guidance, [lo, hi]",
-    )
-    parser.add_argument(
-        "--guided_channels", type=int | None, default=None, help="guide only the first so many channels"
-    )
-    parser.add_argument(
-        "--autoencoder", type=str | None, default=None, help="what decodes latents; default: the run's data.autoencoder"
-    )
+    add_sampler_flags(parser)
     return parser
 
 
@@ -71,20 +45,9 @@ def _sample(argv: list[str]) -> None:
         raise UserError(f"--out {out}: must end in .png or .npz")
     if args.n < 1 or args.seed < 0:
         raise UserError(f"--n {args.n} --seed {args.seed}: take n from 1 and the seed from 0")
-    config = load(run / CONFIG_FILE)
-    chosen = {key: getattr(args, key) for key in ("steps", "sampler", "guidance", "interval", "guided_channels")}
-    chosen = {key: value for key, value in chosen.items() if value is not None}
-    model = replace(config.model, attention="auto")  # the one it was trained with may not run here
-    config = replace(config, model=model, sample=replace(config.sample, **chosen))
-    if args.autoencoder is not None:
-        config = replace(config, data=replace(config.data, autoencoder=args.autoencoder))
-    device = _device(args.device)
-    checkpoint = choose(run, args.checkpoint)
-    shape = build.shape_of(config, classes_of(checkpoint))
-    written = manifest(checkpoint)
-    for field, value in build.identity(config, shape).items():
-        if written[field] != value:
-            raise UserError(f"{checkpoint}: has {field} {written[field]}, {run} has {value}; give one of that run")
+    config, device = settings_of(args), _device(args.device)
+    opened = open_run(args, config)
+    checkpoint, shape = opened.checkpoint, opened.shape
     decoder = build.build_decoder(config, shape)
     if decoder is None and shape.channels not in (1, 3):
         raise UserError(
@@ -93,12 +56,10 @@ def _sample(argv: list[str]) -> None:
         )
     classes = _classes(args.classes, shape.classes)
 
-    network = build.build_network(config, shape)
-    network.load_state_dict(sampled_weights(checkpoint))
     labels = drawing.balanced_labels(args.n, classes)
     images = drawing.to_uint8(
         drawing.draw(
-            network.to(device).eval(),
+            opened.network.to(device),
             build.build_noise(config),
             config.sample,
             shape,
