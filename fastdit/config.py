@@ -146,6 +146,31 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """Figures of the averaged weights: Frechet and kernel distance, precision and recall, class agreement.
+
+    Args:
+        every: steps between evaluations, the last step has one too; 0 is off. Its time is not counted as training.
+        n: samples drawn.
+        n_real: images of the data, chosen at random but always the same; none takes all.
+        data: reference: a source as in data.source, or statistics of the ADM evaluator (.npz); none: the training data.
+        labels: of the samples: balanced (counts differ by at most one) or random (uniform).
+        features: network: lite0 (packaged; gives FD-lite0) or inception (gives FID; weights are yours).
+        weights: file of the network's weights; none: the packaged ones, or those in torch's cache.
+        seed: of noise and random labels; sample i depends on it and on i alone.
+    """
+
+    every: int = 0
+    n: int = 10_000
+    n_real: int | None = None
+    data: str | None = None
+    labels: Literal["balanced", "random"] = "balanced"
+    features: Literal["lite0", "inception"] = "lite0"
+    weights: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a training run depends on.
 
@@ -184,6 +209,7 @@ class Config:
         noise: the noise process.
         ema: the weights that are sampled.
         sample: how pictures are drawn.
+        eval: figures on the way, drawn as `sample` says.
         sd_dit: settings of that method.
         sadm: settings of that method.
     """
@@ -220,6 +246,7 @@ class Config:
     noise: NoiseConfig = NoiseConfig()
     ema: EMAConfig = EMAConfig()
     sample: SampleConfig = SampleConfig()
+    eval: EvalConfig = EvalConfig()
     sd_dit: SDDiT = SDDiT()
     sadm: SADM = SADM()
 
@@ -298,11 +325,16 @@ _POSITIVE = (
     "sample.per_class sample.max_classes sd_dit.decoder_width sd_dit.decoder_depth sd_dit.decoder_heads "
     "sd_dit.head_width sd_dit.bottleneck sd_dit.prototypes sadm.psi_width sadm.psi_features sadm.psi_every"
 )
-_NOT_NEGATIVE = "warmup lr eps weight_decay grad_clip seed threads sample_every sample.interval sample.agreement"
+_NOT_NEGATIVE = (
+    "warmup lr eps weight_decay grad_clip seed threads sample_every sample.interval sample.agreement "
+    "eval.every eval.seed"
+)
 _RANGES = {
     **dict.fromkeys(_POSITIVE.split(), (1, math.inf)),
     **dict.fromkeys(_NOT_NEGATIVE.split(), (0, math.inf)),
     "betas": (0, 1),
+    "eval.n": (2, math.inf),  # a covariance takes two
+    "eval.n_real": (4, math.inf),  # and so does each half of the real images
     "label_drop": (0, 1),
     "ema.decay": (0, 1),
     "data.latent_scale": (1e-6, math.inf),

@@ -21,11 +21,12 @@ def _train(argv: list[str]) -> None:
     from fastdit.engine import runtime  # sets DeepSpeed's accelerator: before anything that imports DeepSpeed
 
     ranks = runtime.start(config)
-    from fastdit.engine import gallery, loop
+    from fastdit.engine import evaluation, gallery, loop
     from fastdit.engine.session import Session
 
     session = Session(config, ranks)
-    if loop.train(session.run, session.first_step, partial(gallery.draw_grid, session)):
+    evaluate = evaluation.during_training(session)
+    if loop.train(session.run, session.first_step, partial(gallery.draw_grid, session), evaluate):
         gallery.finish(session)
     session.close()
 

@@ -126,14 +126,14 @@ def python(*args) -> list[str]:
     return [sys.executable, *map(str, args)]
 
 
-def deepspeed(*flags, ranks: int = 2) -> list[str]:
+def deepspeed(*flags, ranks: int = 2, script: str = "fastdit/train.py") -> list[str]:
     where = ["--num_gpus", str(ranks), "--master_port", free_port()]
-    return [str(SCRIPTS / "deepspeed"), *where, "fastdit/train.py", *map(str, flags)]
+    return [str(SCRIPTS / "deepspeed"), *where, script, *map(str, flags)]
 
 
-def torchrun(*flags, ranks: int = 2) -> list[str]:
+def torchrun(*flags, ranks: int = 2, script: str = "fastdit/train.py") -> list[str]:
     where = ["--nproc_per_node", str(ranks), "--master_port", free_port()]
-    return [str(SCRIPTS / "torchrun"), *where, "fastdit/train.py", *map(str, flags)]
+    return [str(SCRIPTS / "torchrun"), *where, "--", script, *map(str, flags)]  # else it takes --run for its own
 
 
 def free_port() -> str:
@@ -154,10 +154,11 @@ def forked(*flags, ranks: int = 1, program: str = "fastdit.train") -> Outcome:
     launched |= {"MASTER_PORT": free_port()}
     processes = []
     try:
+        environment = dict(os.environ)  # the server keeps the one it was started with
         for rank in range(ranks):
             own = launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
             argv = [str(flag) for flag in flags]
-            processes.append(server.Process(target=_train, args=(program, argv, own, str(log))))
+            processes.append(server.Process(target=_train, args=(program, argv, environment | own, str(log))))
             processes[-1].start()
     finally:
         os.environ.clear()

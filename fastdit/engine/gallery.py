@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdit.engine import build, drawing, judge
+from fastdit.engine import drawing, judge
 from fastdit.engine.layout import GRID, GRIDS
 from fastdit.engine.records import read_metrics, versions
 from fastdit.engine.report import write_report
 from fastdit.engine.session import Session
-from fastdit.engine.weights import ema_state
 
 
 def draw_grid(session: Session, step: int) -> None:
@@ -51,11 +50,9 @@ def finish(session: Session) -> None:
 def _samples(session: Session, n: int, classes: list[int]) -> tuple[np.ndarray, np.ndarray] | None:
     """n samples of the EMA weights, the work shared by the ranks: uint8 (n, H, W, C) and labels (n,) on rank 0."""
     runtime = session.runtime
-    network = build.build_network(session.config, session.shape)
-    network.load_state_dict(ema_state(session.run.engine, session.run.sampled_network, "cpu"))
     labels = drawing.balanced_labels(n, classes)
     drawn = drawing.draw(
-        network.to(runtime.device).eval(),
+        session.averaged_network(),
         session.process,
         session.config.sample,
         session.shape,
@@ -84,7 +81,7 @@ def _shown_classes(session: Session) -> list[int]:
 
 def _facts(session: Session) -> dict[str, str]:
     config, run, settings = session.config, session.run, session.config.sample
-    lines = read_metrics(run.folder)
+    lines = [line for line in read_metrics(run.folder) if "loss" in line]
     last = lines[-1] if lines else {}
     sampler = f"{settings.sampler or session.process.samplers[0]}, {settings.steps} steps"
     return {

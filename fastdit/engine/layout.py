@@ -7,4 +7,6 @@ GRID = "samples.png"
 GRIDS = "samples"  # step-NNNNNNNN.png, during training
 CURVES = "curves.png"
 REPORT = "report.html"
+EVALUATIONS = "eval.json"
+FACTS = "facts.json"  # the figures at the top of the report
 BOARD = "tensorboard"

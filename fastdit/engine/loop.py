@@ -111,8 +111,9 @@ class Clock:
         return result
 
 
-def train(run: Run, first_step: int, draw_samples) -> bool:
-    """Train from `first_step` (finished steps) to `config.steps`; `draw_samples(step)` is called at its interval.
+def train(run: Run, first_step: int, draw_samples, evaluate=lambda step: None) -> bool:
+    """Train from `first_step` (finished steps) to `config.steps`; `draw_samples(step)` and `evaluate(step)` are called
+    at their intervals.
 
     Returns whether the end was reached; False after SIGTERM or Ctrl-C, with a checkpoint saved.
     Raises UserError when `max_nonfinite` steps in a row had a non-finite loss or gradient.
@@ -131,6 +132,8 @@ def train(run: Run, first_step: int, draw_samples) -> bool:
             clock.paused(run.save, done)
         if config.sample_every and done % config.sample_every == 0 and not last:
             clock.paused(draw_samples, done)
+        if config.eval.every and (done % config.eval.every == 0 or last):
+            clock.paused(evaluate, done)
         if done % stop_every == 0 and not last and stop.granted():
             path = run.save(done)
             run.say(f"stopped by {stop.name or 'a signal'} after step {done}; saved {path}; go on with --resume")

@@ -88,12 +88,16 @@ class Recorder:
     def advance(self) -> None:
         self.bar.update()
 
-    def log(self, step: int, values: dict[str, float]) -> None:
+    def figures(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics. A value that is not finite is written as null: JSON has no other word for it."""
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         self.file.write(json.dumps({"step": step, **finite}) + "\n")
         for key, value in values.items():
             self.board.add_scalar(key, value, step)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """A line of training's own metrics, shown on the terminal too."""
+        self.figures(step, values)
         shown = {"loss": f"{values['loss']:.4f}", "img/s": f"{values['images_per_sec']:.0f}"}
         if "mfu" in values:
             shown["MFU"] = f"{values['mfu']:.1%}"

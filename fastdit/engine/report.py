@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import math
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +14,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from fastdit.config import CONFIG_FILE
-from fastdit.engine.layout import CURVES, GRID, REPORT
+from fastdit.engine import eval_records
+from fastdit.engine.layout import CURVES, FACTS, GRID, REPORT, VERSIONS
 from fastdit.engine.records import read_metrics
 
 COLUMNS = 3
@@ -31,17 +33,23 @@ PANELS = {
     "mean distance of features": {"real_distance": "clean samples", "fake_distance": "estimates"},
     "correlation of the distances": {"distance_correlation": "correlation"},
     "Psi's gradient norm": {"psi_grad_norm": "Psi's gradient norm"},
+    "FID": {"eval/FID": "FID", "eval/sFID": "sFID"},
+    "FD-lite0": {"eval/FD-lite0": "FD-lite0"},
+    "KID": {"eval/KID": "KID", "eval/KID-lite0": "KID-lite0"},
+    "class agreement": {"eval/class agreement": "class agreement"},
 }
 
 
 def write_report(folder: Path, facts: dict[str, str], versions: dict[str, str]) -> Path:
     """Write curves.png and report.html of the run in `folder`. `facts` are the figures at the top, in order."""
+    (folder / FACTS).write_text(json.dumps(facts, indent=1))
     metrics = read_metrics(folder)
     _curves(metrics, folder / CURVES)
     template = jinja2.Template(files("fastdit.engine").joinpath("report.jinja").read_text(), autoescape=True)
     page = template.render(
         name=folder.resolve().name,
         facts=facts,
+        evaluations=eval_records.table(eval_records.read(folder)),
         versions=versions,
         grid=_embedded(folder / GRID),
         curves=_embedded(folder / CURVES),
@@ -51,6 +59,13 @@ def write_report(folder: Path, facts: dict[str, str], versions: dict[str, str]) 
     path = folder / REPORT
     path.write_text(page)
     return path
+
+
+def refresh_report(folder: Path) -> Path:
+    """The report once more, with the evaluations made since; before training ends there are no facts yet."""
+    paths = (folder / FACTS, folder / VERSIONS)
+    facts, versions = (json.loads(path.read_text()) if path.exists() else {} for path in paths)
+    return write_report(folder, facts, versions)
 
 
 def _embedded(path: Path) -> str | None:

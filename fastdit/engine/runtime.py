@@ -36,6 +36,10 @@ class Runtime:
         if self.world > 1:
             dist.barrier(group=self.hosts)
 
+    def leave(self) -> None:
+        """Leave the process group, so that no rank complains about others."""
+        dist.destroy_process_group()
+
     def agree(self, values: list[float], op=dist.ReduceOp.MAX) -> list[float]:
         """Reduce host numbers over the ranks; every rank gets the same list."""
         if self.world == 1:
@@ -51,6 +55,26 @@ class Runtime:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.hosts)
         return box[0]
+
+    def decide(self, work):
+        """Rank 0's work(), on every rank; or the UserError that it raised. The others wait."""
+        result = None
+        if self.first:
+            try:
+                result = work()
+            except UserError as error:
+                result = error
+        result = self.share(result)
+        if isinstance(result, UserError):
+            raise result
+        return result
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of every rank's tensor, on every rank; they lie on the ranks' devices."""
+        tensor = tensor.clone()
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
     def gather(self, value) -> list | None:
         """Every rank's `value`, in rank order, on rank 0; None elsewhere."""

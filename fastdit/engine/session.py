@@ -6,6 +6,7 @@ from pathlib import Path
 import deepspeed
 import numpy as np
 import torch
+from torch import nn
 
 from fastdit.config import CONFIG_FILE, Config, dump
 from fastdit.engine import build, checkpoint
@@ -17,7 +18,7 @@ from fastdit.engine.loop import Run
 from fastdit.engine.meter import Meter
 from fastdit.engine.records import Recorder, versions
 from fastdit.engine.runtime import Runtime
-from fastdit.engine.weights import EMA
+from fastdit.engine.weights import EMA, ema_state
 from fastdit.errors import UserError
 from fastdit.kernels import AdamWEMA, ApexAdamEMA, describe_attention, describe_native, describe_optimizer
 from fastdit.models.dit import Block
@@ -89,9 +90,7 @@ class Session:
     def _resume(self) -> int:
         run, folder = self.run, self.run.folder / CHECKPOINTS
         say = print if self.runtime.first else (lambda text: None)
-        found = self.runtime.share(_attempt(lambda: newest_good(folder, say)) if self.runtime.first else None)
-        if isinstance(found, UserError):
-            raise found
+        found = self.runtime.decide(lambda: newest_good(folder, say))
         if found is None:
             say(f"{folder}: nothing to resume yet; starting at step 0")
             return 0
@@ -113,12 +112,18 @@ class Session:
             f"steps {self.first_step} to {config.steps} into {self.run.folder}"
         )
 
+    def averaged_network(self) -> nn.Module:
+        """What is sampled, whole, with the EMA weights, in eval mode on the device. A collective."""
+        network = build.build_network(self.config, self.shape)
+        network.load_state_dict(ema_state(self.run.engine, self.run.sampled_network, "cpu"))
+        return network.to(self.runtime.device).eval()
+
     def close(self) -> None:
-        """Stop the loader and the records, and leave the process group, so that no rank complains about others."""
+        """Stop the loader and the records, and leave the other ranks."""
         self.run.loader.close()
         if self.run.recorder:
             self.run.recorder.close()
-        torch.distributed.destroy_process_group()
+        self.runtime.leave()
 
 
 def make_optimizer(config: Config, agreed: Plan, device: torch.device, parameters, averages: dict) -> AdamWEMA:
@@ -144,11 +149,3 @@ def _attention(backend: str, device: torch.device, precision: str, network) -> s
     except ValueError as error:
         raise UserError(f"model.attention: {error}") from None
     return described[0]  # the encoder's
-
-
-def _attempt(work):
-    """The result, or the UserError it raised: so that rank 0 can share either."""
-    try:
-        return work()
-    except UserError as error:
-        return error
