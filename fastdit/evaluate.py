@@ -50,11 +50,13 @@ def _evaluate(argv: list[str]) -> None:
     eval_records.read(Path(args.run))  # damaged: better known now than when all is done
     ranks = runtime.start(config)
 
+    from fastdit.engine import build
     from fastdit.engine.evaluation import Evaluator
     from fastdit.engine.report import refresh_report
 
     opened = open_run(args, config, ranks.decide)
-    evaluator = Evaluator(config, opened.shape, ranks)
+    decoder = build.build_decoder(config, opened.shape)
+    evaluator = Evaluator(config, opened.shape, ranks, decoder=decoder and decoder.to(ranks.device))
     record = evaluator(opened.network.to(ranks.device), opened.step, str(opened.checkpoint))
     if record is not None:
         run = Path(args.run)

@@ -14,7 +14,7 @@ from data_helpers import encode, latent_source, picture
 from launching import TINY, Launched, checkpoint, deepspeed, forked, metrics, python, run, torchrun
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastdit.config import Config, EvalConfig, load
+from fastdit.config import Config, EvalConfig, load, parse
 from fastdit.data import open_source
 from fastdit.engine import build, drawing, eval_records, evaluation, judge, loop
 from fastdit.engine.checkpoint_files import sampled_weights
@@ -365,10 +365,29 @@ def test_data_that_does_not_fit(trained, cheap, tmp_path):
     )
 
 
-def test_latents_name_the_autoencoder(trained, cheap, tmp_path):
+def test_samples_of_latents_are_decoded(trained, cheap, tmp_path):
+    """By hand: latents drawn, put in order as pixels, compared with images."""
     rng = np.random.default_rng(0)
-    latent_source(tmp_path, rng.random((6, 2, 4, 8, 8)).astype(np.float32))
-    assert "without the autoencoder" in mistake(trained, data=str(tmp_path), n_real=None)
+    latent_source(tmp_path, rng.random((6, 2, 12, 14, 14)).astype(np.float32))
+    assert "give the autoencoder that decodes them" in mistake(trained, data=str(tmp_path), n_real=None)
+    data = {"source": tmp_path, "size": 14, "channels": 12, "latent_scale": 2.5, "autoencoder": "space_to_depth:2"}
+    config = parse([*TINY, *(f"--data.{key}={value}" for key, value in data.items()), "--eval.n", "21"])
+    shape = build.shape_of(config, 2)
+    network, decoder = build.build_network(config, shape).eval(), build.build_decoder(config, shape)
+    torch.nn.init.normal_(network.head.weight, std=0.02)
+    with pytest.raises(UserError, match="give images, or an ADM reference"):
+        Evaluator(config, shape, ALONE, decoder=decoder)
+    images = np.repeat(some_images(40), 3, axis=3)
+    config = replace(config, eval=replace(config.eval, data=archive(tmp_path, arr_0=images)))
+    record = Evaluator(config, shape, ALONE, decoder=decoder, live=False)(network, 2)
+    settings = {"indices": range(21), "seed": 0, "device": CPU}
+    labels = drawing.balanced_labels(21, range(2))
+    latents = drawing.draw(network, build.build_noise(config), config.sample, shape, labels, **settings)
+    samples = torch.from_numpy(drawing.to_uint8(torch.nn.functional.pixel_shuffle(latents / 2.5, 2)))
+    assert samples.float().std() > 1
+    mine, real = (Moments.of(cheap(x.permute(0, 3, 1, 2)).features) for x in (samples, torch.from_numpy(images)))
+    assert record["figures"]["FD-cheap"]["value"] == pytest.approx(frechet_distance(mine, real), rel=1e-6)
+    assert record["size"] == [28, 28]
 
 
 def test_a_damaged_list_of_evaluations(copied):

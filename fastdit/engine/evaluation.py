@@ -8,7 +8,7 @@ of ranks, and no rank waits for another's.
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 
@@ -27,6 +27,7 @@ from fastdit.errors import UserError
 from fastdit.metrics.class_agreement import class_agreement
 from fastdit.metrics.feature_nets import feature_net
 from fastdit.metrics.summary import Collector, compare
+from fastdit.models import LatentDecoder
 
 KEPT = 50_000  # samples whose features are kept for kernel distance, precision and recall
 JUDGED_PIXELS = 3 * 64 * 64  # class agreement compares raw pixels: up to this size
@@ -38,13 +39,26 @@ class Evaluator:
     """Evaluates networks of one run by `config.eval`, with the sampler of `config.sample`."""
 
     def __init__(
-        self, config: Config, shape: build.Shape, runtime: Runtime, opened: Source | None = None, live: bool = True
+        self,
+        config: Config,
+        shape: build.Shape,
+        runtime: Runtime,
+        *,
+        decoder: LatentDecoder | None = None,
+        opened: Source | None = None,
+        live: bool = True,
     ):
         """Opens all it needs, so that what is missing shows at once. Raises UserError.
 
-        opened: the run's own data, where that is open already. live: show progress.
+        decoder: on the device, where samples are latents. opened: the run's own data, where that is open already.
+        live: show progress.
         """
         settings = config.eval
+        self.sampled, self.decoder = shape, decoder
+        if decoder:  # from here on, what is compared
+            factor = decoder.autoencoder.factor
+            shape = build.Shape(3, factor * shape.height, factor * shape.width, shape.classes)
+            config = replace(config, data=replace(config.data, size=(shape.height, shape.width), channels=3))
         self.config, self.settings, self.shape, self.runtime = config, settings, shape, runtime
         self.batch = drawing.BATCH[runtime.device.type]
         self.live = live and runtime.first
@@ -53,9 +67,9 @@ class Evaluator:
         if self.source is None and not self.data.endswith(".npz"):
             self.source = open_source(self.data, classes=None if settings.data else config.data.classes)
         if shape.channels not in (1, 3) or (self.source and self.source.kind == "latent"):
+            missing = "images, or an ADM reference .npz, as data" if decoder else "the autoencoder that decodes them"
             raise UserError(
-                f"{self.data if self.source else config.out}: latents cannot be evaluated without the autoencoder "
-                "that decodes them, and none is at hand; evaluate a run on pixels"
+                f"{self.data if self.source else config.out}: latents cannot be evaluated by themselves; give {missing}"
             )
         self.n_real = self._count_real() if self.source else None
         self.net = feature_net(settings.features, settings.weights, runtime.device)
@@ -112,19 +126,17 @@ class Evaluator:
         return self._record(figures, step, checkpoint, nonfinite)
 
     def _draw(self, network: torch.nn.Module, labels: np.ndarray, ids: np.ndarray) -> Tensor:
-        """A whole batch, as pixels in [-1, 1]: the samples `ids`, then what fills it up.
-
-        This is where an autoencoder would decode latents.
-        """
+        """A whole batch, as pixels in [-1, 1]: the samples `ids`, then what fills it up."""
         x = drawing.draw(
             network,
             build.build_noise(self.config),
             self.config.sample,
-            self.shape,
+            self.sampled,
             labels,
             indices=ids if len(ids) else [0],
             seed=self.settings.seed,
             device=self.runtime.device,
+            decoder=self.decoder,
         )
         return torch.cat([x, x[-1:].expand(self.batch - len(x), -1, -1, -1)])
 
@@ -166,7 +178,8 @@ def during_training(session) -> Callable[[int], None]:
     if not settings.every:
         return lambda step: None
     live = sys.stderr.isatty()
-    evaluator = Evaluator(session.config, session.shape, session.runtime, opened=session.source, live=live)
+    shared = {"decoder": session.decoder, "opened": session.source, "live": live}
+    evaluator = Evaluator(session.config, session.shape, session.runtime, **shared)
 
     def evaluate(step: int) -> None:
         record = evaluator(session.averaged_network(), step)
