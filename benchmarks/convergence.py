@@ -58,6 +58,7 @@ def _parser() -> OneLineParser:
     parser.add_argument("--seeds", type=str, default="0,1,2", help="with commas")
     parser.add_argument("--points", type=int, default=6, help="of each run at which its loss is taken")
     parser.add_argument("--samples", type=int, default=500, help="for class agreement, at the end of each run")
+    parser.add_argument("--fd", type=int, default=0, help="samples for FD-lite0 at each point; 0 is off")
     parser.add_argument("--guidance", type=str, default="1,3", help="scales at which samples are drawn, with commas")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
@@ -122,7 +123,7 @@ def _record(args, common: str, argv: list[str]) -> dict:
     dtype = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
     scales = [float(scale) for scale in args.guidance.split(",")]
     settings = {"dtype": dtype, "batch": config.batch, "budget_seconds": args.budget, "guidance": scales}
-    settings |= {name: getattr(args, name) for name in ("points", "samples", "jobs", "threads")}
+    settings |= {name: getattr(args, name) for name in ("points", "samples", "fd", "jobs", "threads")}
     return records.start(shlex.join(["python", "benchmarks/convergence.py", *argv]), device, settings, "convergence")
 
 
@@ -178,7 +179,7 @@ def _run(folder: Path, flags: str, args, deadline: float | None) -> list[dict]:
     Returns the judge's rows, none when the deadline came first. Raises UserError when one of the processes fails, or
     the folder's result is of other flags.
     """
-    done, asked = folder / "judged.json", f"{flags} --samples {args.samples} --guidance {args.guidance}"
+    done, asked = folder / "judged.json", f"{flags} --samples {args.samples} --guidance {args.guidance} --fd {args.fd}"
     if done.exists():
         found = json.loads(done.read_text())
         if found["asked"] != asked:
@@ -190,7 +191,7 @@ def _run(folder: Path, flags: str, args, deadline: float | None) -> list[dict]:
     small = f"--sample.agreement 0 --sample.per_class 1 --sample_every 0 --keep_checkpoints {args.points} --resume"
     train = ["fastdit/train.py", *shlex.split(flags), *small.split(), "--out", str(folder.resolve())]
     judge = ["benchmarks/convergence_judge.py", "--run", str(folder.resolve()), "--guidance", args.guidance]
-    judge += ["--samples", str(args.samples), "--threads", str(args.threads)]
+    judge += ["--samples", str(args.samples), "--fd", str(args.fd), "--threads", str(args.threads)]
     for command in (train, judge):
         answer = _ask([sys.executable, *command], env, deadline, folder)
         if answer is None:

@@ -1,9 +1,9 @@
 """Judges a run of the convergence benchmark: `python benchmarks/convergence_judge.py --run DIR`.
 
 At each checkpoint, and before the first step: the plain denoising loss of the sampled weights, all patches visible, on
-the first training images with fixed noise (methods share it, and no run sees its data often). At the end also class
-agreement of samples, as in a run's report, and the run's health signals. Prints one JSON list; of the checkpoints only
-the last stays.
+the first training images with fixed noise (methods share it, and no run sees its data often), and, if asked, FD-lite0
+of samples. At the end also class agreement, as in a run's report, and the run's health signals. Prints one JSON list;
+of the checkpoints only the last stays.
 """
 
 import json
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.command_line import OneLineParser
-from fastdit.config import CONFIG_FILE, Config, load
+from fastdit.config import CONFIG_FILE, Config, EvalConfig, load
 from fastdit.engine import build, drawing, judge, runtime
 from fastdit.engine.checkpoint_files import checkpoints, choose, classes_of, manifest, sampled_weights
+from fastdit.engine.evaluation import Evaluator
 from fastdit.engine.layout import CHECKPOINTS
 from fastdit.engine.records import read_metrics
 from fastdit.errors import run_command
@@ -39,6 +40,7 @@ def _judge(argv: list[str]) -> None:
     parser.add_argument("--run", type=str, required=True, help="its folder")
     parser.add_argument("--samples", type=int, default=500, help="for class agreement")
     parser.add_argument("--guidance", type=str, default="1,3", help="scales at which they are drawn, with commas")
+    parser.add_argument("--fd", type=int, default=0, help="samples for FD-lite0 at each point; 0 is off")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse(argv)
     torch.set_num_threads(args.threads)
@@ -51,14 +53,15 @@ def _judge(argv: list[str]) -> None:
     network = method.sampled_network(module).to(device).eval()
     known = judge.known_images(config, build.open_data(config))
     images, labels = (part[:LOSS_IMAGES] for part in known)
+    distance = _distance(config, shape, device, args.fd) if args.fd else lambda network, step: None
     rows, saved = [], sorted(checkpoints(folder / CHECKPOINTS))
     for path in (None, *saved):
         step = 0
         if path:
             step = manifest(path)["step"]
             network.load_state_dict(sampled_weights(path))
-        found = loss(network, build.build_noise(config), images, labels)
-        rows.append({"step": step, "images": step * config.batch, "loss": found, "agreement": None, "health": None})
+        found = {"loss": loss(network, build.build_noise(config), images, labels), "fd": distance(network, step)}
+        rows.append({"step": step, "images": step * config.batch, **found, "agreement": None, "health": None})
     scales = {scale: float(scale) for scale in args.guidance.split(",")}
     rows[-1]["agreement"] = {
         f"{scale:g}": _agreement(network, config, shape, args.samples, scale, known) for scale in scales.values()
@@ -67,6 +70,17 @@ def _judge(argv: list[str]) -> None:
     print(json.dumps(rows))
     for path in saved[:-1]:
         shutil.rmtree(path)
+
+
+def _distance(config: Config, shape: build.Shape, device: torch.device, n: int):
+    """FD-lite0, value and floor, of n samples and n images, by the run's sampler settings, as evaluate.py has it."""
+    config = replace(config, eval=EvalConfig(n=n, n_real=n))
+    evaluator = Evaluator(config, shape, runtime.Runtime(0, 1, 0, device), live=False)
+
+    def distance(network: nn.Module, step: int) -> dict[str, float]:
+        return evaluator(network, step)["figures"]["FD-lite0"]
+
+    return distance
 
 
 @torch.no_grad()

@@ -11,7 +11,19 @@ import record as records
 from matplotlib.figure import Figure
 
 BASELINE = "dit"
-COLUMNS = ("contender", "flags", "seed", "step_seconds", "step", "seconds", "images", "loss", "agreement", "health")
+COLUMNS = (
+    "contender",
+    "flags",
+    "seed",
+    "step_seconds",
+    "step",
+    "seconds",
+    "images",
+    "loss",
+    "fd",
+    "agreement",
+    "health",
+)
 RESAMPLINGS = 2000  # where there are too many to take them all
 
 Curve = list[tuple[float, float]]  # (seconds, loss), by time
@@ -21,7 +33,9 @@ def lines(record: dict) -> list[str]:
     """Markdown: each contender's metrics by seed, their mean and standard deviation; and the methods' health."""
     scales = [f"{scale:g}" for scale in record["settings"]["guidance"]]
     agreements = [f"agreement, guidance {scale}" for scale in scales]
-    cells = [("contender", "ms/step", "steps", "loss by seed", "mean", f"{BASELINE}'s time to it", *agreements)]
+    distances = [f"FD-lite0 of {fd:,}"] if (fd := record["settings"].get("fd")) else []
+    heads = ("contender", "ms/step", "steps", "loss by seed", "mean", f"{BASELINE}'s time to it")
+    cells = [(*heads, *distances, *agreements)]
     contenders = _by_contender(record)
     for name, runs in contenders.items():
         ends = [rows[-1] for rows in runs.values()]
@@ -35,6 +49,7 @@ def lines(record: dict) -> list[str]:
                 " ".join(f"{loss:.4f}" for loss in losses),
                 _spread(losses, ".4f"),
                 _sooner(contenders, name),
+                *([_distances([end["fd"] for end in ends])] if distances else []),
                 *(" ".join(f"{s:.1%}" for s in by_seed) + f": {_spread(by_seed, '.1%')}" for by_seed in shares),
             )
         )
@@ -125,6 +140,11 @@ def _range(values: list[float] | None) -> str:
         return ""
     least, most, last = (f"{value:.3g}" for value in values)
     return f"{least}..{most}, {last}"
+
+
+def _distances(found: list[dict[str, float]]) -> str:
+    values = [one["value"] for one in found]
+    return " ".join(f"{v:.1f}" for v in values) + f": {_spread(values, '.1f')} (floor {found[0]['floor']:.1f})"
 
 
 def _spread(values: list[float], form: str) -> str:

@@ -23,7 +23,8 @@ def rows(name, seed, losses, share=0.5, health=None):
     """A run of one step a second."""
     own = {"contender": name, "flags": "", "seed": seed, "step_seconds": 0.25}
     found = [
-        own | {"step": at, "seconds": at / 4, "images": at * 8, "loss": loss, "agreement": None, "health": None}
+        own
+        | {"step": at, "seconds": at / 4, "images": at * 8, "loss": loss, "fd": None, "agreement": None, "health": None}
         for at, loss in enumerate(losses)
     ]
     found[-1] |= {"agreement": {"1": share}, "health": health or {"grad_norm": [1.0, 2.0, 1.5]}}
@@ -146,10 +147,11 @@ def benchmark(tmp_path, *flags):
 
 @pytest.mark.launch
 def test_a_benchmark_and_its_continuation(tmp_path):
-    stopped = benchmark(tmp_path, "--samples", "8", "--stop_after", "0")
+    asked = ["--samples", "8", "--fd", "6"]
+    stopped = benchmark(tmp_path, *asked, "--stop_after", "0")
     assert stopped.code == 0, stopped.text
     assert "dit seed 1: not finished; the same command goes on" in stopped.text
-    ended = benchmark(tmp_path, "--samples", "8")
+    ended = benchmark(tmp_path, *asked)
     assert ended.code == 0, ended.text
     found = json.loads((tmp_path / "record.json").read_text())["rows"]
     assert [(row["contender"], row["step"], row["seconds"], row["images"]) for row in found] == [
@@ -157,14 +159,16 @@ def test_a_benchmark_and_its_continuation(tmp_path):
         ("other", 0, 0, 0), ("other", 3, 1.5, 24), ("other", 6, 3.0, 48),
     ]  # fmt: skip
     assert all(0 < row["loss"] < 10 for row in found)
+    assert all(row["fd"]["value"] > row["fd"]["floor"] > 0 for row in found)
+    assert "FD-lite0 of 6" in ended.text
     assert all((row["agreement"] is not None) == (row["seconds"] == 3.0) for row in found)
     assert "teacher_entropy" in found[-1]["health"]
     assert len(list((tmp_path / "out" / "dit-seed1" / "checkpoints").iterdir())) == 1
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/**/*") if path.is_file()}
-    assert benchmark(tmp_path, "--samples", "8").code == 0
+    assert benchmark(tmp_path, *asked).code == 0
     assert json.loads((tmp_path / "record.json").read_text())["rows"] == found
     assert written == {path: path.stat().st_mtime_ns for path in written}
-    refused = benchmark(tmp_path, "--samples", "9")
+    refused = benchmark(tmp_path, *asked, "--samples", "9")
     assert refused.code == 2
     assert "dit-seed1: was trained or judged with other flags; choose another --out" in refused.text
 
