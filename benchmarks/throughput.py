@@ -1,7 +1,7 @@
 """Measure whole training steps: `python benchmarks/throughput.py --model S/4 --method sd_dit --batch 8`.
 
 Also under `deepspeed benchmarks/throughput.py ...` or torchrun. What takes the steps is in contenders.py and peers.py,
-how they are timed in stopwatch.py, what is kept of it in step_tables.py and record.py.
+how they are timed in stopwatch.py, what is kept of it in step_tables.py and record.py. `--loader_only`: loaders.py.
 """
 
 import os
@@ -13,8 +13,9 @@ from typing import Literal
 
 import record as records
 import torch
+from loaders import LOADER, measure_loaders
 from peers import build_peer, load_peer
-from step_tables import COLUMNS, PLAIN, THROUGHPUT, failed_row, step_lines, step_rows, whole_step
+from step_tables import PLAIN, THROUGHPUT, failed_row, step_rows, whole_step
 from stopwatch import TURNS, Stopwatch, interleave
 from torch import nn
 
@@ -57,6 +58,14 @@ def _parser() -> OneLineParser:
     parser.add_argument("--zero", type=Literal[0, 1, 2, 3], default=1, help="ZeRO's stage")
     parser.add_argument("--data", type=str, default="synthetic", help="a source, as in training")
     parser.add_argument("--steps", type=int | None, default=None, help="timed, of each; default: 40 on a GPU, else 10")
+    parser.add_argument(
+        "--loader_only",
+        type=bool,
+        default=False,
+        nargs="?",
+        const=True,
+        help="no steps: fastdit's loader against torch's DataLoader, for --steps turns of a second each",
+    )
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of a rank; 0 shares the cores")
     parser.add_argument("--json", type=str | None, default=None, help="write the record")
@@ -77,9 +86,13 @@ def _benchmark(argv: list[str]) -> None:
     own, dotted = _split(argv)
     args = _parser().parse(own)
     if args.readme:
-        return records.write_readme(section=THROUGHPUT)
+        for section in (THROUGHPUT, LOADER):
+            records.write_readme(section=section)
+        return
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps {args.steps}: must be at least 1")
+    if args.loader_only:
+        _check_loader_only(args)
     config = _config(args, dotted)
     against = _against(args.against)
     files = {name: records.writable(name, value) for name in FILES if (value := getattr(args, name))}
@@ -87,13 +100,17 @@ def _benchmark(argv: list[str]) -> None:
     if config.precision == "auto":
         config = replace(config, precision="bf16" if runtime.on_gpu(config) else "fp32")
     ranks = runtime.start(config)
-    record = _measure(config, against, ranks, args.steps or STEPS[ranks.device.type], _command(argv))
+    if args.loader_only:
+        section, record = LOADER, measure_loaders(config, ranks.device, args.steps, _command(argv))
+    else:
+        steps = args.steps or STEPS[ranks.device.type]
+        section, record = THROUGHPUT, _measure(config, against, ranks, steps, _command(argv))
     if ranks.first:
-        print("\n" + "\n".join(step_lines(record)))
+        print("\n" + "\n".join(section.lines(record)))
         if "json" in files:
             records.write_json(record, files["json"])
         if "csv" in files:
-            records.write_csv(record, files["csv"], COLUMNS)
+            records.write_csv(record, files["csv"], tuple(record["rows"][0]))
         for name, path in files.items():
             print(f"{name}: {path}")
     ranks.barrier()
@@ -168,6 +185,15 @@ def _settings(config: Config, ranks: runtime.Runtime, dtype: torch.dtype, steps:
 
 def _peer(kind: type[nn.Module], config: Config, shape: Shape, out_channels: int) -> nn.Module:
     return build_peer(kind, config.model.dims(), config.model.mlp_ratio, config.model.patch, shape, out_channels)
+
+
+def _check_loader_only(args) -> None:
+    if args.against or args.method != PLAIN:
+        raise UserError("--loader_only: trains nothing; leave out --against and --method")
+    if args.data.partition(":")[0] == "synthetic":
+        raise UserError(f"--data {args.data}: there is nothing to decode; give fashion_mnist, a folder or shards")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("--loader_only: measures one process; start it with python")
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
