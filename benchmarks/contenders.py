@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from scaling import BUCKET, KEPT, LIVE, Trained
 from stopwatch import Contender, Stopwatch
-from timing import memory
+from timing import memory, nbytes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,7 +21,7 @@ from fastdit.engine import build
 from fastdit.engine.loop import train_step
 from fastdit.engine.runtime import Runtime
 from fastdit.engine.session import Session
-from fastdit.methods.denoising import Outcome
+from fastdit.methods.denoising import Denoising, Outcome
 from fastdit.methods.self_discrimination import SelfDiscrimination
 from fastdit.methods.structure_game import StructureGame
 
@@ -59,8 +60,44 @@ class Engine(Contender):
         train_step(self.run, self.done, lambda part: self.watch.lap(self.names.get(part, part)))
         self.done += 1
 
+    def sizes(self) -> Trained:
+        """What scales with the number of GPUs."""
+        module, plan, method = self.run.engine.module, self.run.plan, self.run.method
+        weights = {p: getattr(p, "ds_numel", p.numel()) for p in module.parameters()}
+        trained = [numel for p, numel in weights.items() if p.requires_grad]
+        zero = plan.deepspeed.get("zero_optimization", {})
+        small = zero.get("stage3_param_persistence_threshold", KEPT)
+        followers = [next(iter(follower.tensors.values())) for follower in self.run.followers]
+        psi = method.psi.parameters() if getattr(method, "plays", False) else ()
+        return Trained(
+            parameters=sum(trained),
+            kept=sum(numel for numel in trained if numel < small),
+            frozen=sum(weights.values()) - sum(trained),
+            averages=len(self.run.optimizer.param_groups[0]["emas"]),
+            replicas=nbytes([*module.buffers(), *_own_tensors(method)]),
+            gathered=sum(sum(trained) * follower.itemsize for follower in followers),
+            reduced=nbytes(psi),
+            bf16=plan.precision == "bf16",
+            accumulation=plan.accumulation,
+            bucket=int(zero.get("reduce_bucket_size", BUCKET)),
+            live=int(min(zero.get(f"stage3_max_{name}", LIVE) for name in ("live_parameters", "reuse_distance"))),
+        )
+
     def close(self) -> None:
         self.run.loader.close()
+
+
+def _own_tensors(method: Denoising) -> list[torch.Tensor]:
+    """What a method keeps whole on every rank: a teacher, Psi and its optimizer's state, centres."""
+    fields, found = [*vars(method).values(), *vars(getattr(method, "base", method)).values()], []
+    for value in dict(zip(map(id, fields), fields)).values():
+        if isinstance(value, nn.Module):
+            found += [*value.parameters(), *value.buffers()]
+        elif isinstance(value, torch.optim.Optimizer):
+            found += [x for state in value.state.values() for x in state.values()]
+        elif isinstance(value, torch.Tensor):
+            found.append(value)
+    return found
 
 
 def cut_components(student: nn.Module, method: SelfDiscrimination, watch: Stopwatch) -> None:

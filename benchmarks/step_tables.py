@@ -8,6 +8,7 @@ from collections.abc import Callable
 from statistics import median
 
 from record import Section, aligned
+from scaling import scaling_lines
 from stopwatch import Contender, Laps
 from timing import Quantiles, quantiles
 
@@ -125,6 +126,8 @@ def step_lines(record: dict) -> list[str]:
     if components := [row for row in rows if row["table"] == "component"]:
         name = components[0]["contender"]
         lines += ["", f"Parts of a step of {name}:", "", *_components(components, steps), "", NOTE]
+    for predicted in record.get("scaling", ()):
+        lines += ["", *scaling_lines(predicted)]
     return lines
 
 

@@ -1,13 +1,13 @@
 """Measure whole training steps: `python benchmarks/throughput.py --model S/4 --method sd_dit --batch 8`.
 
 Also under `deepspeed benchmarks/throughput.py ...` or torchrun. What takes the steps is in contenders.py and peers.py,
-how they are timed in stopwatch.py, what is kept of it in step_tables.py and record.py. `--loader_only`: loaders.py.
+how they are timed in stopwatch.py, what is kept in step_tables.py and record.py. Other modes: loaders.py, scaling.py.
 """
 
 import os
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Literal
 
@@ -15,6 +15,7 @@ import record as records
 import torch
 from loaders import LOADER, measure_loaders
 from peers import build_peer, load_peer
+from scaling import Links, Measured, Target, scaling, target_of
 from step_tables import PLAIN, THROUGHPUT, failed_row, step_rows, whole_step
 from stopwatch import TURNS, Stopwatch, interleave
 from torch import nn
@@ -30,6 +31,10 @@ from fastdit.models import SIZES
 STEPS = {"cuda": 40, "cpu": 10}
 AGAINST = ("eager", "compile")
 FILES = ("json", "csv")
+SWITCHES = {
+    "loader_only": "no steps: fastdit's loader against torch's DataLoader, for --steps turns of a second each",
+    "readme": "measure nothing; write the README's tables from benchmarks/records",
+}
 Against = dict[str, type[nn.Module] | None]  # by name; the class of a peer
 METHODS = Config.__dataclass_fields__["method"].type
 
@@ -58,26 +63,14 @@ def _parser() -> OneLineParser:
     parser.add_argument("--zero", type=Literal[0, 1, 2, 3], default=1, help="ZeRO's stage")
     parser.add_argument("--data", type=str, default="synthetic", help="a source, as in training")
     parser.add_argument("--steps", type=int | None, default=None, help="timed, of each; default: 40 on a GPU, else 10")
-    parser.add_argument(
-        "--loader_only",
-        type=bool,
-        default=False,
-        nargs="?",
-        const=True,
-        help="no steps: fastdit's loader against torch's DataLoader, for --steps turns of a second each",
-    )
+    parser.add_argument("--scale_to", type=str | None, default=None, help="predict for so many GPUs: 8,64,1024")
+    parser.add_class_arguments(Links)
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of a rank; 0 shares the cores")
     parser.add_argument("--json", type=str | None, default=None, help="write the record")
     parser.add_argument("--csv", type=str | None, default=None, help="write the rows")
-    parser.add_argument(
-        "--readme",
-        type=bool,
-        default=False,
-        nargs="?",
-        const=True,
-        help="measure nothing; write the README's tables from benchmarks/records",
-    )
+    for name, use in SWITCHES.items():
+        parser.add_argument(f"--{name}", type=bool, default=False, nargs="?", const=True, help=use)
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     return parser
 
@@ -93,6 +86,8 @@ def _benchmark(argv: list[str]) -> None:
         raise UserError(f"--steps {args.steps}: must be at least 1")
     if args.loader_only:
         _check_loader_only(args)
+    links = Links(**{field.name: getattr(args, field.name) for field in fields(Links)})
+    target = target_of(args.scale_to, links, int(os.environ.get("WORLD_SIZE", 1)), args.zero)
     config = _config(args, dotted)
     against = _against(args.against)
     files = {name: records.writable(name, value) for name in FILES if (value := getattr(args, name))}
@@ -104,7 +99,7 @@ def _benchmark(argv: list[str]) -> None:
         section, record = LOADER, measure_loaders(config, ranks.device, args.steps, _command(argv))
     else:
         steps = args.steps or STEPS[ranks.device.type]
-        section, record = THROUGHPUT, _measure(config, against, ranks, steps, _command(argv))
+        section, record = THROUGHPUT, _measure(config, against, ranks, steps, target, _command(argv))
     if ranks.first:
         print("\n" + "\n".join(section.lines(record)))
         if "json" in files:
@@ -117,7 +112,9 @@ def _benchmark(argv: list[str]) -> None:
     torch.distributed.destroy_process_group()
 
 
-def _measure(config: Config, against: Against, ranks: runtime.Runtime, steps: int, command: str) -> dict:
+def _measure(
+    config: Config, against: Against, ranks: runtime.Runtime, steps: int, target: Target | None, command: str
+) -> dict:
     """The record of all contenders."""
     from contenders import DTYPES, Engine, Plain, Product, warm  # imports DeepSpeed: after runtime.start
 
@@ -159,7 +156,14 @@ def _measure(config: Config, against: Against, ranks: runtime.Runtime, steps: in
             record["rows"].append(failed_row(name, failed[name]))
         else:
             record["rows"] += step_rows(name, contenders[name], laps[name], laps[PLAIN], settings)
+    if target:
+        record["scaling"] = [_scaled(name, contenders[name], laps[name], config.batch, target) for name in engines]
     return record
+
+
+def _scaled(name: str, engine, laps: list, batch: int, target: Target) -> dict:
+    measured = Measured(whole_step(laps).p50 / 1e3, batch, engine.held, engine.peak, engine.run.plan.stage)
+    return scaling(name, engine.sizes(), measured, target)
 
 
 def _settings(config: Config, ranks: runtime.Runtime, dtype: torch.dtype, steps: int) -> dict:
@@ -188,8 +192,8 @@ def _peer(kind: type[nn.Module], config: Config, shape: Shape, out_channels: int
 
 
 def _check_loader_only(args) -> None:
-    if args.against or args.method != PLAIN:
-        raise UserError("--loader_only: trains nothing; leave out --against and --method")
+    if args.against or args.scale_to or args.method != PLAIN:
+        raise UserError("--loader_only: trains nothing; leave out --against, --method and --scale_to")
     if args.data.partition(":")[0] == "synthetic":
         raise UserError(f"--data {args.data}: there is nothing to decode; give fashion_mnist, a folder or shards")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
