@@ -38,15 +38,15 @@ class Part(NamedTuple):
     limit: float
 
 
-def _step(model: str, method: str, batch: int, limit: float, against: str = "") -> Part:
+def _step(model: str, method: str, batch: int, limit: float, against: str = "", more: str = "") -> Part:
     flags = f"--model {model} --method {method} --batch {batch}" + (f" --against {against}" if against else "")
-    return Part(f"{method} {model}", f"benchmarks/throughput.py {flags}", limit)
+    return Part(f"{method} {model}", f"benchmarks/throughput.py {flags} {more}".strip(), limit)
 
 
 # Batches: what one GPU of 80 GB holds beside all contenders of a part, in bf16.
 PARTS = (
     Part("tests", "-m pytest -q " + " ".join(f"tests/test_{name}.py" for name in TESTS), 180),
-    _step("XL/2", "dit", 32, 150, "eager,compile"),
+    _step("XL/2", "dit", 32, 150, "eager,compile", "--scale_to 8,64,1024"),
     _step("S/2", "sd_dit", 256, 90, "eager,compile"),
     Part("operations XL", "benchmarks/kernels.py --sizes XL", 120),
     _step("XL/2", "sd_dit", 32, 60),
@@ -55,7 +55,9 @@ PARTS = (
     _step("B/2", "sadm", 128, 45),
     _step("S/2", "sadm", 256, 45),
     _step("B/2", "sd_dit+sadm", 128, 45),
-    Part("loader", "benchmarks/throughput.py --loader_only --data fashion_mnist --size 28 --channels 1", 45),
+    Part(
+        "loader", "benchmarks/throughput.py --loader_only --data fashion_mnist --size 28 --channels 1 --batch 256", 45
+    ),
     Part("operations S, B", "benchmarks/kernels.py --sizes S,B", 180),
 )
 TINY_STEP = "--size 16 --model.depth 1 --model.width 32 --model.heads 2 --steps 1"
@@ -195,10 +197,11 @@ SUITE = records.Section("suite", ("<!-- suite: begin -->\n", "<!-- suite: end --
 def _write_readme() -> None:
     """Put every benchmark's records, those of suites too, into the README."""
     from convergence_tables import CONVERGENCE
+    from loaders import LOADER
     from step_tables import THROUGHPUT
 
     records.write_charts(CONVERGENCE)
-    for section in (SUITE, records.KERNELS, THROUGHPUT, CONVERGENCE):
+    for section in (SUITE, records.KERNELS, THROUGHPUT, LOADER, CONVERGENCE):
         records.write_readme(section=section)
 
 
