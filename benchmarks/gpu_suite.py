@@ -191,15 +191,26 @@ def lines(record: dict) -> list[str]:
     return records.aligned(cells)
 
 
+FIGURES = ("<!-- figures: begin -->\n", "<!-- figures: end -->\n")
 SUITE = records.Section("suite", ("<!-- suite: begin -->\n", "<!-- suite: end -->\n"), lines)
 
 
+def write_figures(readme: Path) -> None:
+    """Put a line for each measured step into the project's own README. Raises UserError."""
+    from step_tables import figures
+
+    found = records.gpus_first(records.records_of("throughput"))
+    missing = [] if any(record["kind"] == "cuda" for record in found) else ["NVIDIA GPUs: not measured.", ""]
+    records.put_between(FIGURES, "\n".join([*missing, *figures(found), ""]), readme)
+
+
 def _write_readme() -> None:
-    """Put every benchmark's records, those of suites too, into the README."""
+    """Put every benchmark's records, those of suites too, into the READMEs."""
     from convergence_tables import CONVERGENCE
     from loaders import LOADER
     from step_tables import THROUGHPUT
 
+    write_figures(ROOT / "README.md")
     records.write_charts(CONVERGENCE)
     for section in (SUITE, records.KERNELS, THROUGHPUT, LOADER, CONVERGENCE):
         records.write_readme(section=section)

@@ -152,9 +152,13 @@ class Section(NamedTuple):
 KERNELS = Section("kernels", MARKERS, lines)
 
 
+def gpus_first(records: Iterable[dict]) -> list[dict]:
+    return sorted(records, key=lambda record: (record["kind"] != "cuda", record["device"], record["date"]))
+
+
 def table(records: Iterable[dict], section: Section = KERNELS) -> str:
     """What the README shows of these records, GPUs first."""
-    records = sorted(records, key=lambda record: (record["kind"] != "cuda", record["device"], record["date"]))
+    records = gpus_first(records)
     parts = [] if any(record["kind"] == "cuda" for record in records) else ["NVIDIA GPUs: not measured.\n"]
     for record in records:
         found, load = record["versions"], record["load"]
@@ -173,28 +177,31 @@ def table(records: Iterable[dict], section: Section = KERNELS) -> str:
 
 def write_readme(records: Path = RECORDS, readme: Path = README, section: Section = KERNELS) -> None:
     """Put the table of all records of a benchmark in a folder between its two markers. Raises UserError."""
-    text, (begin, end) = readme.read_text(encoding="utf-8"), section.markers
+    put_between(section.markers, table(records_of(section.benchmark, records), section), readme)
+
+
+def put_between(markers: tuple[str, str], body: str, readme: Path) -> None:
+    """Replace what stands between two lines of a file. Raises UserError."""
+    text, (begin, end) = readme.read_text(encoding="utf-8"), markers
     if not text.count(begin) == text.count(end) == 1:
         raise UserError(f"{readme}: must hold {begin.strip()} and {end.strip()} once, on own lines")
     head, rest = text.split(begin)
-    tail = rest.split(end)[1]
-    body = table(_records_of(section, records), section)
-    readme.write_text(f"{head}{begin}\n{body}\n{end}{tail}", encoding="utf-8")
+    readme.write_text(f"{head}{begin}\n{body}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 def write_charts(section: Section, records: Path = RECORDS) -> None:
     """Draw the chart of each of a benchmark's records beside it."""
-    for record in _records_of(section, records):
+    for record in records_of(section.benchmark, records):
         section.chart(record, records / f"{record['name']}.png")
 
 
-def _records_of(section: Section, folder: Path) -> list[dict]:
+def records_of(benchmark: str, folder: Path = RECORDS) -> list[dict]:
     """A benchmark's records in a folder, those within a suite's too."""
     found = [read(path) | {"name": path.stem} for path in sorted(folder.glob("*.json"))]
     for suite in [record for record in found if record["benchmark"] == "suite"]:
         parts = [row["record"] for row in suite["rows"] if row["record"]]
         found += [part | {"name": suite["name"]} for part in parts if "benchmark" in part]
-    return [record for record in found if record["benchmark"] == section.benchmark and record["rows"]]
+    return [record for record in found if record["benchmark"] == benchmark and record["rows"]]
 
 
 def write_chart(record: dict, path: Path) -> None:

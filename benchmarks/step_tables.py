@@ -182,6 +182,24 @@ def _components(components: list[dict], steps: list[dict]) -> list[str]:
     return aligned(cells)
 
 
+def figures(records: list[dict]) -> list[str]:
+    """Markdown: a line for each step of fastdit's in records of the throughput benchmark; others' times are in it."""
+    cells = [("machine", "step", "images/s", "of the GEMM rate", "eager PyTorch", "torch.compile", "commit")]
+    for record in records:
+        settings, rows = record["settings"], [row for row in record["rows"] if row["table"] == "step"]
+        by_name = {row["contender"]: row for row in rows if row["ms_p50"]}
+        for name in (PLAIN, settings["method"]) if settings["method"] != PLAIN else (PLAIN,):
+            ours = by_name[name]
+            others = [by_name.get(other) if name == PLAIN else None for other in ("eager", "compile")]
+            cells.append((
+                record["device"], f"{name} {settings['model']}, batch {settings['batch']}, {settings['dtype']}",
+                f"{ours['images_per_s']:.4g}", f"{ours['mfu_gemm']:.0%}",
+                *(f"{other['ms_p50'] / ours['ms_p50']:.2f}x" if other else "" for other in others),
+                record["versions"]["commit"],
+            ))  # fmt: skip
+    return aligned(cells)
+
+
 def _spread(row: dict, what: str, shown: Callable[[float], str]) -> str:
     low, middle, high = (shown(row[f"{what}_{q}"]) for q in ("p20", "p50", "p80"))
     return f"{middle} ({low}-{high})"

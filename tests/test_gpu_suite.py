@@ -50,6 +50,13 @@ def test_readme_comes_from_the_records(tmp_path):
     assert copy.read_text() == (ROOT / "benchmarks" / "README.md").read_text()
 
 
+def test_the_projects_readme_comes_from_the_records(tmp_path):
+    copy = tmp_path / "README.md"
+    copy.write_text((ROOT / "README.md").read_text())
+    gpu_suite.write_figures(copy)
+    assert copy.read_text() == (ROOT / "README.md").read_text()
+
+
 def test_a_part_is_cut_off_and_its_record_kept():
     """The command has a child and ignores SIGTERM: both are gone afterwards."""
     stubborn = (
