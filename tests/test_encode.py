@@ -62,6 +62,15 @@ def encode(home, tmp_path):
     return encode
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As launched processes have: with another number of threads convolutions round otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
