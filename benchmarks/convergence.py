@@ -70,6 +70,7 @@ def _parser() -> OneLineParser:
     )
     parser.add_argument("--json", type=str | None, default=None, help="write the record")
     parser.add_argument("--csv", type=str | None, default=None, help="write the rows")
+    parser.add_argument("--png", type=str | None, default=None, help="draw the curves")
     parser.add_argument(
         "--readme", type=bool, default=False, nargs="?", const=True, help="only: put all records into README.md"
     )
@@ -112,6 +113,8 @@ def _benchmark(argv: list[str]) -> None:
                 records.write_json(record, records.writable("json", args.json))
     if args.csv:
         records.write_csv(record, records.writable("csv", args.csv), COLUMNS)
+    if args.png and record["rows"]:
+        CONVERGENCE.chart(record, records.writable("png", args.png))
     print("\n".join(lines(record)))
 
 

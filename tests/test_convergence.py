@@ -141,7 +141,8 @@ def benchmark(tmp_path, *flags):
     common = " ".join(map(str, TINY)) + " --sd_dit.decoder_width 16 --sd_dit.decoder_depth 1 --sd_dit.decoder_heads 2"
     other = "other=--method sd_dit --sd_dit.head_width 16 --sd_dit.bottleneck 8 --sd_dit.prototypes 16"
     argv = ["--set", "", "--contender", json.dumps([other]), "--common", common, "--budget", "3", "--seeds", "1"]
-    argv += ["--guidance", "1", "--points", "2", "--out", str(out), "--json", str(tmp_path / "record.json"), *flags]
+    argv += ["--guidance", "1", "--points", "2", "--out", str(out), "--json", str(tmp_path / "record.json")]
+    argv += ["--csv", str(tmp_path / "rows.csv"), "--png", str(tmp_path / "curves.png"), *flags]
     return run(python("benchmarks/convergence.py", *argv), tmp_path / "log")
 
 
@@ -161,6 +162,8 @@ def test_a_benchmark_and_its_continuation(tmp_path):
     assert all(0 < row["loss"] < 10 for row in found)
     assert all(row["fd"]["value"] > row["fd"]["floor"] > 0 for row in found)
     assert "FD-lite0 of 6" in ended.text
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 1 + len(found)
     assert all((row["agreement"] is not None) == (row["seconds"] == 3.0) for row in found)
     assert "teacher_entropy" in found[-1]["health"]
     assert len(list((tmp_path / "out" / "dit-seed1" / "checkpoints").iterdir())) == 1
