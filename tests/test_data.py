@@ -172,7 +172,7 @@ def test_resize_covers_and_crops_the_centre(tmp_path, size):
 # Order
 
 
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
 @given(
     n=st.integers(1, 40),
     world=st.integers(1, 3),
@@ -192,6 +192,7 @@ def test_every_sample_comes_once_an_epoch_over_the_ranks(n, world, batch, seed, 
         assert sorted(ids[here]) == list(range(n))
         assert (flips[here] == epoch_order(seed, epoch, n)[1][ids[here]]).all()
     # Another world, started anywhere, continues the same stream.
+    start = min(start, steps * stride - 1)
     whole = Order(n, steps * stride - start, seed).request(start)
     assert (whole.ids == ids[start:]).all()
     assert (whole.flips == flips[start:]).all()
