@@ -62,9 +62,9 @@ def _judge(argv: list[str]) -> None:
             network.load_state_dict(sampled_weights(path))
         found = {"loss": loss(network, build.build_noise(config), images, labels), "fd": distance(network, step)}
         rows.append({"step": step, "images": step * config.batch, **found, "agreement": None, "health": None})
-    scales = {scale: float(scale) for scale in args.guidance.split(",")}
     rows[-1]["agreement"] = {
-        f"{scale:g}": _agreement(network, config, shape, args.samples, scale, known) for scale in scales.values()
+        f"{scale:g}": _agreement(network, config, shape, args.samples, scale, known)
+        for scale in map(float, args.guidance.split(","))
     }
     rows[-1]["health"] = health(read_metrics(folder))
     print(json.dumps(rows))
