@@ -8,11 +8,9 @@
 Shard k is the work of rank k mod world. What is done is not done again, by whatever ranks the work is continued.
 """
 
-import hashlib
 import io
 import json
 import shutil
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,10 +22,9 @@ import torch
 from torch import Tensor
 
 from fastdit.data import UNFINISHED, Source, read_in_order, write_shard
+from fastdit.data.manifest import MANIFEST, checksum, read_manifest, write_json
 from fastdit.errors import UserError
 from fastdit.models import Autoencoder
-
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ def remaining(out: Path, settings: Settings, rank: int, world: int) -> list[int]
     if finished.is_file():
         return []
     begun.parent.mkdir(parents=True, exist_ok=True)
-    _write(begun, own)
+    write_json(begun, own)
     return [k for k in settings.shards if k % world == rank and not _record(out, k).is_file()]
 
 
@@ -122,22 +119,20 @@ def encode_shards(
 
         path = out / name_of(shard)
         write_shard(path, samples())
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        _write(_record(out, shard), {"sha256": digest, **statistics.state()})
+        write_json(_record(out, shard), {"sha256": checksum(path), **statistics.state()})
 
 
 def finish(out: Path, settings: Settings, source: Source) -> dict | None:
     """Write the manifest if all shards are done, by whatever rank. Returns it; None if they are not."""
     try:
         records = {name_of(k): json.loads(_record(out, k).read_text(encoding="utf-8")) for k in settings.shards}
-        (out / "classes.json").write_text(json.dumps(source.class_names, indent=1) + "\n", encoding="utf-8")
-        _write(out / MANIFEST, asdict(settings) | _merged(records, source.classes))
+        write_json(out / "classes.json", source.class_names)
+        write_json(out / MANIFEST, asdict(settings) | _merged(records, source.classes))
     except FileNotFoundError:  # another rank is not done, or was faster
         if not (out / MANIFEST).is_file():
             return None
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-    return json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+    return read_manifest(out)
 
 
 def _merged(records: dict[str, dict], classes: int) -> dict:
@@ -196,13 +191,6 @@ def _npy(latent: np.ndarray) -> bytes:
 
 def _record(out: Path, shard: int) -> Path:
     return out / UNFINISHED / f"{name_of(shard)}.json"
-
-
-def _write(path: Path, value: dict) -> None:
-    """As JSON. The file is whole whenever it is there, whoever else writes it."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    partial.replace(path)
 
 
 def _check_same(path: Path, own: dict) -> None:

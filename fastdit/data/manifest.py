@@ -1,0 +1,41 @@
+"""`manifest.json` beside shards: how many samples each holds, its checksum, and what else its maker tells.
+
+shards          {file name: {samples, sha256}}
+channel_mean, channel_std    of latents: of draws from the posteriors, one number a channel
+"""
+
+import hashlib
+import json
+import uuid
+from pathlib import Path
+
+from fastdit.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """That of a folder; None where it has none. Raises UserError when it cannot be read."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not all({"samples", "sha256"} <= shard.keys() for shard in manifest["shards"].values()):
+            raise TypeError("shards")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: is no manifest of shards; copy it again from where the shards came from") from None
+    return manifest
+
+
+def write_json(path: Path, value) -> None:
+    """The file is whole whenever it is there, whoever else writes it."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def checksum(path: Path) -> str:
+    """sha256 of a file, in hexadecimal. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
