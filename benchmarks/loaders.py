@@ -39,7 +39,7 @@ class TorchSamples(Dataset):
     """Samples of an image or latent source, each prepared by a worker as fastdit's loader does it.
 
     Images: Pillow decodes, turns by EXIF, converts to `channels`, scales to cover `size` (bicubic), cuts the centre;
-    then mirrored, and float32 in [-1, 1]. Latents: the stored half, float32.
+    then mirrored, and float32 in [-1, 1]. Latents: the stored view's bytes, which the device unpacks.
     """
 
     def __init__(self, source: Source, size: tuple[int, int], channels: int):
@@ -51,8 +51,7 @@ class TorchSamples(Dataset):
         return prepared, int(self.source.labels[i])
 
     def _latent(self, i: int, flip: bool) -> Tensor:
-        half = slice(2, 4) if flip else slice(0, 2)
-        return torch.from_numpy(self.source.read(i)[half].astype(np.float32))
+        return torch.from_numpy(np.array(self.source.samples.view(i, flip)))
 
     def _image(self, i: int, flip: bool) -> Tensor:
         try:
@@ -104,10 +103,11 @@ class TorchLoader:
             raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
         x, y = (part.to(self.device, non_blocking=True) for part in batch)
         if self.source.kind == "latent":
-            mean, std = x.unbind(1)
-            self.generator.manual_seed(noise_seed(self.order.seed, self.position))
-            noise = torch.empty_like(mean).normal_(generator=self.generator)
-            x = noise.mul_(std).add_(mean).sub_(self.shift).mul_(self.scale)
+            x, std = self.source.samples.form.unpack(x)
+            if std is not None:
+                self.generator.manual_seed(noise_seed(self.order.seed, self.position))
+                x = torch.empty_like(x).normal_(generator=self.generator).mul_(std).add_(x)
+            x = (x - self.shift).mul_(self.scale)
         self.position += self.order.stride
         return x, y
 

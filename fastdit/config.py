@@ -40,8 +40,15 @@ class DataConfig:
         flip: mirror each sample with probability one half. Latents need the mirrored latent in the shards.
         on_corrupt: an undecodable image stops the run, or is replaced by the next one and counted.
         threads: DALI's CPU threads per rank.
-        latent_scale: factor on latents after `latent_shift` is subtracted (SD VAE: 0.18215).
-        latent_shift: subtracted from latents.
+        latent_scale: factor on latents after `latent_shift` is subtracted (SD VAE: 0.18215); one number, or one a
+            channel.
+        latent_shift: subtracted from latents; a number, or one a channel.
+        standardise: factor takes scale and shift as they stand here. channels sets both, for each channel, from the
+            statistics in the shards' manifest: mean 0, and the deviation that the noise process is made for (edm:
+            its sigma_data; others: 1). A run's config.yaml has the numbers.
+        cache: latents are read anew (none), or kept in memory: the device's, or the host's (cpu), shared out among the
+            ranks. auto: the device where they fill a tenth of its memory at most, else the host up to a quarter.
+            The order is the same.
         autoencoder: what decodes latents into pictures: identity, space_to_depth:K, a folder that diffusers saved
             (AutoencoderKL, AutoencoderTiny), or taef2's pair of files. none: no pictures are drawn of latents.
     """
@@ -53,8 +60,10 @@ class DataConfig:
     flip: bool = True
     on_corrupt: Literal["stop", "skip"] = "stop"
     threads: int = 2
-    latent_scale: float = 1.0
-    latent_shift: float = 0.0
+    latent_scale: float | tuple[float, ...] = 1.0
+    latent_shift: float | tuple[float, ...] = 0.0
+    standardise: Literal["factor", "channels"] = "factor"
+    cache: Literal["auto", "none", "cpu", "device"] = "auto"
     autoencoder: str | None = None
 
 
@@ -276,6 +285,12 @@ class Config:
         for side in (size,) if isinstance(size, int) else size:
             if side % patch:
                 raise UserError(f"data.size: {side} is not a multiple of model.patch ({patch}); change one")
+        for name in ("latent_scale", "latent_shift"):
+            value = getattr(self.data, name)
+            if isinstance(value, tuple) and len(value) != self.data.channels:
+                raise UserError(
+                    f"data.{name}: {len(value)} numbers for {self.data.channels} channels; give one a channel"
+                )
 
     def _check_decoder(self) -> None:
         width, heads = self.sd_dit.decoder_width, self.sd_dit.decoder_heads

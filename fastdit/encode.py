@@ -32,7 +32,12 @@ def _parser() -> OneLineParser:
     )
     parser.add_argument("--classes", type=int | None, default=None, help="number of classes; default: the source's")
     parser.add_argument("--mirrored", type=bool, default=True, help="store mirrored images' latents, for data.flip")
-    parser.add_argument("--dtype", type=Literal["float16", "float32"], default="float16", help="of the latents")
+    parser.add_argument(
+        "--dtype",
+        type=Literal["float16", "float32", "uint8"],
+        default="float16",
+        help="of the latents; uint8: their means alone, each channel's range in 255 steps",
+    )
     parser.add_argument("--per_shard", type=int, default=5000, help="samples of a shard")
     parser.add_argument("--batch", type=int, default=32, help="images that the autoencoder encodes at once")
     parser.add_argument("--on_corrupt", type=Literal["stop", "skip"], default="stop", help="images that do not decode")
@@ -85,12 +90,15 @@ def _encode(argv: list[str]) -> None:
         )
     if manifest := encoding.finish(out, settings, source):
         height, width = (side // autoencoder.factor for side in size)
+        told = manifest["psnr"]
+        exact, stored = ("no error" if db is None else f"{db:.2f} dB" for db in (told["autoencoder"], told["stored"]))
+        print(f"PSNR of {told['pictures']} images decoded again: {stored}; of latents not rounded: {exact}")
         print(
             f"{manifest['encoded']} of {source.n} samples in {len(manifest['shards'])} shards; train on them with "
             f"--data.source {out} --data.channels {autoencoder.channels} "
             f"--data.size {height if height == width else f'[{height},{width}]'} "
             f"--data.latent_scale {autoencoder.scale} --data.latent_shift {autoencoder.shift} "
-            f"--data.autoencoder {args.autoencoder}"
+            f"--data.autoencoder {args.autoencoder}{'' if args.mirrored else ' --data.flip false'}"
         )
     else:
         print(f"rank {rank} is done; others are at work")

@@ -64,6 +64,11 @@ def _warm_start(argv: list[str]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
 
     source = build.open_data(config)
+    if config.data.standardise != "factor":
+        raise UserError(
+            "data.standardise: depends on the run's noise process; give data.latent_scale and data.latent_shift of its "
+            "config.yaml instead"
+        )
     encoder = LatentResNet(
         channels=config.data.channels,
         features=args.features,

@@ -104,7 +104,8 @@ def test_the_shards_hold_the_posteriors_in_order(encode, home, dtype, mirrored):
     source, autoencoder = open_source(str(folder)), open_autoencoder(str(home / "vae"))
     assert (source.kind, source.n, source.class_names) == ("latent", N, tuple(NAMES))
     assert source.labels.tolist() == [i % 3 for i in range(N)]
-    assert (source.samples.shape, source.samples.dtype) == ((4 if mirrored else 2, 4, 4, 4), dtype)
+    form = source.samples.form
+    assert (form.shape, form.views, form.dtype) == ((4, 4, 4), 2 if mirrored else 1, dtype)
     x = cropped(home)
     with torch.no_grad():
         told = torch.stack([*autoencoder.encode(x), *autoencoder.encode(x.flip(-1))], 1)[:, : 4 if mirrored else 2]
@@ -173,7 +174,7 @@ def test_a_folder_of_classes(encode, tmp_path):
     source = open_source(str(folder))
     assert source.class_names == ("bird", "cat")
     assert source.labels.tolist() == [0, 0, 1, 1]
-    assert source.samples.shape == (4, 48, 2, 4)
+    assert source.samples.shape == (48, 2, 4)
     assert manifest(folder)["autoencoder"]["sha256"] is None
 
 
@@ -185,7 +186,7 @@ class Stopped(Exception):
 
 
 def test_it_goes_on_where_it_was_stopped(encode, tmp_path, monkeypatch, capsys):
-    whole, original, encodings = contents(encode(out="whole")), encoding._encoded, []
+    whole, original, encodings = contents(encode(out="whole")), encoding._posteriors, []
 
     def counted(autoencoder, x, settings):
         encodings.append(len(x))
@@ -193,7 +194,7 @@ def test_it_goes_on_where_it_was_stopped(encode, tmp_path, monkeypatch, capsys):
             raise Stopped
         return original(autoencoder, x, settings)
 
-    monkeypatch.setattr(encoding, "_encoded", counted)
+    monkeypatch.setattr(encoding, "_posteriors", counted)
     limit = 12
     with pytest.raises(Stopped):
         encode()
@@ -292,9 +293,9 @@ def test_latents_that_are_not_finite_are_refused(encode, monkeypatch):
     def large(autoencoder, x, settings):
         out = torch.zeros(len(x), 4, 4, 4, 4)
         out[-1, 0, 1, 2, 3] = 1e5
-        return out.to(getattr(torch, settings.dtype))
+        return out
 
-    monkeypatch.setattr(encoding, "_encoded", large)
+    monkeypatch.setattr(encoding, "_posteriors", large)
     text = refusal(encode)
     assert "i-00.tar: 's001': its latent is not finite in float16; encode as float32" in text
     assert open_source(str(encode("--dtype float32", out="wide"))).n == N

@@ -1,17 +1,21 @@
 """The loader: an endless, exactly resumable stream of batches on the device.
 
     order.py (which samples) -> pipeline.py (DALI prepares them ahead) -> Loader (position, labels, noise)
+                             or cache.py (latents in memory)
 
 Its state is the position in the global stream of samples, the same on every rank and for any number of ranks,
 and the samples found corrupt. What DALI has prefetched is no part of it.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
+from fastdit.data.cache import HeldLatents, HeldReader
 from fastdit.data.order import Order, Request, noise_seed
 from fastdit.data.pipeline import BatchFailed, ImageReader, LatentReader, SyntheticReader, undecodable
 from fastdit.data.sources import Source
@@ -36,18 +40,23 @@ def make_loader(
     threads: int = 2,
     prefetch: int = 2,
     on_corrupt: Literal["stop", "skip"] = "stop",
-    latent_scale: float = 1.0,
-    latent_shift: float = 0.0,
+    latent_scale: float | Sequence[float] = 1.0,
+    latent_shift: float | Sequence[float] = 0.0,
+    cache: Literal["none", "cpu", "device"] = "none",
+    group: dist.ProcessGroup | None = None,
 ) -> "Loader":
     """A loader of micro-batches of `batch` samples for one rank out of `world`.
 
     It yields `(x, y)` for ever, on `device`: x float32 (batch, channels, H, W), y int64 (batch,).
 
     - Images: in [-1, 1], scaled to cover `size` (one number or (H, W)) and centre-cropped; see ImageReader.
-    - Latents: `(mean + std * noise - latent_shift) * latent_scale`, the noise drawn anew at every read;
-      `size` and `channels` must be the stored ones.
+    - Latents: `(mean + std * noise - latent_shift) * latent_scale`, the noise drawn anew at every read; scale and
+      shift are one number, or one a channel; `size` and `channels` must be the stored ones.
     - flip: half of the samples, others in each epoch, are mirrored. Latents need stored mirrored posteriors.
     - threads: DALI's CPU threads. prefetch: batches prepared ahead.
+    - cache: where latents are kept, read once: "device", "cpu" (the host), or "none" (DALI reads them anew). What is
+      yielded is the same, to the bit. With a `group`, the process group of all ranks, each keeps its share and every
+      batch is a collective.
     - on_corrupt: an image that cannot be decoded raises UserError ("stop"), or the next good id takes its
       place from then on ("skip", counted in `Loader.skipped`).
 
@@ -66,7 +75,21 @@ def make_loader(
     if source.kind == "image":
         options |= {"size": size, "channels": channels}
     order = Order(source.n, batch, seed, rank, world, shuffle, flip)
-    return Loader(source, order, options, on_corrupt == "skip", latent_scale, latent_shift)
+    held = None
+    if cache != "none":
+        if source.kind != "latent" or (group and (dist.get_rank(group), dist.get_world_size(group)) != (rank, world)):
+            raise ValueError(f"no {cache=} for {source.kind}s, {rank=}, {world=}, {group=}")
+        held = HeldLatents(source, cache, device, group)
+    affine = tuple(_per_channel(value, channels, device) for value in (latent_scale, latent_shift))
+    return Loader(source, order, options, on_corrupt == "skip", held, affine)
+
+
+def _per_channel(value: float | Sequence[float], channels: int, device: torch.device) -> torch.Tensor:
+    """(C, 1, 1) float32 on the device. Raises ValueError for another number of channels."""
+    values = [value] * channels if isinstance(value, int | float) else list(value)
+    if len(values) != channels:
+        raise ValueError(f"{len(values)} numbers for latents of {channels} channels")
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 def _check_fit(source: Source, size: tuple[int, int], channels: int, flip: bool) -> None:
@@ -96,15 +119,18 @@ class Loader:
         order: Order,
         options: dict[str, Any],
         skip_corrupt: bool,
-        latent_scale: float,
-        latent_shift: float,
+        held: HeldLatents | None,
+        affine: tuple[torch.Tensor, torch.Tensor],
     ):
-        """`options` are the reader's: batch, device, threads, prefetch, and for images size and channels."""
-        self.source, self.order, self.position = source, order, 0
+        """`options` are the reader's: batch, device, threads, prefetch, and for images size and channels.
+
+        held: latents in memory, if they are. affine: scale and shift of latents, (C, 1, 1) each.
+        """
+        self.source, self.order, self.position, self.held = source, order, 0, held
         self._options, self._skip_corrupt = options, skip_corrupt
-        self._scale, self._shift = latent_scale, latent_shift
+        self._scale, self._shift = affine
         self._corrupt: set[int] = set()
-        self._reader: ImageReader | LatentReader | SyntheticReader | None = None
+        self._reader: ImageReader | LatentReader | SyntheticReader | HeldReader | None = None
         self._generator = torch.Generator(options["device"])
 
     @property
@@ -124,7 +150,7 @@ class Loader:
         """The next batch. Raises UserError for an image that is corrupt or has another number of channels."""
         while True:
             if self._reader is None:
-                self._reader = _READERS[self.source.kind](self.source, self._requests(), **self._options)
+                self._reader = self._open()
             try:
                 request, x = next(self._reader)
                 break
@@ -162,16 +188,26 @@ class Loader:
             self._reader.close()
             self._reader = None
 
-    def _requests(self) -> Iterator[Request]:
-        """The batches from here on; runs ahead of what is yielded."""
+    def _open(self) -> ImageReader | LatentReader | SyntheticReader | HeldReader:
+        """A reader of the batches from here on; it runs ahead of what is yielded."""
+        if self.held is None:
+            return _READERS[self.source.kind](self.source, self._requests(self.order), **self._options)
+        if self.held.group is None:
+            return HeldReader(self.held, ([request] for request in self._requests(self.order)), 0)
+        together = self._requests(replace(self.order, batch=self.order.stride, rank=0, world=1))
+        return HeldReader(self.held, (request.split(self.order.batch) for request in together), self.order.rank)
+
+    def _requests(self, order: Order) -> Iterator[Request]:
         position = self.position
         while True:
-            yield self.order.request(position, self._corrupt)
-            position += self.order.stride
+            yield order.request(position, self._corrupt)
+            position += order.stride
 
-    def _draw(self, request: Request, posterior: torch.Tensor) -> torch.Tensor:
-        """One draw from each posterior (b, 2, C, H, W), a function of the seed and the position."""
-        mean, std = posterior.unbind(1)
+    def _draw(self, request: Request, views: torch.Tensor) -> torch.Tensor:
+        """A draw from each posterior, a function of seed and position; the mean where that alone is stored."""
+        mean, std = self.source.samples.form.unpack(views)
+        if std is None:
+            return (mean - self._shift).mul_(self._scale)
         self._generator.manual_seed(noise_seed(self.order.seed, request.position))
         noise = torch.empty_like(mean).normal_(generator=self._generator)
         return noise.mul_(std).add_(mean).sub_(self._shift).mul_(self._scale)

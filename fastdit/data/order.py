@@ -27,6 +27,11 @@ class Request:
     ids: np.ndarray
     flips: np.ndarray
 
+    def split(self, batch: int) -> list["Request"]:
+        """Requests of `batch` samples each, one after the other."""
+        starts = range(0, len(self.ids), batch)
+        return [Request(self.position + k, self.ids[k : k + batch], self.flips[k : k + batch]) for k in starts]
+
 
 @dataclass(frozen=True)
 class Order:

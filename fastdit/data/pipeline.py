@@ -1,7 +1,7 @@
 """DALI pipelines: which samples come, and in what order, is order.py's; the work is DALI's.
 
     images    encoded bytes -> decode -> resize -> centre crop -> mirror -> float32 CHW in [-1, 1]
-    latents   stored posterior -> float32 on the device
+    latents   a stored view's bytes -> the device, which unpacks them
 
 DALI's threads read the pages of the memory maps and decode (the GPU decodes where there is one) while the
 training step runs. The same graphs run on a machine without a GPU.
@@ -170,21 +170,20 @@ class ImageReader(DaliReader):
 
 
 class LatentReader(DaliReader):
-    """Latents to float32 (b, 2, C, H, W): mean and std, of the mirrored image where the request flips."""
+    """Latents to views' bytes, uint8 (b, form.view_bytes): the mirrored image's where the request flips."""
 
     def _graph(self) -> tuple[DataNode, ...]:
-        dtype = types.FLOAT16 if self.source.samples.dtype == np.float16 else types.FLOAT
-        (posterior,) = fn.external_source(self._feed, num_outputs=1, batch=True, no_copy=True, dtype=[dtype], ndim=[4])
-        if self.device.type == "cuda":
-            posterior = posterior.gpu()
-        return (fn.cast(posterior, dtype=types.FLOAT),)
+        (views,) = fn.external_source(
+            self._feed, num_outputs=1, batch=True, no_copy=True, dtype=[types.UINT8], ndim=[1]
+        )
+        return (fn.copy(views.gpu() if self.device.type == "cuda" else views),)
 
     def _inputs(self, request: Request) -> tuple:
-        halves = (slice(2, 4) if flip else slice(0, 2) for flip in request.flips)
-        return ([self.source.read(i)[half] for i, half in zip(request.ids.tolist(), halves)],)
+        samples = self.source.samples
+        return ([samples.view(i, flip) for i, flip in zip(request.ids.tolist(), request.flips.tolist())],)
 
-    def _tensor(self, request: Request, posteriors) -> torch.Tensor:
-        return torch.from_dlpack(posteriors.as_tensor())
+    def _tensor(self, request: Request, views) -> torch.Tensor:
+        return torch.from_dlpack(views.as_tensor())
 
 
 class SyntheticReader:

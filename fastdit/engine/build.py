@@ -1,13 +1,17 @@
 """From settings to parts: the noise process, the network, the data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdit.config import Config
+from fastdit.config import Config, DataConfig
 from fastdit.data import Loader, Source, make_loader, open_source
+from fastdit.data.cache import Cache, choose_cache
+from fastdit.data.manifest import read_manifest
+from fastdit.engine.runtime import ranks_here
 from fastdit.errors import UserError
 from fastdit.methods.denoising import Denoising
 from fastdit.methods.self_discrimination import SelfDiscrimination
@@ -168,6 +172,31 @@ def open_data(config: Config) -> Source:
     return open_source(config.data.source, classes=config.data.classes)
 
 
+def standardised(config: Config, source: Source) -> Config:
+    """`config` with the latents' scale and shift as `data.standardise` has them. Raises UserError."""
+    data = config.data
+    if data.standardise == "factor":
+        return config
+    manifest = read_manifest(source.samples.folder) if source.kind == "latent" else None
+    if manifest is None or "channel_std" not in manifest:
+        raise UserError(
+            f"data.standardise: {source.path} has no manifest with statistics of channels; encode it with "
+            "fastdit/encode.py, or set it to factor"
+        )
+    mean, std = manifest["channel_mean"], manifest["channel_std"]
+    if len(mean) != data.channels or min(std) <= 0:
+        raise UserError(f"data.standardise: {source.path} has channels of deviation {std}; set it to factor")
+    wanted = config.noise.edm.sigma_data if config.noise.name == "edm" else 1.0
+    scale, shift = tuple(wanted / s for s in std), tuple(mean)
+    given = (data.latent_scale, data.latent_shift)
+    if given not in ((scale, shift), (DataConfig.latent_scale, DataConfig.latent_shift)):
+        raise UserError(
+            f"data.standardise: latent_scale {given[0]} and latent_shift {given[1]} are not what the statistics of "
+            f"{source.path} give; leave them out, take the data that the run began with, or set it to factor"
+        )
+    return replace(config, data=replace(data, latent_scale=scale, latent_shift=shift))
+
+
 def build_loader(
     config: Config,
     source: Source,
@@ -177,9 +206,15 @@ def build_loader(
     world: int,
     device: torch.device,
     flip: bool | None = None,
+    cache: Cache = "none",
+    group: dist.ProcessGroup | None = None,
 ) -> Loader:
-    """A loader by the run's settings; `flip` overrides theirs. Raises UserError when the source does not fit them."""
+    """A loader by the run's settings; `flip` overrides theirs. Raises UserError when the source does not fit them.
+
+    cache, group: as `choose_cache` and `make_loader` take them; the run's own is `data.cache`.
+    """
     data = config.data
+    kept = choose_cache(cache, source, device, group, ranks_here())
     return make_loader(
         source,
         batch=batch,
@@ -194,6 +229,8 @@ def build_loader(
         on_corrupt=data.on_corrupt,
         latent_scale=data.latent_scale,
         latent_shift=data.latent_shift,
+        cache=kept,
+        group=group if kept != "none" else None,
     )
 
 

@@ -10,6 +10,7 @@ Shard k is the work of rank k mod world. What is done is not done again, by what
 
 import io
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,9 +23,12 @@ import torch
 from torch import Tensor
 
 from fastdit.data import UNFINISHED, Source, read_in_order, write_shard
+from fastdit.data.latents import LatentForm, quantise
 from fastdit.data.manifest import MANIFEST, checksum, read_manifest, write_json
 from fastdit.errors import UserError
 from fastdit.models import Autoencoder
+
+PICTURES = 8  # of each shard, that are decoded again
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Settings:
         samples: in it.
         size: height and width of the images that are encoded.
         autoencoder: its name, sha256, and the scale and shift it advises.
-        dtype: of the latents.
+        dtype: of the latents; uint8 keeps the posteriors' means alone, quantised.
         mirrored: whether each mirrored image's latent is stored too.
         per_shard: samples.
     """
@@ -45,7 +49,7 @@ class Settings:
     samples: int
     size: tuple[int, int]
     autoencoder: dict
-    dtype: Literal["float16", "float32"]
+    dtype: Literal["float16", "float32", "uint8"]
     mirrored: bool
     per_shard: int
 
@@ -106,13 +110,13 @@ def encode_shards(
             nonlocal waiting
             while waiting is not None and int(waiting[0][0]) in settings.ids(shard):
                 ids, x = waiting
-                latents = _encoded(autoencoder, x, settings)
-                statistics.add(latents, source.labels[ids])
-                for i, latent in zip(ids.tolist(), latents.cpu().numpy()):
-                    if not np.isfinite(latent).all():
-                        raise UserError(
-                            f"{source.where(i)}: its latent is not finite in {settings.dtype}; encode as float32"
-                        )
+                posteriors = _posteriors(autoencoder, x, settings)
+                stored = _stored(posteriors.cpu().numpy(), settings, [source.where(i) for i in ids])
+                means = statistics.add(stored, source.labels[ids])
+                if not statistics.pictures:
+                    few = slice(PICTURES)
+                    statistics.compare(autoencoder, x[few], posteriors[few, 0], means[few])
+                for i, latent in zip(ids.tolist(), stored):
                     yield f"{i:08d}", {"npy": _npy(latent), "cls": str(source.labels[i]).encode()}
                 progress(len(ids))
                 waiting = next(images, None)
@@ -136,7 +140,10 @@ def finish(out: Path, settings: Settings, source: Source) -> dict | None:
 
 
 def _merged(records: dict[str, dict], classes: int) -> dict:
-    """What a manifest says of all shards together. Standard deviations are those of draws from the posteriors."""
+    """What a manifest says of all shards together. Standard deviations are those of draws from the posteriors.
+
+    psnr: in dB, over a few images of each shard: of what their exact latents decode to, and of what the stored ones do.
+    """
     labels = Counter()
     for record in records.values():
         labels.update({int(label): n for label, n in record["labels"].items()})
@@ -144,11 +151,14 @@ def _merged(records: dict[str, dict], classes: int) -> dict:
         sum(np.array(record[part]) for record in records.values()) for part in ("sum", "squares", "cells")
     )
     mean = total / cells
+    pictures = sum(record["pictures"] for record in records.values())
+    exact, stored = (psnr(sum(record["errors"][k] for record in records.values()) / pictures) for k in (0, 1))
     return {
         "encoded": labels.total(),
         "counts": [labels[label] for label in range(classes)],
         "channel_mean": mean.tolist(),
         "channel_std": np.sqrt(squares / cells - mean**2).tolist(),
+        "psnr": {"pictures": pictures, "autoencoder": exact, "stored": stored},
         "shards": {
             name: {"samples": sum(record["labels"].values()), "sha256": record["sha256"]}
             for name, record in records.items()
@@ -157,30 +167,60 @@ def _merged(records: dict[str, dict], classes: int) -> dict:
 
 
 class Statistics:
-    """Of one shard's latents: labels, and what mean and variance of each channel follow from."""
+    """Of one shard's latents as they are stored: labels, what mean and variance of each channel follow from, and what a
+    few of them look like when decoded."""
 
     def __init__(self) -> None:
         self.labels, self.cells, self.sums = Counter(), 0, None
+        self.pictures, self.errors = 0, [0.0, 0.0]
 
-    def add(self, latents: Tensor, labels: np.ndarray) -> None:
-        """latents (b, 2 or 4, C, h, w), means and stds in turn; labels (b,)."""
+    def add(self, stored: np.ndarray, labels: np.ndarray) -> Tensor:
+        """stored (b, ...), see data/latents.py; labels (b,). Returns the means that are read back, (b, C, h, w)."""
         self.labels.update(labels.tolist())
-        mean, std = latents.double()[:, 0::2], latents.double()[:, 1::2]
-        sums = torch.stack([mean.sum((0, 1, 3, 4)), (mean.square() + std.square()).sum((0, 1, 3, 4))])
+        form = LatentForm.of(stored.dtype, stored.shape[1:])
+        views = torch.from_numpy(stored.reshape(len(stored), -1).view(np.uint8)).view(-1, form.view_bytes)
+        mean, std = form.unpack(views)
+        squares = mean.double().square() + (std.double().square() if std is not None else 0)
+        sums = torch.stack([mean.double().sum((0, 2, 3)), squares.sum((0, 2, 3))])
         self.sums = sums if self.sums is None else self.sums + sums
-        self.cells += mean[:, :, 0].numel()
+        self.cells += mean[:, 0].numel()
+        return mean[:: form.views]
+
+    @torch.no_grad()
+    def compare(self, autoencoder: Autoencoder, x: Tensor, exact: Tensor, stored: Tensor) -> None:
+        """Pictures x (b, 3, H, W) in [-1, 1] with what their means, exact and as stored, (b, C, h, w), decode to."""
+        self.pictures = len(x)
+        for k, z in enumerate((exact, stored.to(x.device))):
+            picture = torch.cat([autoencoder.decode(part) for part in z.split(1)]).clamp(-1, 1)
+            self.errors[k] = (picture - x).double().square().mean((1, 2, 3)).sum().item()
 
     def state(self) -> dict:
         total, squares = (0, 0) if self.sums is None else self.sums.tolist()
-        return {"labels": dict(self.labels), "cells": self.cells, "sum": total, "squares": squares}
+        moments = {"cells": self.cells, "sum": total, "squares": squares}
+        return {"labels": dict(self.labels), **moments, "pictures": self.pictures, "errors": self.errors}
+
+
+def psnr(mean_square: float) -> float | None:
+    """In dB, of pictures in [-1, 1]; None for those that are equal."""
+    return 10 * math.log10(4 / mean_square) if mean_square else None
 
 
 @torch.no_grad()
-def _encoded(autoencoder: Autoencoder, x: Tensor, settings: Settings) -> Tensor:
-    """(b, 2 or 4, C, h, w): mean and std, of the mirrored images too where they are stored."""
+def _posteriors(autoencoder: Autoencoder, x: Tensor, settings: Settings) -> Tensor:
+    """float32 (b, 2 or 4, C, h, w): mean and std, of the mirrored images too where they are stored."""
     views = [x, x.flip(-1)] if settings.mirrored else [x]
-    parts = [part for view in views for part in autoencoder.encode(view)]
-    return torch.stack(parts, dim=1).to(getattr(torch, settings.dtype))
+    return torch.stack([part for view in views for part in autoencoder.encode(view)], dim=1)
+
+
+def _stored(posteriors: np.ndarray, settings: Settings, where: list[str]) -> np.ndarray:
+    """As data/latents.py has it, (b, ...). Raises UserError for one that is not finite; `where` names the images."""
+    quantised = settings.dtype == "uint8"
+    with np.errstate(over="ignore"):
+        kept = posteriors[:, ::2] if quantised else posteriors.astype(settings.dtype)
+    wrong = np.flatnonzero(~np.isfinite(kept).reshape(len(kept), -1).all(1))
+    if len(wrong):
+        raise UserError(f"{where[wrong[0]]}: its latent is not finite in {settings.dtype}; encode as float32")
+    return quantise(kept) if quantised else kept
 
 
 def _npy(latent: np.ndarray) -> bytes:

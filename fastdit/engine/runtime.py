@@ -132,8 +132,12 @@ def _keep_memory() -> None:
 
 def _fair_threads() -> int:
     """This rank's share of the cores it may run on. Launchers set OMP_NUM_THREADS=1 or leave it, so it says little."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    return max(1, len(os.sched_getaffinity(0)) // ranks_here)
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here())
+
+
+def ranks_here() -> int:
+    """How many ranks the launcher started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
 def _free_port() -> str:

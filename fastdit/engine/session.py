@@ -6,6 +6,7 @@ from pathlib import Path
 import deepspeed
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fastdit.config import CONFIG_FILE, Config, dump
@@ -29,12 +30,12 @@ class Session:
 
     def __init__(self, config: Config, runtime: Runtime):
         """Build everything and, with `config.resume`, load the newest good checkpoint. Raises UserError."""
-        self.config, self.runtime = config, runtime
-        folder = Path(config.out)
+        self.runtime, folder = runtime, Path(config.out)
         agreed = plan(config, runtime.world, runtime.device.type == "cuda")
         if config.uses("sadm") and agreed.micro_batch * runtime.world < 2:
             raise UserError("batch: sadm compares samples of one micro-batch over all ranks; it needs at least two")
         self.source = build.open_data(config)
+        self.config = config = build.standardised(config, self.source)
         self.shape = build.shape_of(config, self.source.classes)
         self.process = build.build_noise(config)
         if self.source.kind == "image" and config.data.autoencoder not in (None, "identity"):
@@ -60,6 +61,8 @@ class Session:
             rank=runtime.rank,
             world=runtime.world,
             device=runtime.device,
+            cache=config.data.cache,
+            group=dist.group.WORLD if runtime.world > 1 else None,
         )
         method.to(runtime.device, torch.bfloat16 if agreed.precision == "bf16" else torch.float32)
         torch.manual_seed(config.seed)  # ours draws from `generator` alone; torch seeds its global one by chance
@@ -102,6 +105,8 @@ class Session:
     def _introduction(self) -> str:
         config, runtime, agreed, shape = self.config, self.runtime, self.run.plan, self.shape
         source = f"{self.source.n:,} samples of {self.source.path} as {shape.channels}x{shape.height}x{shape.width}"
+        if held := self.run.loader.held:
+            source += f" ({held.bytes / 1e9:.3g} GB {'a rank ' if held.group else ''}kept on {held.views.device.type})"
         optimizer = "optimizer: apex" if config.optimizer == "apex" else describe_optimizer(runtime.device)
         batch = f"{agreed.batch} = {agreed.micro_batch} x {agreed.accumulation} accumulated x {runtime.world} ranks"
         return (

@@ -1,5 +1,7 @@
 """Training latents to pictures, a few at a time, with or without the autoencoder's own gradient."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,12 +18,16 @@ class LatentDecoder(nn.Module):
     A picture depends on its latent alone. In the backward pass activations are computed again, `AT_ONCE` pictures at a
     time, so that memory does not grow with the batch.
 
-    scale, shift: of the training latents, x = (z - shift) * scale.
+    scale, shift: of the training latents, x = (z - shift) * scale; numbers, or one a channel.
     """
 
-    def __init__(self, autoencoder: Autoencoder, *, scale: float = 1.0, shift: float = 0.0) -> None:
+    def __init__(
+        self, autoencoder: Autoencoder, *, scale: float | Sequence[float] = 1.0, shift: float | Sequence[float] = 0.0
+    ) -> None:
         super().__init__()
-        self.autoencoder, self.scale, self.shift = autoencoder, scale, shift
+        self.autoencoder = autoencoder
+        for name, value in (("scale", scale), ("shift", shift)):
+            self.register_buffer(name, torch.tensor(value).reshape(-1, 1, 1), persistent=False)
         self.register_buffer("colours", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
