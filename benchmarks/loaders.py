@@ -1,4 +1,5 @@
-"""The loader benchmark: fastdit's loader (DALI) and PyTorch's DataLoader on the same samples, in turns in one process.
+"""The loader benchmark: fastdit's loader (DALI; for latents memory too) and PyTorch's DataLoader, on the same samples,
+in turns in one process.
 
 Both give the batches that training takes, on its device: float32 (b, C, H, W) and int64 labels. Nothing uses them, so
 what is measured is how fast they can come, and what they cost in processor time. The order, the flips and the latents'
@@ -29,6 +30,7 @@ from fastdit.engine import build
 from fastdit.errors import UserError
 
 OURS, THEIRS = "fastdit", "DataLoader"
+KEPT, KEPT_BY_HOST = "fastdit, kept", "fastdit, kept by host"  # latents in memory
 TURNS = 10
 SECONDS = 1.0  # a turn lasts at least so long: a worker's processor time is known to 10 ms
 MEASURES = ("images_per_s", "ratio", "cpu_s_per_1000")
@@ -74,7 +76,9 @@ class TorchLoader:
 
     def __init__(self, config: Config, source: Source, device: torch.device):
         data, self.source, self.device = config.data, source, device
-        self.scale, self.shift = data.latent_scale, data.latent_shift
+        self.scale, self.shift = (
+            torch.tensor(value, device=device).reshape(-1, 1, 1) for value in (data.latent_scale, data.latent_shift)
+        )
         self.order = Order(source.n, config.batch, config.seed, flip=data.flip)
         size = (data.size, data.size) if isinstance(data.size, int) else data.size
         self.generator, self.position = torch.Generator(device), 0
@@ -166,11 +170,19 @@ def take_turn(loader, config: Config, device: torch.device, processors: Processo
 def measure_loaders(config: Config, device: torch.device, turns: int | None, command: str) -> dict:
     """The record. Raises UserError."""
     source = build.open_data(config)
+    config = build.standardised(config, source)
     with ExitStack() as stack:
-        ours = build.build_loader(config, source, batch=config.batch, rank=0, world=1, device=device)
-        loaders = {OURS: stack.enter_context(closing(ours))}
-        loaders[THEIRS] = stack.enter_context(closing(TorchLoader(config, source, device)))
-        # DataLoader forked its workers above: before DALI starts threads, which a fork would leave behind.
+        theirs = TorchLoader(config, source, device)  # forks its workers: before others start threads, which these lack
+        options = {"batch": config.batch, "rank": 0, "world": 1, "device": device}
+        loaders = {OURS: build.build_loader(config, source, **options)}
+        if source.kind == "latent":
+            places = {"device": KEPT} | ({"cpu": KEPT_BY_HOST} if device.type == "cuda" else {})
+            loaders |= {
+                name: build.build_loader(config, source, cache=place, **options) for place, name in places.items()
+            }
+        loaders[THEIRS] = theirs
+        for loader in loaders.values():
+            stack.enter_context(closing(loader))
         firsts = {name: next(loader) for name, loader in loaders.items()}
         record = records.start(command, device, _settings(config, source, firsts), LOADER.benchmark)
         processors = Processors()
@@ -178,14 +190,14 @@ def measure_loaders(config: Config, device: torch.device, turns: int | None, com
         for turn in range(turns or TURNS):
             for name in list(loaders)[:: 1 if turn % 2 else -1]:
                 taken[name].append(take_turn(loaders[name], config, device, processors))
-    ran = {OURS: "DALI", THEIRS: "torch, Pillow"}
+    ran = {OURS: "DALI", KEPT: "data.cache device", KEPT_BY_HOST: "data.cache cpu", THEIRS: "torch, Pillow"}
     record["rows"] = [_row(name, ran[name], taken[name], taken[THEIRS]) for name in loaders]
     return record
 
 
 def _settings(config: Config, source: Source, firsts: dict[str, tuple[Tensor, Tensor]]) -> dict:
-    (x, y), (other, labels) = firsts.values()
-    if not torch.equal(y, labels):
+    (x, y), (other, _) = firsts[OURS], firsts[THEIRS]
+    if not all(torch.equal(y, labels) for _, labels in firsts.values()):
         raise RuntimeError("the loaders give different samples")
     height, width = x.shape[-2:]
     some = range(0, source.n, math.ceil(source.n / 256))

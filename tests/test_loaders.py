@@ -170,6 +170,15 @@ def test_rows(measured):
     assert measured["settings"]["samples"] == 11
 
 
+def test_latents_are_kept_too(tmp_path):
+    from loaders import KEPT, OURS, THEIRS, measure_loaders
+
+    latent_source(tmp_path, np.random.default_rng(0).normal(size=(7, 4, 4, 6, 6)).astype(np.float16))
+    record = measure_loaders(config_of(tmp_path, 6, 4), CPU, 1, "command")
+    assert [row["loader"] for row in record["rows"]] == [OURS, KEPT, THEIRS]
+    assert record["settings"]["difference"] == 0
+
+
 def test_ratios_are_turn_by_turn():
     from loaders import Taken, _row
 
