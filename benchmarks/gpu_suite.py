@@ -43,6 +43,11 @@ def _step(model: str, method: str, batch: int, limit: float, against: str = "", 
     return Part(f"{method} {model}", f"benchmarks/throughput.py {flags} {more}".strip(), limit)
 
 
+def _loader(data: str, size: int, channels: int, batch: int, limit: float) -> Part:
+    flags = f"--loader_only --data {data} --size {size} --channels {channels} --batch {batch} --data.threads 8"
+    return Part(f"loader {data}", f"benchmarks/throughput.py {flags}", limit)
+
+
 # Batches: what one GPU of 80 GB holds beside all contenders of a part, in bf16.
 PARTS = (
     Part("tests", "-m pytest -q " + " ".join(f"tests/test_{name}.py" for name in TESTS), 180),
@@ -55,9 +60,10 @@ PARTS = (
     _step("B/2", "sadm", 128, 45),
     _step("S/2", "sadm", 256, 45),
     _step("B/2", "sd_dit+sadm", 128, 45),
-    Part(
-        "loader", "benchmarks/throughput.py --loader_only --data fashion_mnist --size 28 --channels 1 --batch 256", 45
-    ),
+    _loader("photos", 256, 3, 128, 90),
+    _loader("latents", 32, 4, 256, 60),
+    _loader("latents8", 32, 4, 256, 60),
+    _loader("fashion_mnist", 28, 1, 256, 45),
     Part("operations S, B", "benchmarks/kernels.py --sizes S,B", 180),
 )
 TINY_STEP = "--size 16 --model.depth 1 --model.width 32 --model.heads 2 --steps 1"

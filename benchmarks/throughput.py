@@ -14,6 +14,7 @@ from typing import Literal
 import record as records
 import torch
 from loaders import LOADER, measure_loaders
+from made_data import MADE, at_hand
 from peers import build_peer, load_peer
 from scaling import Links, Measured, Target, scaling, target_of
 from step_tables import PLAIN, THROUGHPUT, failed_row, step_rows, whole_step
@@ -61,7 +62,12 @@ def _parser() -> OneLineParser:
         "--against", type=str | None, default=None, help="eager, compile, peer:NAME:FOLDER, with commas between"
     )
     parser.add_argument("--zero", type=Literal[0, 1, 2, 3], default=1, help="ZeRO's stage")
-    parser.add_argument("--data", type=str, default="synthetic", help="a source, as in training")
+    parser.add_argument(
+        "--data",
+        type=str,
+        default="synthetic",
+        help=f"a source, as in training; for --loader_only also {', '.join(MADE)}",
+    )
     parser.add_argument("--steps", type=int | None, default=None, help="timed, of each; default: 40 on a GPU, else 10")
     parser.add_argument("--scale_to", type=str | None, default=None, help="predict for so many GPUs: 8,64,1024")
     parser.add_class_arguments(Links)
@@ -96,7 +102,11 @@ def _benchmark(argv: list[str]) -> None:
         config = replace(config, precision="bf16" if runtime.on_gpu(config) else "fp32")
     ranks = runtime.start(config)
     if args.loader_only:
-        section, record = LOADER, measure_loaders(config, ranks.device, args.steps, _command(argv))
+        with at_hand(args.data) as source:
+            config = replace(config, data=replace(config.data, source=source))
+            record = measure_loaders(config, ranks.device, args.steps, _command(argv))
+        record["settings"]["data"] = args.data
+        section = LOADER
     else:
         steps = args.steps or STEPS[ranks.device.type]
         section, record = THROUGHPUT, _measure(config, against, ranks, steps, target, _command(argv))

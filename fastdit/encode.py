@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from fastdit.command_line import OneLineParser
 from fastdit.data import open_source
-from fastdit.engine import encoding
+from fastdit.engine import encoding, runtime
 from fastdit.errors import UserError, run_command
 from fastdit.models import open_autoencoder
 
@@ -108,6 +108,7 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
+        runtime.keep_memory()
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)

@@ -130,7 +130,10 @@ def test_every_part_is_a_command_that_parses(part):
 
     import kernels
 
-    args = (throughput if "throughput" in script else kernels)._parser().parse([*flags, "--device", "cpu"])
-    if "throughput" in script and part.name != "loader":
-        throughput._config(args, [])
-        throughput._against(args.against)
+    if "throughput" not in script:
+        kernels._parser().parse([*flags, "--device", "cpu"])
+        return
+    own, dotted = throughput._split([*flags, "--device", "cpu"])
+    args = throughput._parser().parse(own)
+    throughput._against(args.against)
+    throughput._config(args, dotted)

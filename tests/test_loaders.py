@@ -265,3 +265,30 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     with (tmp_path / "r.csv").open(newline="") as file:
         read = list(csv.DictReader(file))
     assert read == [{name: str(value) for name, value in row.items()} for row in record["rows"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("photos", (3, 256, 256)), ("latents", (4, 32, 32)), ("latents8", (4, 32, 32))]
+)
+def test_data_made_when_asked_for(monkeypatch, name, shape):
+    """It is what training reads, the same each time, and gone afterwards."""
+    import made_data
+
+    monkeypatch.setattr(made_data, "PHOTOS", 5)
+    monkeypatch.setattr(made_data, "LATENTS", 5)
+    seen = []
+    for _ in range(2):
+        with made_data.at_hand(name) as folder:
+            config = config_of(folder, shape[1], shape[0])
+            source = build.open_data(config)
+            assert source.labels.tolist() == [0, 1, 2, 3, 4]
+            seen.append([source.read(i).tobytes() for i in range(5)])
+            (pair,) = batches(config, 1)
+            assert pair[0][0].shape == (3, *shape)
+            (difference,) = compared([pair])
+            assert difference.mean() < 0.01
+        assert not Path(folder).exists()
+    assert seen[0] == seen[1]
+    assert len(set(seen[0])) == 5
+    with made_data.at_hand("elsewhere") as path:
+        assert path == "elsewhere"
