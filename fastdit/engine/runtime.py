@@ -121,9 +121,9 @@ def start(config: Config) -> Runtime:
 
 
 def keep_memory() -> None:
-    """Let glibc keep what tensors on CPUs free. It would give large blocks back to the kernel and take them page by page
-    again: on two cores of an AMD EPYC 300,000 page faults a step of SD-DiT-S/2 in fp32 (batch 2), half a second of
-    system time where now are 0.03."""
+    """Let glibc keep what tensors on CPUs free. It would give large blocks back to the kernel and take them page by
+    page again: on two cores of an AMD EPYC 300,000 page faults a step of SD-DiT-S/2 in fp32 (batch 2), half a second
+    of system time where now are 0.03."""
     allocator = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
     if allocator:
         allocator(M_MMAP_MAX, 0)
