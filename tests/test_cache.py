@@ -20,6 +20,7 @@ from fastdit.errors import UserError
 
 CPU = torch.device("cpu")
 SHAPE = {"size": (5, 7), "channels": 3}
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def posteriors(n: int, kinds: int = 4, dtype=np.float32) -> np.ndarray:
@@ -38,11 +39,12 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("rank", "world"), [(0, 1), (2, 3)])
-def test_what_is_kept_is_yielded_like_what_is_read(tmp_path, form, rank, world):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+def test_what_is_kept_is_yielded_like_what_is_read(tmp_path, form, rank, world, device):
     """Noise, flips, scale, labels, and from the middle on; each rank keeps all when no group shares them out."""
     source = latent_source(tmp_path, FORMS[form](11))
     options = {"batch": 4, "seed": 3, "rank": rank, "world": world, "latent_scale": (0.5, 2.0, 3.0), **SHAPE}
-    options["latent_shift"] = (0.0, -1.0, 0.25)
+    options |= {"latent_shift": (0.0, -1.0, 0.25), "device": device}
     read = take(8, source, cache="none", **options)
     assert len({x.double().sum().item() for x, _ in read}) == 8
     for place in ("cpu", "device"):
@@ -52,6 +54,7 @@ def test_what_is_kept_is_yielded_like_what_is_read(tmp_path, form, rank, world):
             next(loader)
             loader.load_state_dict(state)
             kept += [next(loader) for _ in range(3)]
+            assert loader.held.views.device.type == (device if place == "device" else "cpu")
             assert loader.held.bytes == 11 * 2 * source.samples.form.view_bytes
         for (x, y), (x_kept, y_kept) in zip(read, kept):
             assert torch.equal(x, x_kept)
