@@ -1,10 +1,14 @@
-"""Sets of images and shards, obtained and verified: `fastdit-data fetch NAME`, `fastdit-data check DIR`."""
+"""Sets of images and shards, obtained and verified: `fastdit-data fetch NAME`, `convert-imagenet TAR`, `check DIR`."""
 
 import importlib
 
 from fastdit.errors import UserError, run_command
 
-COMMANDS = {"fetch": "fastdit.data_fetch", "check": "fastdit.data_check"}
+COMMANDS = {
+    "fetch": "fastdit.data_fetch",
+    "convert-imagenet": "fastdit.data_convert_imagenet",
+    "check": "fastdit.data_check",
+}
 
 
 def main(argv: list[str] | None = None) -> None:

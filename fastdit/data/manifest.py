@@ -39,3 +39,17 @@ def checksum(path: Path) -> str:
     """sha256 of a file, in hexadecimal. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_same(path: Path, own: dict) -> None:
+    """Raises UserError unless the JSON file at `path`, of work begun earlier, has every field as `own` has it."""
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path}: cannot be read; delete its folder and run the command again") from None
+    for field, value in own.items():
+        if theirs.get(field) != value:
+            raise UserError(
+                f"{path}: was begun with {field} {theirs.get(field)}, now it is {value}; repeat the command as it was, "
+                "or choose another --out"
+            )

@@ -69,7 +69,7 @@ def open_source(path: str, *, classes: int | None = None) -> Source:
     else:
         shards = find_shards(str(_shipped(path)))
         if (shards[0].parent / UNFINISHED).exists():
-            raise UserError(f"{shards[0].parent}: not all of its shards are written yet; run fastdit/encode.py again")
+            raise UserError(f"{shards[0].parent}: not all of its shards are written yet; run again what writes them")
         samples = ShardSamples(shards)
         kind = "latent" if samples.is_latent else "image"
         samples = LatentSamples(samples) if samples.is_latent else samples

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastdit.data import UNFINISHED, Source, read_in_order, write_shard
 from fastdit.data.latents import LatentForm, quantise
-from fastdit.data.manifest import MANIFEST, checksum, read_manifest, write_json
+from fastdit.data.manifest import MANIFEST, check_same, checksum, read_manifest, write_json
 from fastdit.errors import UserError
 from fastdit.models import Autoencoder
 
@@ -71,7 +71,7 @@ def remaining(out: Path, settings: Settings, rank: int, world: int) -> list[int]
     finished, own = out / MANIFEST, json.loads(json.dumps(asdict(settings)))
     begun = out / UNFINISHED / "settings.json"
     if finished.is_file() or begun.is_file():
-        _check_same(finished if finished.is_file() else begun, own)
+        check_same(finished if finished.is_file() else begun, own)
     elif any(out.glob("*.tar")):
         raise UserError(f"--out {out}: holds other shards; choose another folder")
     if finished.is_file():
@@ -231,16 +231,3 @@ def _npy(latent: np.ndarray) -> bytes:
 
 def _record(out: Path, shard: int) -> Path:
     return out / UNFINISHED / f"{name_of(shard)}.json"
-
-
-def _check_same(path: Path, own: dict) -> None:
-    try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path}: cannot be read; delete its folder and encode again") from None
-    for field, value in own.items():
-        if theirs.get(field) != value:
-            raise UserError(
-                f"{path}: was begun with {field} {theirs.get(field)}, now it is {value}; repeat the command as it was, "
-                "or choose another --out"
-            )

@@ -1,0 +1,36 @@
+"""ImageNet's official tar to shards: `fastdit-data convert-imagenet ILSVRC2012_img_train.tar --out DIR`."""
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from fastdit.command_line import OneLineParser
+from fastdit.data.imagenet import CLASSES, IMAGES, convert, read_names
+from fastdit.errors import UserError
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(prog="fastdit-data convert-imagenet", description="Make shards of ImageNet's official tar.")
+    parser.add_argument("tar", type=str, help="ILSVRC2012_img_train.tar")
+    parser.add_argument("--out", type=str, required=True, help="folder of the shards")
+    parser.add_argument("--per_shard", type=int, default=5000, help="images of a shard")
+    parser.add_argument("--names", type=str | None, default=None, help="file of lines `n01440764 name of the class`")
+    return parser
+
+
+def run(argv: list[str]) -> None:
+    """The command. Interrupted, it goes on where it was. Raises UserError."""
+    args = _parser().parse(argv)
+    if args.per_shard < 1:
+        raise UserError(f"--per_shard {args.per_shard}: must be at least 1")
+    tar, out = Path(args.tar), Path(args.out)
+    names = read_names(Path(args.names)) if args.names else None
+    if not tar.is_file():
+        raise UserError(f"{tar}: no such file; fastdit-data fetch imagenet-info tells where to get it")
+    with tqdm(total=tar.stat().st_size, desc=tar.name, unit="B", unit_scale=True) as bar:
+        manifest = convert(tar, out, per_shard=args.per_shard, names=names, progress=bar.update)
+    counts = manifest["counts"]
+    print(f"{sum(counts):,} images of {len(counts):,} classes in {len(manifest['shards'])} shards: {out}")
+    if (sum(counts), len(counts)) != (IMAGES, CLASSES):
+        print(f"warning: ImageNet has {IMAGES:,} images of {CLASSES:,} classes; is {tar} the file of step 2?")
+    print(f"encode: python fastdit/encode.py --source {out} --size 256 --autoencoder models/sd-vae --out {out}-latents")
