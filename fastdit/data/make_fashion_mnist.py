@@ -5,45 +5,14 @@ Re-running it with the same Pillow gives the same bytes.
 python fastdit/data/make_fashion_mnist.py t10k-images-idx3-ubyte.gz t10k-labels-idx1-ubyte.gz OUT
 """
 
-import gzip
-import io
 import json
 import sys
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
+from fastdit.data.fashion_mnist import CLASS_NAMES, read_idx
+from fastdit.data.image_sets import png
 from fastdit.data.shards import write_shards
-
-CLASS_NAMES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-
-
-def read_idx(path: str | Path) -> np.ndarray:
-    """The uint8 array in a gzipped idx file (MNIST's format: magic, big-endian extents, bytes)."""
-    data = gzip.decompress(Path(path).read_bytes())
-    if data[:3] != b"\0\0\x08":
-        raise SystemExit(f"{path}: is no gzipped idx file of bytes")
-    extents = np.frombuffer(data, dtype=">i4", count=data[3], offset=4)
-    return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * len(extents)).reshape(extents)
-
-
-def png(image: np.ndarray) -> bytes:
-    """A grey image (H, W) uint8 as PNG, as small as zlib makes it."""
-    out = io.BytesIO()
-    Image.fromarray(image).save(out, "PNG", optimize=True)
-    return out.getvalue()
+from fastdit.errors import UserError
 
 
 def main(images: str, labels: str, out: str) -> None:
@@ -62,4 +31,7 @@ def main(images: str, labels: str, out: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 4:
         raise SystemExit(__doc__)
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except UserError as error:
+        raise SystemExit(str(error)) from None

