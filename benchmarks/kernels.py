@@ -12,6 +12,7 @@ from operations import OPERATIONS, UNSIZED, Case, Setting, Steps
 from timing import FULL, QUICK, Clock
 
 from fastdit.command_line import OneLineParser
+from fastdit.engine.runtime import keep_memory
 from fastdit.errors import UserError, run_command
 
 SIZES = ("S", "B", "XL")
@@ -58,6 +59,8 @@ def _benchmark(argv: list[str]) -> None:
     files = {name: records.writable(name, value) for name in ("json", "csv", "png") if (value := getattr(args, name))}
     writers = {"json": records.write_json, "csv": records.write_csv, "png": records.write_chart}
 
+    if device.type == "cpu":
+        keep_memory()  # as a run does
     effort = QUICK if args.quick else FULL[device.type]
     dtype = str(Setting.of(sizes[0], batch, device, args.quick).dtype).removeprefix("torch.")
     settings = {"batch": batch, "dtype": dtype, "sets": SETS, "quick": args.quick, **effort._asdict()}
