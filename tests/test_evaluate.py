@@ -15,7 +15,7 @@ from launching import TINY, Launched, checkpoint, deepspeed, forked, metrics, py
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastdit.config import Config, EvalConfig, load, parse
-from fastdit.data import open_source
+from fastdit.data import open_source, sources
 from fastdit.engine import build, drawing, eval_records, evaluation, judge, loop
 from fastdit.engine.checkpoint_files import sampled_weights
 from fastdit.engine.evaluation import Evaluator, draw_labels
@@ -109,18 +109,19 @@ class Opened:
 
 
 def test_figures_are_those_of_the_samples_and_the_data(trained, cheap, monkeypatch):
-    """By hand: all samples at once, the data read again."""
-    monkeypatch.setattr(judge, "KNOWN_IMAGES", 10_000)
-    opened = Opened(trained, n_real=10_000, seed=3)
+    """By hand: all samples at once, the data read again; of three shards."""
+    monkeypatch.setattr(judge, "KNOWN_IMAGES", 3_000)
+    part = str(Path(sources.__file__).parents[1] / "assets/fashion_mnist/fashion-mnist-{00..02}.tar")
+    opened = Opened(trained, n_real=3_000, seed=3, data=part)
     found = opened.figures()
     labels = drawing.balanced_labels(21, range(10))
     samples = opened.images(21, labels)
-    source = open_source("fashion_mnist")
+    source = open_source(part)
     known = judge.known_images(opened.config, source)
     everything = ((known[0] + 1) * 127.5).round().to(torch.uint8)
     real = Moments.of(cheap(everything).features)
     mine = Moments.of(cheap(torch.from_numpy(samples).permute(0, 3, 1, 2)).features)
-    assert real.n == 10_000
+    assert real.n == 3_000
     assert found["FD-cheap"]["value"] == pytest.approx(frechet_distance(mine, real), rel=1e-6)
     assert 0 < found["FD-cheap"]["floor"] < found["FD-cheap"]["value"]
     assert found["class agreement"]["value"] == pytest.approx(judge.agreement(samples, labels, known), abs=1e-6)
