@@ -12,9 +12,12 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from copy import copy
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -25,8 +28,15 @@ IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 LATENT_EXTENSION = "npy"
 UNFINISHED = ".unfinished"  # a folder beside shards that are still being written
 Sample = tuple[str, Mapping[str, bytes]]  # its key, and its files by extension
+Report = Callable[[UserError], None]  # is told what is wrong; when it returns, the reader leaves out what is bad
 _BLOCK = 512
 _END = bytes(_BLOCK)
+_LONGEST = 1 << 16  # bytes of a long name or a pax header
+
+
+def refuse(error: UserError) -> NoReturn:
+    """The report of those who read on for nothing bad."""
+    raise error
 
 
 def map_file(path: str | os.PathLike) -> np.ndarray:
@@ -66,52 +76,73 @@ def find_shards(path: str) -> list[Path]:
 class ShardSamples:
     """The samples of some shards, numbered in the order of the shards and of each shard's members.
 
-    `is_latent` tells `.npy` latents from images; `labels` is (n,) int64, `sizes` (n,) int64 in bytes.
+    `is_latent` tells `.npy` latents from images; `labels` is (n,) int64, `sizes` (n,) int64 in bytes, `keys` (n,)
+    bytes, and `shard` (n,) int32 numbers the `paths`.
     """
 
-    def __init__(self, paths: list[Path]):
-        """Reads every header and label. Raises UserError that names the shard and the key or byte."""
-        self.paths = paths
+    def __init__(self, paths: Iterable[Path], report: Report = refuse):
+        """Reads every header and label. Raises (or reports) UserErrors that name the shard, the byte and the key."""
+        self.paths: list[Path] = []
         self._maps: dict[int, np.ndarray] = {}
         shard, offset, size, labels, keys, latent = [], [], [], [], [], []
         for s, path in enumerate(paths):
-            data = map_file(path)
-            for key, members in _grouped(path, data).items():
-                extension, (start, length) = _payload(path, key, members)
-                labels.append(_label(path, key, members, data))
+            self.paths.append(path)
+            try:
+                data = map_file(path)
+            except UserError as error:
+                report(error)
+                continue
+            for key, members in _grouped(path, data, report).items():
+                payload, label = _payload(path, key, members, report), _label(path, key, members, data, report)
+                if payload is None or label is None:
+                    continue
+                extension, (start, length) = payload
+                labels.append(label)
                 shard.append(s)
                 offset.append(start)
                 size.append(length)
                 keys.append(key.encode())
                 latent.append(extension == LATENT_EXTENSION)
-        if not keys:
-            raise UserError(f"{paths[0]}: holds no samples; a sample is an image (or .npy) and a .cls of one name")
-        if any(latent) != all(latent):
-            odd = latent.index(not latent[0])
-            raise UserError(f"{paths[shard[odd]]}: '{keys[odd].decode()}' mixes images and latents; separate them")
-        self.is_latent = latent[0]
         self.labels = np.array(labels, dtype=np.int64)
-        self._shard = np.array(shard, dtype=np.int32)
-        self._offset = np.array(offset, dtype=np.int64)
+        self.shard = np.array(shard, dtype=np.int32)
         self.sizes = np.array(size, dtype=np.int64)
-        self._keys = np.array(keys)
+        self.keys = np.array(keys, dtype=bytes)
+        self._offset = np.array(offset, dtype=np.int64)
+        self.is_latent = 2 * sum(latent) > len(latent)
+        if not keys:
+            first = self.paths[0]
+            report(UserError(f"{first}: holds no samples; a sample is an image (or .npy) and a .cls of one name"))
+        for i in (odd := np.flatnonzero(np.array(latent, dtype=bool) != self.is_latent)):
+            report(UserError(f"{self.where(i)}: mixes images and latents; separate them"))
+        if len(odd):
+            self._keep(np.setdiff1d(np.arange(len(keys)), odd))
+
+    def subset(self, ids: np.ndarray) -> "ShardSamples":
+        """The samples `ids` (k,) alone, numbered anew."""
+        part = copy(self)
+        part._keep(ids)
+        return part
+
+    def _keep(self, ids: np.ndarray) -> None:
+        for name in ("labels", "shard", "sizes", "keys", "_offset"):
+            setattr(self, name, getattr(self, name)[ids])
 
     def read(self, i: int) -> np.ndarray:
         """The encoded bytes of sample `i`: uint8 (size,), a view of the mapped shard."""
-        s, start = int(self._shard[i]), int(self._offset[i])
+        s, start = int(self.shard[i]), int(self._offset[i])
         if s not in self._maps:
             self._maps[s] = map_file(self.paths[s])
         return self._maps[s][start : start + int(self.sizes[i])]
 
     def where(self, i: int) -> str:
         """How an error names sample `i`."""
-        return f"{self.paths[self._shard[i]]}: '{self._keys[i].decode()}'"
+        return f"{self.paths[self.shard[i]]}: byte {self._offset[i]}: {self.keys[i].decode()!r}"
 
 
-def _grouped(path: Path, data: np.ndarray) -> dict[str, dict[str, tuple[int, int]]]:
+def _grouped(path: Path, data: np.ndarray, report: Report) -> dict[str, dict[str, tuple[int, int]]]:
     """{key: {extension: (offset, size)}} of one shard, in order of first appearance."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
-    for name, offset, size in tar_members(path, data):
+    for name, offset, size in tar_members(path, data, report):
         folder, _, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
         if not stem:  # hidden files, such as the ones macOS adds
@@ -119,28 +150,38 @@ def _grouped(path: Path, data: np.ndarray) -> dict[str, dict[str, tuple[int, int
         key = f"{folder}/{stem}" if folder else stem
         members = samples.setdefault(key, {})
         if extension.lower() in members:
-            raise UserError(f"{path}: '{key}' has two files .{extension}; keys must be unique in a shard")
-        members[extension.lower()] = (offset, size)
+            what = f"{key!r} has two files {'.' + extension!r}; keys must be unique in a shard"
+            report(UserError(f"{path}: byte {offset}: {what}"))
+        else:
+            members[extension.lower()] = (offset, size)
     return samples
 
 
-def _payload(path: Path, key: str, members: Mapping[str, tuple[int, int]]) -> tuple[str, tuple[int, int]]:
+def _payload(
+    path: Path, key: str, members: Mapping[str, tuple[int, int]], report: Report
+) -> tuple[str, tuple[int, int]] | None:
     found = [e for e in (*IMAGE_EXTENSIONS, LATENT_EXTENSION) if e in members]
-    if not found:
-        raise UserError(f"{path}: '{key}' has no image or .npy (its files: {', '.join(sorted(members))})")
-    if len(found) > 1:
-        raise UserError(f"{path}: '{key}' has {len(found)} images or latents ({', '.join(found)}); keep one")
-    return found[0], members[found[0]]
+    if len(found) == 1:
+        return found[0], members[found[0]]
+    if found:
+        what = f"has {len(found)} images or latents ({', '.join(found)}); keep one"
+    else:
+        what = f"has no image or .npy (its files: {', '.join(map(repr, sorted(members)))}); add it or remove them"
+    report(UserError(f"{path}: byte {_first(members)}: {key!r} {what}"))
+    return None
 
 
-def _label(path: Path, key: str, members: Mapping[str, tuple[int, int]], data: np.ndarray) -> int:
+def _label(
+    path: Path, key: str, members: Mapping[str, tuple[int, int]], data: np.ndarray, report: Report
+) -> int | None:
     for extension in ("cls", "json"):
         if extension in members:
             offset, size = members[extension]
             text = data[offset : offset + size].tobytes()
             break
     else:
-        raise UserError(f"{path}: '{key}' has no label; add '{key}.cls' with the class number")
+        report(UserError(f"{path}: byte {_first(members)}: {key!r} has no label; add '.cls' with the class number"))
+        return None
     try:
         if extension == "cls":
             return int(text)
@@ -149,52 +190,80 @@ def _label(path: Path, key: str, members: Mapping[str, tuple[int, int]], data: n
         if type(label) is not int:
             raise TypeError("not an integer")
         return label
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: '{key}.{extension}' holds no class number (it reads {text[:20]!r})") from error
+    except (ValueError, KeyError, TypeError):
+        name = f"{key}.{extension}"
+        what = f"{name!r} holds no class number (it reads {text[:20]!r}); write it anew"
+        report(UserError(f"{path}: byte {offset}: {what}"))
+        return None
 
 
-def tar_members(path: Path, data: np.ndarray) -> Iterator[tuple[str, int, int]]:
+def _first(members: Mapping[str, tuple[int, int]]) -> int:
+    return min(offset for offset, _ in members.values())
+
+
+def tar_members(path: Path, data: np.ndarray, report: Report = refuse) -> Iterator[tuple[str, int, int]]:
     """(name, offset, size) of the regular files of a USTAR, GNU or pax archive held in `data`.
 
-    Raises UserError at a damaged header, a member cut short, or an end without the end-of-archive block.
+    Raises UserError at a damaged header, a member cut short, an end without the end-of-archive block, and data after
+    it; or reports it, and goes on with the next header that is whole.
     """
     view, position, extended = memoryview(data), 0, {}
-    while True:
+    while position is not None:
         header = bytes(view[position : position + _BLOCK])
         if len(header) < _BLOCK:
-            raise UserError(f"{path}: truncated at byte {len(data)} (no end of archive); copy or make it again")
-        if header == _END:
-            if data[position:].any():
-                raise UserError(f"{path}: more data after the end of archive at byte {position}; write one archive")
+            report(UserError(f"{path}: byte {len(data)}: truncated (no end of archive); copy or make it again"))
             return
+        if header == _END:
+            if not data[position:].any():
+                return
+            what = "more data after the end of archive; copy it again, or write one archive"
+            report(UserError(f"{path}: byte {position}: {what}"))
+            position, extended = _next_header(data, position + _BLOCK), {}
+            continue
+        kind = header[156:157]
         try:
-            if int(header[148:156].strip(b"\0 ") or b"x", 8) != sum(header) - sum(header[148:156]) + 8 * 32:
+            if not _sums_up(header):
                 raise ValueError("checksum")
             size = extended.get("size") or _number(header[124:136])
-            if size < 0:
+            if size < 0 or (size > _LONGEST and kind in (b"L", b"x")):
                 raise ValueError("size")
-        except ValueError as error:
-            raise UserError(f"{path}: damaged tar header at byte {position}; copy or make it again") from error
+        except ValueError:
+            report(UserError(f"{path}: byte {position}: damaged tar header; copy or make it again"))
+            position, extended = _next_header(data, position + _BLOCK), {}
+            continue
         name = extended.get("path") or _name(header)
         offset = position + _BLOCK
         if offset + size > len(data):
-            raise UserError(
-                f"{path}: truncated: '{name}' at byte {position} ends at byte {offset + size}, the file at "
-                f"{len(data)}; copy or make it again"
-            )
-        kind = header[156:157]
+            what = f"truncated: {name!r} ends at byte {offset + size}, the file at {len(data)}; copy or make it again"
+            report(UserError(f"{path}: byte {position}: {what}"))
+            return
         if kind == b"L":  # GNU: the next member's long name
             extended["path"] = bytes(view[offset : offset + size]).rstrip(b"\0").decode(errors="replace")
         elif kind == b"x":  # pax: the next member's fields
             try:
                 extended |= _pax(bytes(view[offset : offset + size]))
-            except ValueError as error:
-                raise UserError(f"{path}: damaged pax header at byte {position}; make the shard again") from error
+            except ValueError:
+                report(UserError(f"{path}: byte {position}: damaged pax header; copy or make it again"))
         else:
             extended = {}
             if kind in (b"0", b"\0"):
                 yield name, offset, size
         position = offset + -(-size // _BLOCK) * _BLOCK
+
+
+def _sums_up(header: bytes) -> bool:
+    """Whether a header's checksum is right. May raise ValueError where it is not."""
+    return int(header[148:156].strip(b"\0 ") or b"x", 8) == sum(header) - sum(header[148:156]) + 8 * 32
+
+
+def _next_header(data: np.ndarray, position: int) -> int | None:
+    """The first whole header at `position` or a number of blocks after it."""
+    blocks = data[position : position + (len(data) - position) // _BLOCK * _BLOCK].reshape(-1, _BLOCK)
+    for k in np.flatnonzero((blocks[:, 257:262] == np.frombuffer(b"ustar", np.uint8)).all(1)):
+        with suppress(ValueError):
+            if _sums_up(blocks[k].tobytes()):
+                return position + int(k) * _BLOCK
+    return None
 
 
 def _number(field: bytes) -> int:
@@ -212,16 +281,18 @@ def _name(header: bytes) -> str:
 def _pax(records: bytes) -> dict[str, str | int]:
     """`path` and `size` of a pax header: records "LENGTH KEY=VALUE\\n", LENGTH counting the whole record."""
     fields: dict[str, str | int] = {}
-    while records:
-        length = int(records.partition(b" ")[0])
-        if length <= 0:
+    start = 0
+    while start < len(records):
+        space = records.index(b" ", start)
+        end = start + int(records[start:space])
+        if not space < end <= len(records) or records[end - 1 : end] != b"\n":
             raise ValueError("record length")
-        key, _, value = records[:length].partition(b" ")[2].rstrip(b"\n").partition(b"=")
+        key, _, value = records[space + 1 : end - 1].partition(b"=")
         if key == b"path":
             fields["path"] = value.decode(errors="replace")
         elif key == b"size":
             fields["size"] = int(value)
-        records = records[length:]
+        start = end
     return fields
 
 
