@@ -1,6 +1,7 @@
 """`manifest.json` beside shards: how many samples each holds, its checksum, and what else its maker tells.
 
 shards          {file name: {samples, sha256}}
+counts          samples of each class
 channel_mean, channel_std    of latents: of draws from the posteriors, one number a channel
 """
 
@@ -9,6 +10,9 @@ import json
 import uuid
 from pathlib import Path
 
+import numpy as np
+
+from fastdit.data.shards import ShardSamples
 from fastdit.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -26,6 +30,15 @@ def read_manifest(folder: Path) -> dict | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: is no manifest of shards; copy it again from where the shards came from") from None
     return manifest
+
+
+def describe(samples: ShardSamples, classes: int) -> dict:
+    """A manifest of shards as they are."""
+    held = np.bincount(samples.shard, minlength=len(samples.paths)).tolist()
+    return {
+        "counts": np.bincount(samples.labels, minlength=classes).tolist(),
+        "shards": {path.name: {"samples": n, "sha256": checksum(path)} for path, n in zip(samples.paths, held)},
+    }
 
 
 def write_json(path: Path, value) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastdit.data.folders import FolderSamples
 from fastdit.data.latents import LatentSamples
-from fastdit.data.shards import UNFINISHED, ShardSamples, find_shards
+from fastdit.data.shards import UNFINISHED, Report, ShardSamples, find_shards, refuse
 from fastdit.data.synthetic import SyntheticSamples
 from fastdit.errors import UserError
 
@@ -63,28 +63,40 @@ def open_source(path: str, *, classes: int | None = None) -> Source:
     path = str(path)
     if path.partition(":")[0] == "synthetic":
         samples, kind, names = SyntheticSamples.parse(path), "synthetic", ()
-    elif "{" not in path and (folder := _shipped(path)).is_dir() and not any(folder.glob("*.tar")):
-        samples, kind = FolderSamples(folder), "image"
+    elif isinstance(found := locate(path), Path):
+        samples, kind = FolderSamples(found), "image"
         names = samples.class_names
     else:
-        shards = find_shards(str(_shipped(path)))
-        if (shards[0].parent / UNFINISHED).exists():
-            raise UserError(f"{shards[0].parent}: not all of its shards are written yet; run again what writes them")
-        samples = ShardSamples(shards)
+        check_finished(found[0].parent)
+        samples = ShardSamples(found)
         kind = "latent" if samples.is_latent else "image"
         samples = LatentSamples(samples) if samples.is_latent else samples
-        names = _class_names(shards[0].parent / "classes.json")
+        names = read_class_names(found[0].parent)
 
     count = classes or len(names) or int(samples.labels.max()) + 1
+    check_labels(samples, count)
     names = (*names[:count], *(str(i) for i in range(len(names), count)))
-    wrong = np.flatnonzero((samples.labels < 0) | (samples.labels >= count))
-    if len(wrong):
-        i = int(wrong[0])
-        raise UserError(
-            f"{samples.where(i)}: label {samples.labels[i]} is out of range for {count} classes "
-            f"(0 to {count - 1}); mend the label or the number of classes"
-        )
     return Source(path, kind, samples, names)
+
+
+def locate(path: str) -> Path | list[Path]:
+    """What a path or the name of a shipped set means: the root of a tree of class folders, or shards."""
+    if "{" not in path and (folder := _shipped(path)).is_dir() and not any(folder.glob("*.tar")):
+        return folder
+    return find_shards(str(_shipped(path)))
+
+
+def check_finished(folder: Path, report: Report = refuse) -> None:
+    """That its shards are no part of what is still being written."""
+    if (folder / UNFINISHED).exists():
+        report(UserError(f"{folder}: not all of its shards are written yet; run again what writes them"))
+
+
+def check_labels(samples: Samples, classes: int, report: Report = refuse) -> None:
+    """That each label is one of `classes`."""
+    for i in np.flatnonzero((samples.labels < 0) | (samples.labels >= classes)):
+        what = f"label {samples.labels[i]} is out of range for {classes} classes (0 to {classes - 1})"
+        report(UserError(f"{samples.where(i)}: {what}; mend the label or the number of classes"))
 
 
 def _shipped(path: str) -> Path:
@@ -98,7 +110,9 @@ def _shipped(path: str) -> Path:
     return Path(path)
 
 
-def _class_names(path: Path) -> tuple[str, ...]:
+def read_class_names(folder: Path) -> tuple[str, ...]:
+    """Those in `classes.json` beside shards; none where there is no such file. Raises UserError."""
+    path = folder / "classes.json"
     if not path.is_file():
         return ()
     try:

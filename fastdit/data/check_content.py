@@ -1,0 +1,104 @@
+"""Verifying what samples hold: every image decoded, every latent's values read."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from fastdit.data.latents import LatentSamples, _npy_header
+from fastdit.data.order import Request
+from fastdit.data.pipeline import BatchFailed, ImageReader, undecodable
+from fastdit.data.shards import Report, ShardSamples
+from fastdit.data.sources import Source
+from fastdit.errors import UserError
+
+_BATCH = 32
+_CHANNELS = ((1, "grey"), (2, "grey with alpha"), (3, "colour"), (4, "with alpha, or CMYK"))
+
+
+class _Shapes(ImageReader):
+    """Decodes images, and gives their files' height, width and channels, (b, 3)."""
+
+    def _tensor(self, request: Request, images, shapes) -> np.ndarray:
+        return np.asarray(shapes.as_array())
+
+
+def check_images(source: Source, threads: int, report: Report) -> str:
+    """Decodes every image as training does, on the CPU: a GPU leaves to it what it cannot decode. Returns a summary."""
+    options = {"batch": _BATCH, "device": torch.device("cpu"), "threads": threads, "prefetch": 2}
+    options |= {"size": (8, 8), "channels": 3, "convert": True}
+    shapes, bad = [np.empty((0, 3), dtype=np.int64)], 0
+    with _progress(source.n, "decoding") as bar, closing(_Shapes(source, _requests(source.n), **options)) as reader:
+        for request in _requests(source.n):
+            try:
+                shapes.append(next(reader)[1])
+            except BatchFailed as failure:
+                corrupt = undecodable(source, failure.request.ids, **options)
+                if not corrupt:  # not the data's fault: out of memory, say
+                    raise
+                bad += len(corrupt)
+                for i in corrupt:
+                    report(UserError(f"{source.where(i)}: the image is corrupt and cannot be decoded; replace it"))
+            bar.update(len(request.ids))
+    shapes = np.concatenate(shapes)
+    kinds = ", ".join(f"{n} {name}" for c, name in _CHANNELS if (n := int((shapes[:, 2] == c).sum())))
+    if not kinds:
+        return f"{bad} images do not decode"
+    by_area = shapes[np.argsort(shapes[:, 0] * shapes[:, 1], kind="stable"), :2]
+    (h, w), (height, width) = by_area[0], by_area[-1]
+    extents = f"{h} x {w}" if (h, w) == (height, width) else f"{h} x {w} to {height} x {width}"
+    return f"{source.n - bad} images decode ({kinds}; {extents} pixels)"
+
+
+def _requests(n: int) -> Iterator[Request]:
+    for start in range(0, n, _BATCH):
+        ids = np.arange(start, min(start + _BATCH, n))
+        yield Request(start, ids, np.zeros(len(ids), dtype=bool))
+
+
+def check_latents(samples: ShardSamples, report: Report) -> str:
+    """That latents are stored alike, their values finite, their stds not negative. Returns a summary."""
+    alike = samples.subset(_of_one_form(samples, report))
+    if not len(alike.labels):
+        return "no latents can be read"
+    latents = LatentSamples(alike)
+    with _progress(len(alike.labels), "values") as bar:
+        for i in range(len(alike.labels)):
+            if wrong := _wrong_values(latents.read(i)):
+                report(UserError(f"{latents.where(i)}: {wrong}; encode it again"))
+            bar.update()
+    return f"latents {latents.dtype} {latents.shape} are finite"
+
+
+def _of_one_form(samples: ShardSamples, report: Report) -> np.ndarray:
+    """The ids of the latents that are stored as most are."""
+    forms = []
+    for i in range(len(samples.labels)):
+        try:
+            *_, start = _npy_header(samples.read(i), samples.where(i))
+            forms.append((len(samples.read(i)), samples.read(i)[:start].tobytes()))
+        except UserError as error:
+            report(error)
+            forms.append(None)
+    usual, _ = Counter(filter(None, forms)).most_common(1)[0] if any(forms) else (None, 0)
+    for i, form in enumerate(forms):
+        if form not in (None, usual):
+            report(UserError(f"{samples.where(i)}: the latent is not stored as most are; encode all samples alike"))
+    return np.array([i for i, form in enumerate(forms) if form and form == usual], dtype=np.int64)
+
+
+def _wrong_values(latent: np.ndarray) -> str | None:
+    """latent: (2 or 4, C, H, W), or records whose fields are float or codes with a `step`."""
+    parts = [latent[name] for name in latent.dtype.names] if latent.dtype.names else [latent]
+    if not all(np.isfinite(part).all() for part in parts):
+        return "values of the latent are not finite"
+    if ((latent["step"] if latent.dtype.names else latent[1::2]) < 0).any():
+        return "standard deviations of the latent are negative"
+    return None
+
+
+def _progress(n: int, what: str) -> tqdm:
+    return tqdm(total=n, desc=what, unit="sample", disable=None)
