@@ -11,7 +11,8 @@ from pathlib import Path
 
 from fastdit.data.fashion_mnist import CLASS_NAMES, read_idx
 from fastdit.data.image_sets import png
-from fastdit.data.shards import write_shards
+from fastdit.data.manifest import MANIFEST, describe, write_json
+from fastdit.data.shards import ShardSamples, write_shards
 from fastdit.errors import UserError
 
 
@@ -24,6 +25,7 @@ def main(images: str, labels: str, out: str) -> None:
     )
     paths = write_shards(Path(out) / "fashion-mnist-%02d.tar", samples, per_shard=-(-len(pictures) // 10))
     (Path(out) / "classes.json").write_text(json.dumps(CLASS_NAMES, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(out) / MANIFEST, describe(ShardSamples(paths), len(CLASS_NAMES)))
     total = sum(path.stat().st_size for path in paths)
     print(f"{len(pictures)} images in {len(paths)} shards, {total / 1e6:.1f} MB: {out}")
 
