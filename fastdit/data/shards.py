@@ -31,6 +31,7 @@ Sample = tuple[str, Mapping[str, bytes]]  # its key, and its files by extension
 Report = Callable[[UserError], None]  # is told what is wrong; when it returns, the reader leaves out what is bad
 _BLOCK = 512
 _END = bytes(_BLOCK)
+_NUMBER = re.compile(rb"\s*-?[0-9]{1,18}\s*")
 _LONGEST = 1 << 16  # bytes of a long name or a pax header
 
 
@@ -184,13 +185,15 @@ def _label(
         return None
     try:
         if extension == "cls":
+            if not _NUMBER.fullmatch(text):  # int() takes more, such as 1_0
+                raise ValueError("not an integer")
             return int(text)
         fields = json.loads(text)
         label = fields["label"] if "label" in fields else fields["cls"]
-        if type(label) is not int:
-            raise TypeError("not an integer")
+        if type(label) is not int or abs(label) >= 10**18:
+            raise TypeError("not an integer of 64 bits")
         return label
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         name = f"{key}.{extension}"
         what = f"{name!r} holds no class number (it reads {text[:20]!r}); write it anew"
         report(UserError(f"{path}: byte {offset}: {what}"))
