@@ -237,6 +237,14 @@ def other_label(rng: Rng, data: bytes) -> bytes:
     return _tar(members)
 
 
+def huge_label(rng: Rng, data: bytes) -> bytes:
+    members = _members(data)
+    i = rng.choice([i for i, (name, _) in enumerate(members) if name.endswith(LABELS)])
+    name, text = members[i][0], b"9" * int(rng.integers(8, 13))
+    members[i] = name, text if name.endswith("cls") else b'{"label": %s}' % text
+    return _tar(members)
+
+
 def deep_label(rng: Rng, data: bytes) -> bytes:
     members = _members(data)
     i = rng.choice([i for i, (name, _) in enumerate(members) if name.endswith(LABELS)])
@@ -270,6 +278,7 @@ DAMAGES: tuple[Callable[[Rng, bytes], bytes], ...] = (
     remove_sample,
     rename_member,
     other_label,
+    huge_label,
     deep_label,
 )
 

@@ -16,7 +16,7 @@ from fastdit.data.check_content import check_images, check_latents
 from fastdit.data.folders import FolderSamples
 from fastdit.data.manifest import MANIFEST, checksum, read_manifest
 from fastdit.data.shards import Report, ShardSamples
-from fastdit.data.sources import Source, check_finished, check_labels, locate, read_class_names
+from fastdit.data.sources import Source, check_finished, check_labels, classes_needed, locate, read_class_names
 from fastdit.errors import UserError
 
 
@@ -70,7 +70,7 @@ def check(path: str, *, classes: int | None = None, decode: bool = True, threads
     else:
         samples, names, kept = _shards(found, problems)
         paths = found
-    classes = classes or len(names) or max(1, int(samples.labels.max(initial=0)) + 1)
+    classes = classes or len(names) or classes_needed(samples)
     check_labels(samples, classes, problems)
     if samples.is_latent:
         content = check_latents(samples, problems)

@@ -14,6 +14,7 @@ from fastdit.data.synthetic import SyntheticSamples
 from fastdit.errors import UserError
 
 Samples = ShardSamples | FolderSamples | LatentSamples | SyntheticSamples
+_MOST_CLASSES = 1_000_000  # more than that is a damaged label
 _SHIPPED = Path(__file__).parents[1] / "assets"
 
 
@@ -73,7 +74,7 @@ def open_source(path: str, *, classes: int | None = None) -> Source:
         samples = LatentSamples(samples) if samples.is_latent else samples
         names = read_class_names(found[0].parent)
 
-    count = classes or len(names) or int(samples.labels.max()) + 1
+    count = classes or len(names) or classes_needed(samples)
     check_labels(samples, count)
     names = (*names[:count], *(str(i) for i in range(len(names), count)))
     return Source(path, kind, samples, names)
@@ -90,6 +91,11 @@ def check_finished(folder: Path, report: Report = refuse) -> None:
     """That its shards are no part of what is still being written."""
     if (folder / UNFINISHED).exists():
         report(UserError(f"{folder}: not all of its shards are written yet; run again what writes them"))
+
+
+def classes_needed(samples: Samples) -> int:
+    """As many as the labels ask for, from 1 to a million."""
+    return int(np.clip(samples.labels.max(initial=0) + 1, 1, _MOST_CLASSES))
 
 
 def check_labels(samples: Samples, classes: int, report: Report = refuse) -> None:
