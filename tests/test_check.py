@@ -95,7 +95,7 @@ UNSEEN = {
     "flip_payload_head_bits": {"contents"},
     "overwrite": {"labels", "contents"},
     "overwrite_payload": {"contents"},
-    "cut_out_blocks": {"missing"},
+    "cut_out_blocks": {"missing", "labels"},  # a whole number of members, or from one label to the next
     "zero_blocks": {"contents", "missing"},
     "zero_the_end": {"missing"},
     "other_size": {"contents"},

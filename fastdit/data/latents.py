@@ -154,6 +154,6 @@ def _npy_header(data: np.ndarray, where: str) -> tuple[LatentForm, int]:
         form = LatentForm.of(dtype, shape)
         if head.tell() + form.views * form.view_bytes != len(data):
             raise ValueError("its size does not fit its header")
-    except ValueError as error:
+    except Exception as error:  # numpy reads the header as Python: a damaged one ends in errors of many kinds
         raise UserError(f"{where}: no latent: {str(error).splitlines()[0]}") from error
     return form, head.tell()
