@@ -270,6 +270,20 @@ def test_a_corrupt_image_is_skipped_and_counted(tmp_path, name):
     assert loader.skipped == 3
 
 
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_a_corrupt_image_in_a_large_batch(tmp_path, name):
+    """DALI 2.4 crashes on one that its decoder cannot parse, where 32 or more are decoded at once."""
+    bad = (name.partition(".")[2], BAD_IMAGES[name])
+    source = source_with(tmp_path, {3: bad, 70: bad}, n=80)
+    options = {"batch": 40, "shuffle": False, "flip": False, **GREY}
+    with closing(make_loader(source, on_corrupt="skip", **options)) as loader:
+        seen = [i for _ in range(2) for i in numbers_and_flips(next(loader)[0])[0]]
+    assert seen == [i + (i in (3, 70)) for i in range(80)]
+    with pytest.raises(UserError) as error:
+        take(1, source, **options)
+    assert_one_line(error, "n-00.tar", "'s003'", "corrupt")
+
+
 def test_skipping_is_deterministic_and_resumes_bit_equal(tmp_path):
     bad = ("png", BAD_IMAGES["cut.png"])
     source = source_with(tmp_path, {2: bad, 3: bad, 9: bad})

@@ -13,6 +13,7 @@ from contextlib import closing
 
 import numpy as np
 import torch
+from nvidia import nvimgcodec
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.data_node import DataNode
 
@@ -21,6 +22,7 @@ from fastdit.data.sources import Source
 from fastdit.errors import UserError
 
 _KINDS = {1: "grey", 2: "grey and alpha", 3: "colour", 4: "colour and alpha, or CMYK"}
+_PIXEL = np.frombuffer(b"P5 1 1 255\n\0", dtype=np.uint8)  # a whole image
 
 
 class BatchFailed(RuntimeError):
@@ -52,6 +54,7 @@ class DaliReader:
         # DALI gets views of memory maps, not copies: what is in flight is kept alive here.
         self._in_flight: deque[tuple[Request, tuple]] = deque()
         self._given: tuple[Request, tuple] | None = None
+        self._unfit: set[int] = set()  # positions of requests that fail, whatever DALI makes of them
         self._pipe = Pipeline(
             batch_size=batch,
             num_threads=threads,
@@ -74,6 +77,8 @@ class DaliReader:
             raise BatchFailed(self._in_flight.popleft()[0]) from error
         self._given = self._in_flight.popleft()  # its inputs outlive what the GPU may still have queued
         request, _ = self._given
+        if request.position in self._unfit:
+            raise BatchFailed(request)
         return request, self._tensor(request, *outputs)
 
     def close(self) -> None:
@@ -155,7 +160,11 @@ class ImageReader(DaliReader):
         return x, fn.peek_image_shape(encoded, image_type=types.ANY_DATA)
 
     def _inputs(self, request: Request) -> tuple:
-        return [self.source.read(i) for i in request.ids.tolist()], request.flips.astype(np.int32)
+        images = [self.source.read(i) for i in request.ids.tolist()]
+        if not all(map(_parses, images)):  # DALI 2.4 crashes on such an image in a batch of 32 or more
+            self._unfit.add(request.position)
+            images = [_PIXEL] * len(images)
+        return images, request.flips.astype(np.int32)
 
     def _tensor(self, request: Request, images, shapes) -> torch.Tensor:
         channels = np.asarray(shapes.as_array())[:, 2]
@@ -167,6 +176,14 @@ class ImageReader(DaliReader):
                 f"convert it to plain {_KINDS[self.channels]}"
             )
         return torch.from_dlpack(images.as_tensor())
+
+
+def _parses(image: np.ndarray) -> bool:
+    """Whether the decoder's library finds an image's kind and extents: a microsecond or two each."""
+    try:
+        return nvimgcodec.CodeStream(image).height > 0
+    except RuntimeError:
+        return False
 
 
 class LatentReader(DaliReader):
