@@ -5,16 +5,21 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from damage import DAMAGES, damaged, samples_held, time_limit, walk
 from data_helpers import decode, encode, levels, picture, take
+from PIL import Image
 from test_data_bad import npy
 
 from fastdit import data_check
 from fastdit.data import open_source, write_shards
+from fastdit.data.shards import tar_members
 from fastdit.errors import UserError
 
 CASES, CLASSES = 200, 4
@@ -195,3 +200,202 @@ def read_images(source, samples: list, known: list[bytes], form: str, shard: Pat
     for pixels, (_, _, content) in zip(levels(x), samples):
         if content in known or form == "png":  # decoders differ on damaged JPEGs
             assert np.abs(pixels - decode(content)).max() < (1e-4 if form == "png" else 2 + 1e-4)
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_damaged(form):
+    """Long names are members of their own before the member they name; no checksum covers them."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=form) as tar:
+        for name in ("a" * 120 + ".png", "é" * 70 + ".png"):
+            info = tarfile.TarInfo(name)
+            info.size = 700
+            tar.addfile(info, io.BytesIO(bytes(700)))
+    rng, whole = np.random.default_rng(0), np.frombuffer(out.getvalue(), np.uint8)
+    assert [n for _, _, n in tar_members(Path("x.tar"), whole)] == [700, 700]
+    with time_limit(20):
+        for _ in range(400):
+            data = whole.copy()
+            start = rng.integers(4000)
+            data[start : start + rng.integers(1, 20)] = rng.integers(256, dtype=np.uint8)
+            found: list[UserError] = []
+            names = [name for name, _, _ in tar_members(Path("x.tar"), data, found.append)]
+            assert all(str(error).startswith("x.tar: byte ") and str(error).isprintable() for error in found)
+            assert found or len(names) == 2
+
+
+# What else it says
+
+
+def write(folder: Path, pattern: str, samples: list[tuple[str, dict[str, bytes]]], per_shard: int = 100) -> Path:
+    folder.mkdir(exist_ok=True)
+    write_shards(folder / pattern, samples, per_shard)
+    return folder
+
+
+def summary(capsys, *arguments: str) -> str:
+    capsys.readouterr()
+    data_check.run([*map(str, arguments)])
+    line, *more = capsys.readouterr().out.splitlines()
+    assert not more
+    return line
+
+
+def test_sets_that_are_whole(whole, capsys):
+    assert summary(capsys, "fashion_mnist", "--decode", "false") == (
+        "fashion_mnist: 10000 samples, 10 classes, 10 shards, 23.2 MB; images not decoded; "
+        "shards, checksums and counts are manifest.json's"
+    )
+    told = summary(capsys, whole / "png")
+    assert "17 samples, 4 classes, 3 shards, 61.4 kB; 17 images decode (17 colour; 9 x 12 pixels)" in told
+    assert "latents float16 (4, 2, 3, 5) are finite" in summary(capsys, whole / "npy")
+    assert ": 12 samples" in summary(capsys, f"{whole}/jpg/a-{{0..1}}.tar")  # a choice of shards: none is missing
+    assert ": 5 samples, 9 classes (5 without samples), 1 shards" in summary(
+        capsys, f"{whole}/jpg/a-2.tar", "--classes", "9"
+    )
+
+
+def test_kinds_and_sizes_of_images(tmp_path, capsys):
+    for i, (mode, size) in enumerate((("L", (9, 7)), ("RGB", (30, 20)), ("RGBA", (8, 8)), ("LA", (9, 8)))):
+        (tmp_path / f"c{i % 2}").mkdir(exist_ok=True)
+        (tmp_path / f"c{i % 2}" / f"{i}.png").write_bytes(encode(Image.new(mode, size), "PNG"))
+    told = summary(capsys, tmp_path)
+    assert "4 samples, 2 classes; 4 images decode (1 grey, 1 grey with alpha, 1 colour, 1 with alpha, or CMYK;" in told
+    assert "7 x 9 to 20 x 30 pixels); class folders have no manifest" in told
+    (tmp_path / "c1" / "bad.png").write_bytes(b"no image")
+    (line,) = problems(capsys, str(tmp_path))
+    assert line.startswith(f"{tmp_path}/c1/bad.png: the image is corrupt")
+    assert "images not decoded" in summary(capsys, tmp_path, "--decode", "false")
+
+
+def test_each_bad_image_of_many_is_named(tmp_path, capsys):
+    """In the first batch, twice in one, and in the last, which is not full."""
+    bad, good = (3, 40, 63, 69), encode(picture(9, 12), "JPEG")
+    samples = [(f"s{i}", {"jpg": good[:60] if i in bad else good, "cls": b"0"}) for i in range(70)]
+    lines = problems(capsys, str(write(tmp_path / "x", "a-%d.tar", samples, 50)))
+    assert [re.search(r"(a-\d.tar): byte \d+: '(s\d+)': the image is corrupt", line).groups() for line in lines] == [
+        (f"a-{i // 50}.tar", f"s{i}") for i in bad
+    ]
+
+
+def test_all_problems_of_samples_are_told(tmp_path, capsys):
+    png, latent = payload("png", 0), payload("npy", 0)
+    samples = [
+        ("a", {"png": png, "cls": b"0"}),
+        ("b", {"png": png}),
+        ("c", {"cls": b"0"}),
+        ("d", {"png": png, "cls": b"cat"}),
+        ("e", {"png": png, "jpg": png, "cls": b"0"}),
+        ("f", {"npy": latent, "cls": b"0"}),
+        ("g", {"png": b"", "cls": b"0"}),
+        ("h", {"png": png, "cls": b"7"}),
+        ("i", {"png": png, "cls": b"1"}),
+    ]
+    folder = write(tmp_path / "x", "a-%d.tar", samples)
+    write(folder, "b-%d.tar", [samples[0], ("j", samples[0][1]), samples[-1]])
+    (folder / "classes.json").write_text('["x", "y"]')
+    (folder / ".unfinished").mkdir()
+    lines = problems(capsys, str(folder))
+    patterns = [
+        r"x: not all of its shards are written yet",
+        r"a-0.tar: byte \d+: 'b' has no label",
+        r"a-0.tar: byte \d+: 'c' has no image",
+        r"a-0.tar: byte \d+: 'd.cls' holds no class number",
+        r"a-0.tar: byte \d+: 'e' has 2 images",
+        r"a-0.tar: byte \d+: 'f': mixes",
+        r"b-0.tar: byte 512: 'a': a-0.tar has a sample of that key too \(2 such keys\)",
+        r"a-0.tar: byte \d+: 'h': label 7 is out of range for 2 classes",
+        r"a-0.tar: byte \d+: 'g': the image is corrupt",
+    ]
+    assert len(lines) == len(patterns)
+    assert all(re.search(pattern, line) for pattern, line in zip(patterns, lines))
+    tar = (folder / "a-0.tar").read_bytes()
+    for line, content in ((lines[3], b"cat"), (lines[7], png)):
+        offset = int(re.search(r"byte (\d+)", line).group(1))
+        assert tar[offset : offset + len(content)] == content
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "message"),
+    [
+        ((0, 1), np.nan, "not finite"),
+        ((3, 0), np.inf, "not finite"),
+        ((1, 1), -0.5, "negative"),
+        ((3, 1), -1, "negative"),
+    ],
+)
+def test_values_of_latents(tmp_path, capsys, at, value, message):
+    latents = np.random.default_rng(0).uniform(0.1, 1, (5, *SHAPE)).astype(np.float32)
+    latents[0, 0] = -1  # a mean may be
+    latents[3][at] = value
+    folder = write(tmp_path / "x", "a-%d.tar", [(f"s{i}", {"npy": npy(z), "cls": b"0"}) for i, z in enumerate(latents)])
+    (line,) = problems(capsys, str(folder))
+    assert re.search(rf"a-0.tar: byte \d+: 's3': .* {message}", line)
+
+
+def test_the_latent_that_is_stored_unlike_most_is_named(tmp_path, capsys):
+    odd, usual = npy(np.zeros(SHAPE, np.float32)), npy(np.zeros(SHAPE, np.float16))
+    samples = [(f"s{i}", {"npy": z, "cls": b"0"}) for i, z in enumerate((odd, usual, usual, b"none"))]
+    lines = problems(capsys, str(write(tmp_path / "x", "a-%d.tar", samples)))
+    assert [re.search(r"'(s\d)': (.*?latent)", line).groups() for line in lines] == [
+        ("s3", "no latent"),
+        ("s0", "the latent"),
+    ]
+
+
+def test_the_manifest_and_the_folder(whole, tmp_path, capsys):
+    folder = shutil.copytree(whole / "png", tmp_path / "x")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "a-0.tar").rename(folder / "z.tar")
+    manifest["counts"][2] += 1
+    manifest["shards"]["a-1.tar"]["samples"] = 7
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert problems(capsys, str(folder)) == [
+        f"{folder}/a-0.tar: the shard is missing; copy it from where the others came from",
+        f"{folder}/a-1.tar: 6 samples can be read, manifest.json says 7; copy it again",
+        f"{folder}/z.tar: is not in manifest.json; remove it, or make a manifest anew",
+        f"{folder}/manifest.json: samples of a class are not as many as it says (2: 4, not 5); "
+        "see which shards have changed",
+    ]
+    (folder / "manifest.json").write_text("{}")
+    (line,) = problems(capsys, str(folder))
+    assert line.startswith(f"{folder}/manifest.json: is no manifest")
+
+
+def test_a_manifest_is_written_once_and_for_whole_sets(whole, tmp_path, capsys):
+    for source, message in (
+        (whole / "png", "manifest.json: is there already"),
+        (f"{whole}/png/a-0.tar", "is there already"),
+        (tmp_path, "holds no shards"),
+        ("synthetic", "holds no shards"),
+    ):
+        with pytest.raises(UserError, match=message):
+            data_check.run([str(source), "--write_manifest", "true"])
+    folder = shutil.copytree(whole / "png", tmp_path / "x")
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match="is not all of its folder"):
+        data_check.run([f"{folder}/a-0.tar", "--write_manifest", "true"])
+    (folder / "a-0.tar").write_bytes((folder / "a-0.tar").read_bytes()[:3000])
+    with pytest.raises(UserError, match="problem"):
+        data_check.run([str(folder), "--write_manifest", "true"])
+    assert not (folder / "manifest.json").exists()
+
+
+def test_the_command(tmp_path, capsys):
+    """Its exit code, its one closing line, and how many problems it prints."""
+    samples = [(f"s{i}", {"png": payload("png", 0)}) for i in range(9)]
+    folder = write(tmp_path / "x", "a-%d.tar", [("s", {"png": payload("png", 0), "cls": b"0"}), *samples])
+    command = [sys.executable, "-m", "fastdit.data_tools", "check", folder]
+    ended = subprocess.run([*command, "--most", "4"], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert [line.partition("x/")[2][:14] for line in ended.stdout.splitlines()] == ["a-0.tar: byte "] * 4 + [""]
+    assert ended.stdout.endswith("\nand 5 more\n")
+    assert ended.stderr.strip() == f"error: {folder}: 9 problems in 1 file; each is said above, with what to do"
+    for arguments, message in (
+        (["synthetic"], "nothing to check"),
+        ([str(tmp_path / "none")], "no such file"),
+        ([str(folder), "--most", "-1"], "at least 0"),
+        ([str(folder), "--classes", "0"], "at least 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            data_check.run(arguments)
