@@ -24,12 +24,10 @@ from data_helpers import (
     picture,
     take,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from fastdit.data import make_fashion_mnist, make_loader, open_source
-from fastdit.data.order import Order, epoch_order
+from fastdit.data.order import Order
 
 GREY = {"size": (5, 7), "channels": 1}
 
@@ -167,84 +165,6 @@ def test_resize_covers_and_crops_the_centre(tmp_path, size):
         top, left = (height - size[0]) // 2, (width - size[1]) // 2
         expected = cubic_resize(image, height, width)[top : top + size[0], left : left + size[1]]
         assert np.abs(found - expected).max() < 0.6  # rounding to 8 bits, and DALI's tabulated filter
-
-
-# Order
-
-
-@settings(max_examples=60, deadline=None, database=None, derandomize=True)
-@given(
-    n=st.integers(1, 40),
-    world=st.integers(1, 3),
-    batch=st.integers(1, 7),
-    seed=st.integers(0, 2**32),
-    start=st.integers(0, 5),
-)
-def test_every_sample_comes_once_an_epoch_over_the_ranks(n, world, batch, seed, start):
-    epochs, stride = 3, world * batch
-    steps = -(-epochs * n // stride) + 1
-    orders = [Order(n, batch, seed, rank, world) for rank in range(world)]
-    requests = [order.request(step * stride) for step in range(steps) for order in orders]
-    ids = np.concatenate([request.ids for request in requests])
-    flips = np.concatenate([request.flips for request in requests])
-    for epoch in range(epochs):
-        here = slice(epoch * n, (epoch + 1) * n)
-        assert sorted(ids[here]) == list(range(n))
-        assert (flips[here] == epoch_order(seed, epoch, n)[1][ids[here]]).all()
-    # Another world, started anywhere, continues the same stream.
-    start = min(start, steps * stride - 1)
-    whole = Order(n, steps * stride - start, seed).request(start)
-    assert (whole.ids == ids[start:]).all()
-    assert (whole.flips == flips[start:]).all()
-
-
-def test_the_order_is_pinned():
-    """A change here changes every resumed run's data: it must be on purpose."""
-    first = Order(10, 10, seed=1).request(0)
-    assert first.ids.tolist() == [2, 3, 0, 7, 4, 1, 8, 5, 9, 6]
-    assert first.flips.astype(int).tolist() == [1, 1, 0, 1, 0, 0, 1, 1, 1, 1]
-
-
-def test_epochs_and_seeds_differ_and_flips_are_fair():
-    ids = {(seed, epoch): epoch_order(seed, epoch, 1000) for seed in (0, 1) for epoch in (0, 1)}
-    assert len({order.tobytes() for order, _ in ids.values()}) == 4
-    assert len({flips.tobytes() for _, flips in ids.values()}) == 4
-    assert all(440 < flips.sum() < 560 for _, flips in ids.values())
-    assert (ids[0, 0][0] == epoch_order.__wrapped__(0, 0, 1000)[0]).all()
-
-
-def test_flips_mirror_exactly_the_samples_the_order_names(tmp_path):
-    source = numbered_source(tmp_path, 11)
-    order = Order(11, 4, seed=3)
-    mirrored = []
-    for step, (x, y) in enumerate(take(9, source, batch=4, seed=3, **GREY)):
-        request = order.request(4 * step)
-        ids, flips = numbers_and_flips(x)
-        assert (ids, flips) == (request.ids.tolist(), request.flips.tolist())
-        assert y.tolist() == [i % 3 for i in ids]
-        mirrored += flips
-    assert 0 < sum(mirrored) < len(mirrored)
-
-
-def test_ranks_share_each_epoch_and_worlds_agree(tmp_path):
-    """n = 11 divides by nothing; three worlds read the same global batches of 6."""
-    source, streams = numbered_source(tmp_path, 11), []
-    for world in (1, 2, 3):
-        options = {"batch": 6 // world, "world": world, "seed": 5, **GREY}
-        ranks = [take(11, source, rank=rank, **options) for rank in range(world)]
-        streams.append([torch.cat([ranks[r][k][0] for r in range(world)]) for k in range(11)])
-    assert all(torch.equal(a, b) for world in streams[1:] for a, b in zip(streams[0], world))
-    ids = [i for x in streams[0] for i in numbers_and_flips(x)[0]]
-    epochs = [ids[k : k + 11] for k in range(0, 66, 11)]
-    assert all(sorted(epoch) == list(range(11)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 6
-
-
-def test_unshuffled_and_unflipped(tmp_path):
-    batches = take(5, numbered_source(tmp_path, 11), batch=4, shuffle=False, flip=False, **GREY)
-    seen = [numbers_and_flips(x) for x, _ in batches]
-    assert [i for ids, _ in seen for i in ids] == [k % 11 for k in range(20)]
-    assert not any(flip for _, flips in seen for flip in flips)
 
 
 # Resume
