@@ -248,7 +248,7 @@ def test_sets_that_are_whole(whole, capsys):
     )
     told = summary(capsys, whole / "png")
     assert "17 samples, 4 classes, 3 shards, 61.4 kB; 17 images decode (17 colour; 9 x 12 pixels)" in told
-    assert "latents float16 (4, 2, 3, 5) are finite" in summary(capsys, whole / "npy")
+    assert "latents float16 (2, 3, 5) with mirrored ones are finite" in summary(capsys, whole / "npy")
     assert ": 12 samples" in summary(capsys, f"{whole}/jpg/a-{{0..1}}.tar")  # a choice of shards: none is missing
     assert ": 5 samples, 9 classes (5 without samples), 1 shards" in summary(
         capsys, f"{whole}/jpg/a-2.tar", "--classes", "9"

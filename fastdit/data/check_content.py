@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fastdit.data.latents import LatentSamples, _npy_header
+from fastdit.data.latents import LatentSamples, read_header
 from fastdit.data.order import Request
 from fastdit.data.pipeline import BatchFailed, ImageReader, undecodable
 from fastdit.data.shards import Report, ShardSamples
@@ -70,7 +70,7 @@ def check_latents(samples: ShardSamples, report: Report) -> str:
             if wrong := _wrong_values(latents.read(i)):
                 report(UserError(f"{latents.where(i)}: {wrong}; encode it again"))
             bar.update()
-    return f"latents {latents.dtype} {latents.shape} are finite"
+    return f"latents {latents.form} are finite"
 
 
 def _of_one_form(samples: ShardSamples, report: Report) -> np.ndarray:
@@ -78,7 +78,7 @@ def _of_one_form(samples: ShardSamples, report: Report) -> np.ndarray:
     forms = []
     for i in range(len(samples.labels)):
         try:
-            *_, start = _npy_header(samples.read(i), samples.where(i))
+            *_, start = read_header(samples.read(i), samples.where(i))
             forms.append((len(samples.read(i)), samples.read(i)[:start].tobytes()))
         except UserError as error:
             report(error)
@@ -91,12 +91,13 @@ def _of_one_form(samples: ShardSamples, report: Report) -> np.ndarray:
 
 
 def _wrong_values(latent: np.ndarray) -> str | None:
-    """latent: (2 or 4, C, H, W), or records whose fields are float or codes with a `step`."""
-    parts = [latent[name] for name in latent.dtype.names] if latent.dtype.names else [latent]
+    """latent: as `LatentSamples.read` gives it."""
+    quantised = latent.dtype.names is not None
+    parts, spread = ([latent["low"], latent["step"]], latent["step"]) if quantised else ([latent], latent[1::2])
     if not all(np.isfinite(part).all() for part in parts):
         return "values of the latent are not finite"
-    if ((latent["step"] if latent.dtype.names else latent[1::2]) < 0).any():
-        return "standard deviations of the latent are negative"
+    if (spread < 0).any():
+        return f"{'steps' if quantised else 'standard deviations'} of the latent are negative"
     return None
 
 

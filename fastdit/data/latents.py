@@ -71,6 +71,10 @@ class LatentForm:
         kind = "records" if dtype.names else dtype
         raise ValueError(f"it is {kind} {shape}, not float16 or float32 (2 or 4, C, H, W), nor 1 or 2 quantised views")
 
+    def __str__(self) -> str:
+        kind, mirrored = "uint8" if self.quantised else self.dtype, "with" if self.views == 2 else "without"
+        return f"{kind} {self.shape} {mirrored} mirrored ones"
+
     @property
     def quantised(self) -> bool:
         return self.dtype not in FLOATS
@@ -102,13 +106,12 @@ class LatentSamples:
         self._shards = shards
         self.labels = shards.labels
         self.where = shards.where
-        self.form, self._start = _npy_header(shards.read(0), shards.where(0))
+        self.form, self._start = read_header(shards.read(0), shards.where(0))
         header = shards.read(0)[: self._start].tobytes()
         for i, size in enumerate(shards.sizes):
             if size != shards.sizes[0] or shards.read(i)[: self._start].tobytes() != header:
                 raise UserError(
-                    f"{self.where(i)}: the latent is not {_told(self.form)} like the source's first; "
-                    "encode all samples alike"
+                    f"{self.where(i)}: the latent is not {self.form} like the source's first; encode all samples alike"
                 )
 
     @property
@@ -137,13 +140,8 @@ class LatentSamples:
         return self._shards.read(i)[start : start + self.form.view_bytes]
 
 
-def _told(form: LatentForm) -> str:
-    kind = "uint8" if form.quantised else form.dtype
-    return f"{kind} {form.shape} with{'' if form.views == 2 else 'out'} the mirrored one"
-
-
-def _npy_header(data: np.ndarray, where: str) -> tuple[LatentForm, int]:
-    """Form and offset of the values of an `.npy` file's bytes."""
+def read_header(data: np.ndarray, where: str) -> tuple[LatentForm, int]:
+    """Form and offset of the values of an `.npy` file's bytes. Raises UserError that names `where`."""
     head = io.BytesIO(data[:1024].tobytes())
     try:
         if np.lib.format.read_magic(head) != (1, 0):
