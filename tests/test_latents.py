@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from contextlib import closing
 
 import numpy as np
@@ -18,6 +19,7 @@ from launching import TINY, forked, metrics
 from fastdit.config import Config, DataConfig, NoiseConfig, parse
 from fastdit.data import make_loader, open_source, write_shards
 from fastdit.data.latents import LatentForm, quantise, quantised_dtype
+from fastdit.data_check import run as check
 from fastdit.encode import _encode
 from fastdit.engine import build
 from fastdit.errors import UserError
@@ -200,3 +202,19 @@ def test_a_run_keeps_the_numbers_and_goes_on_with_them(images, tmp_path):
     assert "error: data.standardise: latent_scale (" in other.text
     (tmp_path / "l").rename(tmp_path / "away")
     forked("--run", out, "--n", 4, "--device", "cpu", "--out", tmp_path / "x.png", program="fastdit.sample").succeeded()
+
+
+def test_damage_to_8_bit_latents_is_found(tmp_path, capsys):
+    records = quantise(np.random.default_rng(0).normal(size=(7, 2, 3, 4, 5)).astype(np.float32))
+    records["step"][2, 1, 0], records["low"][5, 0, 2] = -0.5, np.nan
+    latent_source(tmp_path, records)
+    with pytest.raises(UserError, match="2 problems in 2 files"):
+        check([str(tmp_path)])
+    first, second = capsys.readouterr().out.splitlines()
+    assert re.search(r"l-0.tar: byte \d+: 'l002': steps of the latent are negative; encode it again", first)
+    assert re.search(r"l-1.tar: byte \d+: 'l005': values of the latent are not finite; encode it again", second)
+    (tmp_path / "good").mkdir()
+    latent_source(tmp_path / "good", records[[0, 1, 3]])
+    check([str(tmp_path / "good")])
+    assert "3 samples, 2 classes" in (said := capsys.readouterr().out)
+    assert "latents uint8 (3, 4, 5) with mirrored ones are finite" in said
