@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 from contextlib import closing
 from pathlib import Path
@@ -232,6 +233,9 @@ BAD_IMAGES = {
     "empty.png": b"",
     "page.png": b"<html>not found</html>",
     "zeros.jpg": bytes(500),
+    "huge.jpg": re.sub(
+        rb"(\xff\xc0...)....", rb"\1" + b"\x7f\xff" * 2, encode(picture(20, 20), "JPEG"), flags=re.DOTALL
+    ),
 }
 
 

@@ -22,6 +22,7 @@ from fastdit.data.sources import Source
 from fastdit.errors import UserError
 
 _KINDS = {1: "grey", 2: "grey and alpha", 3: "colour", 4: "colour and alpha, or CMYK"}
+_MOST_PIXELS = 1 << 28  # two damaged bytes of a JPEG can make it 4 billion, which takes minutes and 12 GB
 _PIXEL = np.frombuffer(b"P5 1 1 255\n\0", dtype=np.uint8)  # a whole image
 
 
@@ -112,6 +113,7 @@ class ImageReader(DaliReader):
     The image is scaled until it just covers `size` (cubic filter with antialiasing, extents rounded to whole
     pixels, values rounded to 8 bits: Pillow's bicubic, but for repeating the edge beyond the border), then
     the centre is cut out. EXIF orientation is applied. A palette image counts as RGB.
+    An image of more than 2^28 pixels counts as corrupt.
     An image with other than `channels` channels is converted (`convert`: grey is repeated, transparency dropped), or
     raises UserError.
     """
@@ -179,9 +181,10 @@ class ImageReader(DaliReader):
 
 
 def _parses(image: np.ndarray) -> bool:
-    """Whether the decoder's library finds an image's kind and extents: a microsecond or two each."""
+    """Whether the decoder's library finds an image's kind and extents: a few microseconds each."""
     try:
-        return nvimgcodec.CodeStream(image).height > 0
+        found = nvimgcodec.CodeStream(image)
+        return found.height * found.width <= _MOST_PIXELS
     except RuntimeError:
         return False
 
