@@ -202,6 +202,7 @@ def test_latents_unlike_the_first(tmp_path, second, parts):
         npy(np.asfortranarray(np.zeros((2, 3, 4, 4), np.float32))),
         npy(np.zeros((2, 3, 4, 4), np.float32))[:-4],
         npy(np.array([{}, {}])),
+        npy(np.zeros((2, 3, 4, 4), np.float32)).replace(b"2, 3, 4, 4", b"2,-3,-4, 4"),
         npy(np.zeros((2, 3, 4, 4), np.float32)).replace(b"}", b" "),
         npy(np.zeros((2, 3, 4, 4), np.float32)).replace(b"'fortran_order'", b"\x00ortran_order'"),
     ],

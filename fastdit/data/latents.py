@@ -62,11 +62,11 @@ class LatentForm:
     @classmethod
     def of(cls, dtype: np.dtype, shape: tuple[int, ...]) -> "LatentForm":
         """Of an array as stored. Raises ValueError when it is none of the forms."""
-        if dtype in FLOATS and len(shape) == 4 and shape[0] in (2, 4) and 0 not in shape:
+        if dtype in FLOATS and len(shape) == 4 and shape[0] in (2, 4) and min(shape) > 0:
             return cls(dtype, shape[1:], shape[0] // 2)
         if dtype.names and "codes" in dtype.names and shape in ((1,), (2,)):
             inner = dtype["codes"].shape
-            if len(inner) == 3 and 0 not in inner and dtype == quantised_dtype(inner):
+            if len(inner) == 3 and min(inner) > 0 and dtype == quantised_dtype(inner):
                 return cls(dtype, inner, shape[0])
         kind = "records" if dtype.names else dtype
         raise ValueError(f"it is {kind} {shape}, not float16 or float32 (2 or 4, C, H, W), nor 1 or 2 quantised views")
