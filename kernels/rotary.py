@@ -53,10 +53,11 @@ def norm_rotate(
     Raises ValueError for other shapes and dtypes, and where there is nothing to do.
     """
     weights = norm if isinstance(norm, tuple) else (None, None)
-    _check(q, k, bool(norm), *weights, rope, ids)
+    normed = norm is not False  # torch 2.11's compiler cannot trace bool() of a tuple
+    _check(q, k, normed, *weights, rope, ids)
     if choose(q.device, implementation=implementation, triton=q.dtype != torch.float64) == "reference":
-        return tuple(norm_rotate_reference(x, bool(norm), w, rope, ids, eps) for x, w in zip((q, k), weights))
-    return _norm_rotate(q, k, *weights, rope, ids, bool(norm), eps)
+        return tuple(norm_rotate_reference(x, normed, w, rope, ids, eps) for x, w in zip((q, k), weights))
+    return _norm_rotate(q, k, *weights, rope, ids, normed, eps)
 
 
 def norm_rotate_reference(

@@ -36,6 +36,7 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed"
+    found["torch"] = torch.__version__  # with its build: +cpu, +cu130
     found["commit"] = _commit()
     found["cuda"] = torch.version.cuda or "none"
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
