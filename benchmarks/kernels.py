@@ -7,7 +7,7 @@ import shlex
 
 import record as records
 import torch
-from measure import BASELINES, SETS, Measured, measure
+from measure import BASELINES, Measured, measure
 from operations import OPERATIONS, UNSIZED, Case, Setting, Steps
 from timing import FULL, QUICK, Clock
 
@@ -63,7 +63,7 @@ def _benchmark(argv: list[str]) -> None:
         keep_memory()  # as a run does
     effort = QUICK if args.quick else FULL[device.type]
     dtype = str(Setting.of(sizes[0], batch, device, args.quick).dtype).removeprefix("torch.")
-    settings = {"batch": batch, "dtype": dtype, "sets": SETS, "quick": args.quick, **effort._asdict()}
+    settings = {"batch": batch, "dtype": dtype, "quick": args.quick, **effort._asdict()}
     record = records.start(shlex.join(["python", "benchmarks/kernels.py", *argv]), device, settings)
     clock = Clock(device, effort)
     for op in ops:

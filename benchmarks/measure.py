@@ -11,7 +11,6 @@ from timing import Clock, Memory, Quantiles, Runner, as_tuple, memory
 from torch import Tensor
 
 BASELINES = ("eager", "compile")
-SETS = 3  # of inputs, which calls take in turn
 
 
 class Measured(NamedTuple):
@@ -38,7 +37,9 @@ def _differentiable(clock: Clock, case: Case, dtype: torch.dtype, against: list[
         "eager": (case.eager, "torch"),
         "compile": (torch.compile(case.eager, dynamic=False), "torch.compile"),
     }
-    sets = [_inputs(case, clock.device, dtype, seed) for seed in range(SETS)]
+    first = _inputs(case, clock.device, dtype, 0)
+    count = clock.sets_of(sum(x.nbytes for x in first))
+    sets = [first, *(_inputs(case, clock.device, dtype, seed) for seed in range(1, count))]
     upstreams = [_upstreams(case, inputs) for inputs in sets]
     contenders, memories, ran = {}, {}, {}
     for name in (OURS, *against):
@@ -54,7 +55,7 @@ def _differentiable(clock: Clock, case: Case, dtype: torch.dtype, against: list[
     moved = case.bytes(sets[0])
     for phase in ("forward", "backward", "both"):
         runners = {name: getattr(contender, f"{phase}_runner")() for name, contender in contenders.items()}
-        times = clock.interleave(runners, SETS) if runners else {}
+        times = clock.interleave(runners, count) if runners else {}
         for name, what in ran.items():
             held = memories.get(name) if phase == "both" else None
             yield Measured(phase, name, what, times.get(name), moved[phase], held)

@@ -2,7 +2,9 @@
 
 - Interleaved: each round calls every contender once, in an order that turns from round to round. Clocks and
   neighbours drift; so all contenders see the same drift.
-- Cold: before each timed call a buffer larger than the caches is read, and calls take sets of inputs in turn.
+- Cold: calls take sets of inputs in turn; on a GPU, before each timed call a buffer larger than the caches is read. On
+  a CPU that would drive the interpreter's own code out too, half a millisecond a call that no step pays: there the sets
+  together are larger than the caches (`sets_of`).
 - GPU time is between two CUDA events. The GPU is kept waiting while the host enqueues a call, so a call's time is
   the GPU's own unless the host needs longer than that wait, as a loop over hundreds of small tensors does.
 - CPU time is wall time of the call.
@@ -58,6 +60,10 @@ class Clock:
         self.device, self.effort = device, effort
         self.buffer = torch.ones(effort.buffer // 4, device=device)
 
+    def sets_of(self, size: int) -> int:
+        """How many sets of inputs of `size` bytes calls take in turn; none is in a cache when its turn comes."""
+        return 3 if self.device.type == "cuda" else min(max(3, -(-self.effort.buffer // (2 * size))), 64)
+
     def interleave(self, runners: dict[str, Runner], sets: int) -> dict[str, Quantiles]:
         """Times of each runner, called once before to warm up. `sets`: how many sets of inputs calls take in turn."""
         names = list(runners)
@@ -77,8 +83,8 @@ class Clock:
         return {name: quantiles(values) for name, values in times.items()}
 
     def _once(self, runner: Runner, index: int) -> float:
-        self.buffer.sum()
         if self.device.type == "cuda":
+            self.buffer.sum()
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda._sleep(HOST_LEAD)
             start.record()
