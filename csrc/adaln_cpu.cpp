@@ -22,6 +22,7 @@ using Address = std::uintptr_t;  // 0: there is none
 using View = std::tuple<Address, std::int64_t, std::int64_t>;
 constexpr int kLanes = 32;
 constexpr std::int64_t kChunk = 16;  // tokens
+constexpr std::int64_t kAhead = 2;   // tokens
 
 float* floats(Address address) { return reinterpret_cast<float*>(address); }
 
@@ -35,6 +36,11 @@ struct Matrix {
   const float* operator()(std::int64_t b, std::int64_t n) const { return data + b * sample + n * token; }
   explicit operator bool() const { return data; }
 };
+
+// A row that is read soon: the processor's own look-ahead ends at each page, and is late for short rows.
+void fetch(const float* row, std::int64_t width) {
+  for (std::int64_t i = 0; i < width; i += 16) __builtin_prefetch(row + i);
+}
 
 template <typename Term>
 float sum(std::int64_t width, const Term term) {
@@ -70,6 +76,10 @@ void forward(const View& x_, const View& y_, const View& gate_, const View& scal
   for (std::int64_t row = 0; row < batch * tokens; ++row) {
     const std::int64_t b = row / tokens, n = row % tokens;
     const float* value = x(b, n);
+    if (const std::int64_t next = std::min(n + kAhead, tokens - 1); next > n) {
+      fetch(x(b, next), width);
+      if (y) fetch(y(b, next), width);
+    }
     if (y) {
       float* const r = (rs ? rs : hs) + row * width;  // where r is not wanted, h overwrites it below
       add_gated(value, y(b, n), gate(b, n), r, width);
@@ -121,6 +131,11 @@ void backward(const View& dr_, const View& dh_, const View& kept_, const View& y
       std::fill_n(gate_sum, 3 * width, 0.0f);
       for (std::int64_t n = first; n < last; ++n) {
         const std::int64_t row = b * tokens + n;
+        if (const std::int64_t next = std::min(n + kAhead, tokens - 1); next > n) {
+          if (dr) fetch(dr(b, next), width);
+          if (dh) fetch(dh(b, next), width), fetch(kept(b, next), width);
+          if (y) fetch(y(b, next), width);
+        }
         const float* gradient = dr ? dr(b, n) : zeros.data();  // of r, to begin with the part that passed the norm by
         if (dh) {
           const float* value = kept(b, n);
