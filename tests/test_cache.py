@@ -155,3 +155,22 @@ def test_a_run_is_the_same_with_and_without(tmp_path):
     assert runs["none"] == runs["device"]
     assert len(runs["none"]) == 6
     assert Path(tmp_path / "device/config.yaml").read_text().count("cache: device") == 1
+
+
+def test_synthetic_and_kept_data_do_without_dali(tmp_path):
+    """In a process where it cannot be imported."""
+    latent_source(tmp_path, posteriors(7))
+    program = f"""
+import sys
+sys.modules["nvidia.dali"] = None
+from fastdit.data import make_loader, open_source
+for name, options in [("synthetic:3x5x7:2:9", {{}}), ({str(tmp_path)!r}, {{"cache": "cpu"}})]:
+    x, y = next(make_loader(open_source(name), batch=4, size=(5, 7), channels=3, **options))
+    assert x.shape == (4, 3, 5, 7), x.shape
+try:
+    next(make_loader(open_source({str(tmp_path)!r}), batch=4, size=(5, 7), channels=3))
+except ImportError:
+    print("as expected")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "as expected\n", done.stderr

@@ -9,8 +9,8 @@ import torch
 from tqdm import tqdm
 
 from fastdit.data.latents import LatentSamples, read_header
-from fastdit.data.order import Request
-from fastdit.data.pipeline import BatchFailed, ImageReader, undecodable
+from fastdit.data.order import BatchFailed, Request
+from fastdit.data.pipeline import ImageReader, undecodable
 from fastdit.data.shards import Report, ShardSamples
 from fastdit.data.sources import Source
 from fastdit.errors import UserError

@@ -8,8 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from fastdit.data.order import Request
-from fastdit.data.pipeline import BatchFailed, ImageReader, undecodable
+from fastdit.data.order import BatchFailed, Request
 from fastdit.data.sources import Source
 from fastdit.errors import UserError
 
@@ -32,6 +31,8 @@ def read_in_order(
     prepared meanwhile. An image that cannot be decoded raises UserError ("stop"), or its id is missing in `ids`
     ("skip").
     """
+    from fastdit.data.pipeline import ImageReader, undecodable  # imports DALI: not for who does without
+
     batches = [ids for ids in batches if len(ids)]
     if not batches:
         return

@@ -10,19 +10,27 @@ and the samples found corrupt. What DALI has prefetched is no part of it.
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 
 from fastdit.data.cache import HeldLatents, HeldReader
-from fastdit.data.order import Order, Request, noise_seed
-from fastdit.data.pipeline import BatchFailed, ImageReader, LatentReader, SyntheticReader, undecodable
+from fastdit.data.order import BatchFailed, Order, Request, noise_seed
 from fastdit.data.sources import Source
+from fastdit.data.synthetic import SyntheticReader
 from fastdit.errors import UserError
 
 log = logging.getLogger(__name__)
-_READERS = {"image": ImageReader, "latent": LatentReader, "synthetic": SyntheticReader}
+
+
+class Reader(Protocol):
+    """Prepares batches in the order of its requests."""
+
+    def __next__(self) -> tuple[Request, torch.Tensor]:
+        """Raises BatchFailed."""
+
+    def close(self) -> None: ...
 
 
 def make_loader(
@@ -130,7 +138,7 @@ class Loader:
         self._options, self._skip_corrupt = options, skip_corrupt
         self._scale, self._shift = affine
         self._corrupt: set[int] = set()
-        self._reader: ImageReader | LatentReader | SyntheticReader | HeldReader | None = None
+        self._reader: Reader | None = None
         self._generator = torch.Generator(options["device"])
 
     @property
@@ -188,10 +196,15 @@ class Loader:
             self._reader.close()
             self._reader = None
 
-    def _open(self) -> ImageReader | LatentReader | SyntheticReader | HeldReader:
-        """A reader of the batches from here on; it runs ahead of what is yielded."""
+    def _open(self) -> Reader:
+        """A reader of the batches from here on; it may run ahead of what is yielded."""
+        if self.source.kind == "synthetic":
+            return SyntheticReader(self.source.samples, self._requests(self.order), self._options["device"])
         if self.held is None:
-            return _READERS[self.source.kind](self.source, self._requests(self.order), **self._options)
+            from fastdit.data import pipeline  # imports DALI: not for who does without
+
+            reader = pipeline.ImageReader if self.source.kind == "image" else pipeline.LatentReader
+            return reader(self.source, self._requests(self.order), **self._options)
         if self.held.group is None:
             return HeldReader(self.held, ([request] for request in self._requests(self.order)), 0)
         together = self._requests(replace(self.order, batch=self.order.stride, rank=0, world=1))
@@ -214,6 +227,8 @@ class Loader:
 
     def _set_aside(self, failure: BatchFailed) -> None:
         """Finds the failed batch's corrupt images; stops, or excludes them and starts again at that batch."""
+        from fastdit.data.pipeline import undecodable
+
         self.close()
         is_image = self.source.kind == "image"
         corrupt = undecodable(self.source, failure.request.ids, **self._options) if is_image else []

@@ -33,6 +33,14 @@ class Request:
         return [Request(self.position + k, self.ids[k : k + batch], self.flips[k : k + batch]) for k in starts]
 
 
+class BatchFailed(RuntimeError):
+    """The batch of `request` could not be prepared; those after it can still be had."""
+
+    def __init__(self, request: Request):
+        super().__init__(f"the batch at position {request.position} failed")
+        self.request = request
+
+
 @dataclass(frozen=True)
 class Order:
     """Which samples rank `rank` of `world` shows, `batch` at a time, out of `n`.

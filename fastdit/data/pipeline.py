@@ -17,21 +17,13 @@ from nvidia import nvimgcodec
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.data_node import DataNode
 
-from fastdit.data.order import Request
+from fastdit.data.order import BatchFailed, Request
 from fastdit.data.sources import Source
 from fastdit.errors import UserError
 
 _KINDS = {1: "grey", 2: "grey and alpha", 3: "colour", 4: "colour and alpha, or CMYK"}
 _MOST_PIXELS = 1 << 28  # two damaged bytes of a JPEG can make it 4 billion, which takes minutes and 12 GB
 _PIXEL = np.frombuffer(b"P5 1 1 255\n\0", dtype=np.uint8)  # a whole image
-
-
-class BatchFailed(RuntimeError):
-    """DALI could not prepare the batch of `request`; the batches after it can still be had."""
-
-    def __init__(self, request: Request):
-        super().__init__(f"the batch at position {request.position} failed")
-        self.request = request
 
 
 class DaliReader:
@@ -204,24 +196,6 @@ class LatentReader(DaliReader):
 
     def _tensor(self, request: Request, views) -> torch.Tensor:
         return torch.from_dlpack(views.as_tensor())
-
-
-class SyntheticReader:
-    """Synthetic images from a pool that lies on the device: float32 (b, C, H, W) in [-1, 1]. No DALI here."""
-
-    def __init__(self, source: Source, requests: Iterable[Request], *, device: torch.device, **_unused):
-        self._requests, self._device = iter(requests), device
-        self._pool = torch.from_numpy(source.samples.pool).to(device).float().sub_(127.5).div_(127.5)
-
-    def __next__(self) -> tuple[Request, torch.Tensor]:
-        request = next(self._requests)
-        ids = torch.from_numpy(request.ids % len(self._pool)).to(self._device, non_blocking=True)
-        flips = torch.from_numpy(request.flips).to(self._device, non_blocking=True)
-        x = self._pool[ids]
-        return request, torch.where(flips[:, None, None, None], x.flip(-1), x)
-
-    def close(self) -> None:
-        """Nothing to stop."""
 
 
 def undecodable(source: Source, ids: np.ndarray, **options) -> list[int]:

@@ -1,9 +1,12 @@
 """Made-up images behind the same interface as real ones: for benchmarks and tests, at no cost for reading."""
 
 import re
+from collections.abc import Iterable
 
 import numpy as np
+import torch
 
+from fastdit.data.order import Request
 from fastdit.errors import UserError
 
 _DEFAULT = "synthetic:3x64x64:10:10000"
@@ -39,3 +42,21 @@ class SyntheticSamples:
 
     def where(self, i: int) -> str:
         return f"synthetic image {i}"
+
+
+class SyntheticReader:
+    """Iterates over `(request, x)`, from a pool that lies on the device: x float32 (b, C, H, W) in [-1, 1]."""
+
+    def __init__(self, samples: SyntheticSamples, requests: Iterable[Request], device: torch.device):
+        self._requests, self._device = iter(requests), device
+        self._pool = torch.from_numpy(samples.pool).to(device).float().sub_(127.5).div_(127.5)
+
+    def __next__(self) -> tuple[Request, torch.Tensor]:
+        request = next(self._requests)
+        ids = torch.from_numpy(request.ids % len(self._pool)).to(self._device, non_blocking=True)
+        flips = torch.from_numpy(request.flips).to(self._device, non_blocking=True)
+        x = self._pool[ids]
+        return request, torch.where(flips[:, None, None, None], x.flip(-1), x)
+
+    def close(self) -> None:
+        """Nothing to stop."""
