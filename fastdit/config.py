@@ -39,6 +39,8 @@ class DataConfig:
         classes: number of classes; none reads it from the source.
         flip: mirror each sample with probability one half. Latents need the mirrored latent in the shards.
         on_corrupt: an undecodable image stops the run, or is replaced by the next one and counted.
+        convert: images with other than `channels` channels are made to fit (grey repeated, colour made grey,
+            transparency dropped); else they stop the run.
         threads: DALI's CPU threads per rank.
         latent_scale: factor on latents after `latent_shift` is subtracted (SD VAE: 0.18215); one number, or one a
             channel.
@@ -59,6 +61,7 @@ class DataConfig:
     classes: int | None = None
     flip: bool = True
     on_corrupt: Literal["stop", "skip"] = "stop"
+    convert: bool = False
     threads: int = 2
     latent_scale: float | tuple[float, ...] = 1.0
     latent_shift: float | tuple[float, ...] = 0.0

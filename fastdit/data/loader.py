@@ -48,6 +48,7 @@ def make_loader(
     threads: int = 2,
     prefetch: int = 2,
     on_corrupt: Literal["stop", "skip"] = "stop",
+    convert: bool = False,
     latent_scale: float | Sequence[float] = 1.0,
     latent_shift: float | Sequence[float] = 0.0,
     cache: Literal["none", "cpu", "device"] = "none",
@@ -67,6 +68,7 @@ def make_loader(
       batch is a collective.
     - on_corrupt: an image that cannot be decoded raises UserError ("stop"), or the next good id takes its
       place from then on ("skip", counted in `Loader.skipped`).
+    - convert: images with another number of channels are made to fit, as in ImageReader.
 
     Raises UserError where the source does not fit the arguments, ValueError where they make no sense.
     """
@@ -81,7 +83,7 @@ def make_loader(
         device = torch.device("cuda", torch.cuda.current_device())
     options: dict[str, Any] = {"batch": batch, "device": device, "threads": threads, "prefetch": prefetch}
     if source.kind == "image":
-        options |= {"size": size, "channels": channels}
+        options |= {"size": size, "channels": channels, "convert": convert}
     order = Order(source.n, batch, seed, rank, world, shuffle, flip)
     held = None
     if cache != "none":
@@ -130,7 +132,7 @@ class Loader:
         held: HeldLatents | None,
         affine: tuple[torch.Tensor, torch.Tensor],
     ):
-        """`options` are the reader's: batch, device, threads, prefetch, and for images size and channels.
+        """`options` are the reader's: batch, device, threads, prefetch, and for images size, channels and convert.
 
         held: latents in memory, if they are. affine: scale and shift of latents, (C, 1, 1) each.
         """

@@ -106,8 +106,8 @@ class ImageReader(DaliReader):
     pixels, values rounded to 8 bits: Pillow's bicubic, but for repeating the edge beyond the border), then
     the centre is cut out. EXIF orientation is applied. A palette image counts as RGB.
     An image of more than 2^28 pixels counts as corrupt.
-    An image with other than `channels` channels is converted (`convert`: grey is repeated, transparency dropped), or
-    raises UserError.
+    An image with other than `channels` channels is converted (`convert`: grey is repeated, colour made grey,
+    transparency dropped), or raises UserError.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class ImageReader(DaliReader):
             where, found = self.source.where(request.ids[wrong[0]]), int(channels[wrong[0]])
             raise UserError(
                 f"{where}: {found} channels ({_KINDS[found]}) where the model takes {self.channels}; "
-                f"convert it to plain {_KINDS[self.channels]}"
+                f"convert it to plain {_KINDS[self.channels]}, or set data.convert to true"
             )
         return torch.from_dlpack(images.as_tensor())
 

@@ -227,6 +227,7 @@ def build_loader(
         device=device,
         threads=data.threads,
         on_corrupt=data.on_corrupt,
+        convert=data.convert,
         latent_scale=data.latent_scale,
         latent_shift=data.latent_shift,
         cache=kept,

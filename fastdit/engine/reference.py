@@ -67,6 +67,7 @@ def of_source(
         device=runtime.device,
         threads=config.data.threads,
         on_corrupt=config.data.on_corrupt,
+        convert=config.data.convert,
     )
     with closing(loader):
         made = _make(lambda ids: _levels(next(loader)[0]), source.path, n, net, runtime, batch, progress)
