@@ -5,7 +5,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fastdit.command_line import OneLineParser
-from fastdit.data.imagenet import CLASSES, IMAGES, convert, read_names
+from fastdit.data.sets.imagenet import CLASSES, IMAGES, convert, read_names
 from fastdit.errors import UserError
 
 

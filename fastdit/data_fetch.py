@@ -8,11 +8,11 @@ from tqdm import tqdm
 
 from fastdit.command_line import OneLineParser
 from fastdit.data import UNFINISHED
-from fastdit.data.fetching import obtain
-from fastdit.data.image_sets import is_complete, write_split
-from fastdit.data.imagenet import INSTRUCTIONS
-from fastdit.data.known_sets import SETS, ImageSet
 from fastdit.data.manifest import checksum, read_manifest
+from fastdit.data.sets.fetching import obtain
+from fastdit.data.sets.image_sets import is_complete, write_split
+from fastdit.data.sets.imagenet import INSTRUCTIONS
+from fastdit.data.sets.known_sets import SETS, ImageSet
 
 
 def _parser() -> OneLineParser:

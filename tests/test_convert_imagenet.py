@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from data_helpers import decode, encode, picture
 
-from fastdit.data import imagenet, open_source
+from fastdit.data import open_source
+from fastdit.data.sets import imagenet
 from fastdit.data_tools import _data
 from fastdit.errors import UserError
 

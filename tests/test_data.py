@@ -26,8 +26,9 @@ from data_helpers import (
 )
 from PIL import Image
 
-from fastdit.data import make_fashion_mnist, make_loader, open_source
+from fastdit.data import make_loader, open_source
 from fastdit.data.order import Order
+from fastdit.data.sets import make_fashion_mnist
 
 GREY = {"size": (5, 7), "channels": 1}
 

@@ -23,8 +23,9 @@ from fetch_helpers import CIFAR, FASHION, TEST, TRAIN, Server, font_file, labels
 from fontTools.fontBuilder import FontBuilder
 
 from fastdit.config import parse
-from fastdit.data import download, image_sets, open_source
-from fastdit.data.known_sets import SETS
+from fastdit.data import open_source
+from fastdit.data.sets import download, image_sets
+from fastdit.data.sets.known_sets import SETS
 from fastdit.data_tools import _data
 from fastdit.errors import UserError
 

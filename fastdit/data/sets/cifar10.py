@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastdit.data.image_sets import Split
+from fastdit.data.sets.image_sets import Split
 from fastdit.errors import UserError
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdit.data.image_sets import Split
+from fastdit.data.sets.image_sets import Split
 from fastdit.errors import UserError
 
 CLASS_NAMES = (

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from fastdit.data.image_sets import Split
+from fastdit.data.sets.image_sets import Split
 from fastdit.errors import UserError
 
 FONT, LIST = "NotoColorEmoji.ttf", "emoji-test.txt"

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fastdit.data.download import DownloadError, download
 from fastdit.data.manifest import checksum
+from fastdit.data.sets.download import DownloadError, download
 from fastdit.errors import UserError
 
 

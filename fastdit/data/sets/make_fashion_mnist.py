@@ -2,16 +2,16 @@
 
 Re-running it with the same Pillow gives the same bytes.
 
-python fastdit/data/make_fashion_mnist.py t10k-images-idx3-ubyte.gz t10k-labels-idx1-ubyte.gz OUT
+python fastdit/data/sets/make_fashion_mnist.py t10k-images-idx3-ubyte.gz t10k-labels-idx1-ubyte.gz OUT
 """
 
 import json
 import sys
 from pathlib import Path
 
-from fastdit.data.fashion_mnist import CLASS_NAMES, read_idx
-from fastdit.data.image_sets import png
 from fastdit.data.manifest import MANIFEST, describe, write_json
+from fastdit.data.sets.fashion_mnist import CLASS_NAMES, read_idx
+from fastdit.data.sets.image_sets import png
 from fastdit.data.shards import ShardSamples, write_shards
 from fastdit.errors import UserError
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastdit.data import cifar10, fashion_mnist, noto_emoji
-from fastdit.data.fetching import File
-from fastdit.data.image_sets import Split
+from fastdit.data.sets import cifar10, fashion_mnist, noto_emoji
+from fastdit.data.sets.fetching import File
+from fastdit.data.sets.image_sets import Split
 
 Read = Callable[[Mapping[str, Path], noto_emoji.Labels], Sequence[Split]]
 
