@@ -102,7 +102,10 @@ def test_the_place_is_chosen_by_size(tmp_path, monkeypatch):
     each = 4 * 3 * 5 * 7 * 4
     assert cache.held_bytes(source, 1) == 10 * each
     assert cache.held_bytes(source, 3) == 4 * each
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=100 * each))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=300 * each))
+    (tmp_path / "max").write_text(f"{100 * each}\n")
+    (tmp_path / "none").write_text("max\n")
+    monkeypatch.setattr(cache, "LIMITS", (tmp_path / "none", tmp_path / "max", tmp_path / "missing"))
     for share, ranks_here, chosen in [(0.1, 1, "cpu"), (0.0999, 1, "none"), (0.15, 2, "none"), (0.2, 2, "cpu")]:
         monkeypatch.setattr(cache, "HOST_SHARE", share)
         assert cache.choose_cache("auto", source, CPU, None, ranks_here) == chosen

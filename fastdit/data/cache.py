@@ -8,6 +8,8 @@ next, so each sends the others theirs in one all-to-all, and nobody asks or wait
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -22,6 +24,7 @@ from fastdit.errors import UserError
 
 # Shares of memory that "auto" may fill, over all that is there: the rest is for weights, activations and page cache.
 DEVICE_SHARE, HOST_SHARE = 0.1, 0.25
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of control groups, v2 and v1
 _AT_ONCE = 64 << 20  # bytes on their way to the device while the cache is filled
 
 Cache = Literal["auto", "none", "cpu", "device"]
@@ -45,8 +48,7 @@ def choose_cache(
     if asked != "auto":
         return asked
     share = held_bytes(source, dist.get_world_size(group) if group else 1)
-    fits = share * ranks_here <= HOST_SHARE * psutil.virtual_memory().total
-    choice = int(fits)
+    choice = int(share * ranks_here <= HOST_SHARE * _host_memory())
     if device.type == "cuda" and share <= DEVICE_SHARE * torch.cuda.get_device_properties(device).total_memory:
         choice = 2
     if group:  # machines may differ
@@ -54,6 +56,15 @@ def choose_cache(
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=group)
         choice = int(smallest)
     return ("none", "cpu", "device")[choice]
+
+
+def _host_memory() -> int:
+    """In bytes; a container's limit where that is less."""
+    limits = [psutil.virtual_memory().total]
+    for path in LIMITS:
+        with suppress(OSError, ValueError):  # no such file; "max"
+            limits.append(int(Path(path).read_text()))
+    return min(limits)
 
 
 def held_bytes(source: Source, ranks: int) -> int:
