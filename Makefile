@@ -25,13 +25,13 @@ $(VENV)/ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(VENV)/bin/pip install -c constraints.txt --no-deps torch-fidelity
 	@touch $@
 
-# --resume: a second `make quickstart` goes on where the first was stopped. Threads that wait without spinning cost a
-# few percent on an idle machine and save most of the time on a busy one.
+# Threads that wait without spinning cost a few percent on an idle machine and save most of the time on a busy one.
+# --resume: a second `make quickstart` goes on where the first was stopped.
 quickstart: setup
 	OMP_WAIT_POLICY=passive $(VENV)/bin/deepspeed fastdit/train.py --preset quickstart --ds_config zero1 --out $(RUN) --resume $(ARGS)
 
 test: setup
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -172,7 +172,7 @@ def test_in_bf16_the_teacher_follows_fp32_averages(trained, stage):
 
 
 @launch
-@pytest.mark.parametrize("ds_config", ["zero1", "zero3"])
+@pytest.mark.parametrize("ds_config", ["zero1"])  # zero3: tests/test_sadm_training.py, with both methods
 def test_two_ranks_killed_after_a_checkpoint(trained, tmp_path, ds_config):
     folder = tmp_path / "run"
     flags = [*RECIPE, "--ds_config", ds_config, "--out", folder]
