@@ -4,11 +4,9 @@ A preset (`fastdit/presets/NAME.yaml`, or a path) differs from these defaults on
 flag (`--lr 2e-4 --model.patch 4`). Parsing, type checks and `--help` are jsonargparse's.
 """
 
-import math
 import os
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
@@ -16,11 +14,11 @@ import yaml
 from jsonargparse import Namespace
 
 from fastdit.command_line import OneLineParser
+from fastdit.config_checks import check
 from fastdit.errors import UserError
 from fastdit.methods.self_discrimination import SDDiT
 from fastdit.methods.structure_game import SADM
 from fastdit.models import SIZES
-from fastdit.models.structure_encoders import NORM_GROUP
 from fastdit.noise import DDPM, EDM, Flow
 
 PRESETS = Path(__file__).parent / "presets"
@@ -267,107 +265,7 @@ class Config:
         return method in self.method.split("+")
 
     def __post_init__(self):
-        for field, (low, high) in _RANGES.items():
-            value = attrgetter(field)(self)
-            for number in value if isinstance(value, tuple) else (value,):
-                if number is not None and not low <= number <= high:
-                    wanted = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-                    raise UserError(f"{field}: must be {wanted}, got {number}")
-        if self.finetune and not self.init_from:
-            raise UserError("finetune: needs the weights to start from; give --init_from")
-        self._check_model()
-        self._check_decoder()
-        self._check_psi()
-        self._check_sampling()
-
-    def _check_model(self) -> None:
-        width, heads = (self.model.dims()[key] for key in ("width", "heads"))
-        if width % heads or width % 4:
-            raise UserError(f"model.width: {width} must be a multiple of model.heads ({heads}) and of 4; change one")
-        size, patch = self.data.size, self.model.patch
-        for side in (size,) if isinstance(size, int) else size:
-            if side % patch:
-                raise UserError(f"data.size: {side} is not a multiple of model.patch ({patch}); change one")
-        for name in ("latent_scale", "latent_shift"):
-            value = getattr(self.data, name)
-            if isinstance(value, tuple) and len(value) != self.data.channels:
-                raise UserError(
-                    f"data.{name}: {len(value)} numbers for {self.data.channels} channels; give one a channel"
-                )
-
-    def _check_decoder(self) -> None:
-        width, heads = self.sd_dit.decoder_width, self.sd_dit.decoder_heads
-        if width % heads or width % 4:
-            raise UserError(
-                f"sd_dit.decoder_width: {width} must be a multiple of sd_dit.decoder_heads ({heads}) and of 4; "
-                "change one"
-            )
-
-    def _check_psi(self) -> None:
-        sadm = self.sadm
-        if not self.uses("sadm"):
-            return
-        if sadm.psi == "teacher" and not self.uses("sd_dit"):
-            raise UserError(f"sadm.psi: teacher is SD-DiT's; it needs --method sd_dit+sadm, got {self.method}")
-        if sadm.psi == "teacher" and sadm.structure == "adversarial":
-            raise UserError("sadm.psi: teacher follows the student and is no player; set --sadm.structure fixed")
-        if sadm.psi == "latent_resnet" and sadm.psi_width % NORM_GROUP:
-            raise UserError(f"sadm.psi_width: {sadm.psi_width} must be a multiple of {NORM_GROUP}; change it")
-        pixels = self.data.channels in (1, 3) or self.data.autoencoder is not None
-        if sadm.psi == "image_resnet" and (sadm.psi_weights is None or not pixels):
-            raise UserError(
-                f"sadm.psi: image_resnet needs sadm.psi_weights (torchvision's resnet18) and pixels, of latents by "
-                f"--data.autoencoder; data.channels is {self.data.channels}"
-            )
-
-    def _check_sampling(self) -> None:
-        process, settings = getattr(self.noise, self.noise.name), self.sample
-        if settings.sampler not in (None, *process.samplers):
-            choices = ", ".join(process.samplers)
-            raise UserError(f"sample.sampler: {process.name} has no {settings.sampler!r}; choose one of {choices}")
-        most = getattr(process, "steps", math.inf)
-        if settings.steps > most:
-            raise UserError(f"sample.steps: {settings.steps}; noise.{process.name}.steps allows at most {most}")
-        if settings.interval and not settings.interval[0] < settings.interval[1]:
-            raise UserError(f"sample.interval: {list(settings.interval)}; the first must be below the second")
-        if (settings.guided_channels or 0) > self.data.channels:
-            raise UserError(
-                f"sample.guided_channels: {settings.guided_channels}; data.channels is {self.data.channels}"
-            )
-
-
-# Smallest and largest value of each numeric field; none is always allowed where the type allows it.
-_POSITIVE = (
-    "steps batch micro_batch log_every save_every keep_checkpoints max_nonfinite data.size data.channels data.classes "
-    "data.threads model.patch model.depth model.width model.heads sample.steps sample.guided_channels "
-    "sample.per_class sample.max_classes sd_dit.decoder_width sd_dit.decoder_depth sd_dit.decoder_heads "
-    "sd_dit.head_width sd_dit.bottleneck sd_dit.prototypes sadm.psi_width sadm.psi_features sadm.psi_every"
-)
-_NOT_NEGATIVE = (
-    "warmup lr eps weight_decay grad_clip seed threads sample_every sample.interval sample.agreement "
-    "eval.every eval.seed"
-)
-_RANGES = {
-    **dict.fromkeys(_POSITIVE.split(), (1, math.inf)),
-    **dict.fromkeys(_NOT_NEGATIVE.split(), (0, math.inf)),
-    "betas": (0, 1),
-    "eval.n": (2, math.inf),  # a covariance takes two
-    "eval.n_real": (4, math.inf),  # and so does each half of the real images
-    "label_drop": (0, 1),
-    "ema.decay": (0, 1),
-    "data.latent_scale": (1e-6, math.inf),
-    **dict.fromkeys(("sd_dit.student_temperature", "sd_dit.teacher_temperature"), (0.025, math.inf)),
-    "sd_dit.teacher_temperature_start": (0.025, math.inf),  # exp(1 / it) must be an fp32 number
-    **dict.fromkeys(("sd_dit.center_momentum", "sd_dit.momentum", "sd_dit.momentum_end"), (0, 1)),
-    "sd_dit.teacher_temperature_warmup": (0, 1),
-    "sd_dit.mask_ratio": (0, 0.95),
-    "sd_dit.teacher_noise": (1e-4, 1),
-    "sd_dit.beta": (0, math.inf),
-    **dict.fromkeys(("sadm.weight", "sadm.gradient_penalty", "sadm.psi_lr"), (0, math.inf)),
-    **dict.fromkeys(("sadm.huber_delta", "sadm.sigma_data"), (1e-6, math.inf)),
-    **dict.fromkeys(("sadm.psi_warmup", "sadm.psi_betas"), (0, 1)),
-    "ema.std": (0.001, 0.28),  # a power-function profile cannot be wider than 12^-1/2
-}
+        check(self)
 
 
 def _parser() -> OneLineParser:

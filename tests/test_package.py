@@ -170,15 +170,11 @@ def test_arrows_point_down(room):
 
 
 def test_the_engine_and_the_settings_know_no_command():
-    commands = {path.stem for path in FASTDIT.glob("*.py")} - {"__init__", "config", "errors", "command_line"}
+    settings = {"config", "config_checks", "errors", "command_line"}
+    commands = {path.stem for path in FASTDIT.glob("*.py")} - {"__init__", *settings}
     assert {"train", "sample"} <= commands
-    for path in (
-        *FASTDIT.glob("engine/*.py"),
-        FASTDIT / "config.py",
-        FASTDIT / "errors.py",
-        FASTDIT / "command_line.py",
-    ):
+    for path in (*FASTDIT.glob("engine/*.py"), *(FASTDIT / f"{name}.py" for name in settings)):
         found = {name.split(".")[1] for name in imports(path, "fastdit.engine") if name.startswith("fastdit.")}
         assert found & commands == set(), path
-    for path in (FASTDIT / "config.py", FASTDIT / "errors.py"):
+    for path in (FASTDIT / f"{name}.py" for name in settings):
         assert not any(name.startswith("fastdit.engine") for name in imports(path, "fastdit"))
