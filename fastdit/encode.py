@@ -73,6 +73,8 @@ def _encode(argv: list[str]) -> None:
         per_shard=args.per_shard,
     )
     out, device = Path(args.out), _device(args.device)
+    if device.type == "cpu":
+        runtime.keep_memory()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     shards = encoding.remaining(out, settings, rank, world)
     with tqdm(total=sum(len(settings.ids(k)) for k in shards), desc="encoding", unit="image", disable=rank > 0) as bar:
@@ -108,7 +110,6 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
-        runtime.keep_memory()
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)

@@ -290,6 +290,11 @@ def test_corrupt_images(encode, home, tmp_path, caplog):
     assert np.allclose(read.read(3), open_source(str(good)).read(4), rtol=2e-3, atol=2e-3)
 
 
+def test_a_source_without_one_good_image(encode, tmp_path):
+    source = image_shards(tmp_path / "images", [encoded(image(i), "PNG")[:60] for i in range(3)])
+    assert "--source: none of its images can be decoded" in refusal(encode, "--on_corrupt skip", source=source)
+
+
 def test_latents_that_are_not_finite_are_refused(encode, monkeypatch):
     def large(autoencoder, x, settings):
         out = torch.zeros(len(x), 4, 4, 4, 4)

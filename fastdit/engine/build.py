@@ -184,7 +184,7 @@ def standardised(config: Config, source: Source) -> Config:
             "fastdit/encode.py, or set it to factor"
         )
     mean, std = manifest["channel_mean"], manifest["channel_std"]
-    if len(mean) != data.channels or min(std) <= 0:
+    if len(mean) != data.channels or not all(s > 0 for s in std):
         raise UserError(f"data.standardise: {source.path} has channels of deviation {std}; set it to factor")
     wanted = config.noise.edm.sigma_data if config.noise.name == "edm" else 1.0
     scale, shift = tuple(wanted / s for s in std), tuple(mean)

@@ -141,6 +141,7 @@ def finish(out: Path, settings: Settings, source: Source) -> dict | None:
 
 def _merged(records: dict[str, dict], classes: int) -> dict:
     """What a manifest says of all shards together. Standard deviations are those of draws from the posteriors.
+    Raises UserError when there is not one sample.
 
     psnr: in dB, over a few images of each shard: of what their exact latents decode to, and of what the stored ones do.
     """
@@ -150,6 +151,8 @@ def _merged(records: dict[str, dict], classes: int) -> dict:
     total, squares, cells = (
         sum(np.array(record[part]) for record in records.values()) for part in ("sum", "squares", "cells")
     )
+    if not cells:
+        raise UserError("--source: none of its images can be decoded; see the warnings above")
     mean = total / cells
     pictures = sum(record["pictures"] for record in records.values())
     exact, stored = (psnr(sum(record["errors"][k] for record in records.values()) / pictures) for k in (0, 1))
