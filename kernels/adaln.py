@@ -22,9 +22,12 @@ from torch import Tensor
 from . import adaln_triton
 from ._dispatch import choose
 from ._native import load_native
+from ._operator import operator
 
 EPS = 1e-6
 NORMS = ("layer", "rms")
+_TRITON_TYPES = {torch.float32, torch.bfloat16, torch.float16}
+_CPP_TYPES = {torch.float32}
 
 
 def modulate(
@@ -169,7 +172,7 @@ def _cpp_backward(dr, dh, kept, y, gate, scale, shift, rows, stats, rms, from_x,
 # Operators. An operator returns no None: an empty tensor stands for what is not there.
 
 
-@torch.library.custom_op("fastdit::adaln", mutates_args=())
+@operator("fastdit::adaln")
 def adaln(
     x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None, rows: Tensor | None,
     eps: float, rms: bool, keep_r: bool, implementation: str,
@@ -193,7 +196,7 @@ def _forward_outputs(x, y, gate, scale, shift, rows, eps, rms, keep_r, implement
     return r, h, x.new_empty((*shape[:2], 2) if normed else 0, dtype=torch.float32)
 
 
-@torch.library.custom_op("fastdit::adaln_backward", mutates_args=())
+@operator("fastdit::adaln_backward")
 def adaln_backward(
     dr: Tensor | None, dh: Tensor | None, kept: Tensor | None, y: Tensor | None, gate: Tensor | None,
     scale: Tensor | None, shift: Tensor | None, rows: Tensor | None, stats: Tensor | None,
@@ -268,14 +271,14 @@ def choose_adaln(
 ) -> str:
     """Which implementation serves this call; raises as `choose`."""
     vectors = [vector for vector in (gate, scale, shift) if vector is not None]
-    dtypes = [tensor.dtype for tensor in (x, y, *vectors) if tensor is not None]
-    low = (torch.float32, torch.bfloat16, torch.float16)
-    triton = x.shape[2] <= adaln_triton.MAX_WIDTH and all(dtype in low for dtype in dtypes)
-    cpp = rows is None and all(vector.dim() == 2 for vector in vectors) and all(d == torch.float32 for d in dtypes)
+    dtypes = {tensor.dtype for tensor in (x, y, *vectors) if tensor is not None}
     filled = x.numel() > 0 and (rows is None or rows.numel() > 0)
-    normed = scale is not None  # where not, torch's addcmul is one pass too, and faster on CPUs than ours (1.3 times)
     return choose(
-        x.device, implementation=implementation, triton=filled and triton, cpp=filled and cpp, auto_cpp=normed
+        x.device,
+        implementation=implementation,
+        triton=filled and x.shape[2] <= adaln_triton.MAX_WIDTH and dtypes <= _TRITON_TYPES,
+        cpp=filled and rows is None and dtypes == _CPP_TYPES and all(vector.dim() == 2 for vector in vectors),
+        auto_cpp=scale is not None,  # without a norm torch's addcmul is one pass too, and 1.3 times as fast on CPUs
     )
 
 

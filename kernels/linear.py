@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._dispatch import choose
+from ._operator import operator
 from .adaln import EPS, adaln, adaln_gradients, check, choose_adaln, gate_residual_modulate_reference
 
 
@@ -141,7 +142,7 @@ def _gelu_backward_kernel(dg, u, du, g, size, BLOCK: tl.constexpr):
 _BLOCK = 1024  # 4 warps: 8 values, 16 bytes of bf16, a thread
 
 
-@torch.library.custom_op("fastdit::gelu", mutates_args=())
+@operator("fastdit::gelu")
 def gelu(u: Tensor) -> Tensor:
     """gelu(u), contiguous."""
     u = u.contiguous()
@@ -150,7 +151,7 @@ def gelu(u: Tensor) -> Tensor:
     return g
 
 
-@torch.library.custom_op("fastdit::gelu_backward", mutates_args=())
+@operator("fastdit::gelu_backward")
 def gelu_backward(dg: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """(du, gelu(u)), in one pass."""
     dg, u = dg.contiguous(), u.contiguous()

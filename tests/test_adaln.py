@@ -310,14 +310,16 @@ def test_operators(implementation):
     x, y, gate, scale, shift = inputs(3, 7, 72)
     rows = some_rows(3, 7) if implementation == "triton" else None
     options = (1e-6, False, True, implementation)
-    opcheck(adaln, (x, y, gate, scale, shift, None, *options))
-    opcheck(adaln, (x, y, gate, None, None, None, *options))
-    opcheck(adaln, (x, None, None, scale, shift, rows, 1e-6, True, False, implementation))
+    opcheck(adaln.op, (x, y, gate, scale, shift, None, *options))
+    opcheck(adaln.op, (x, y, gate, None, None, None, *options))
+    opcheck(adaln.op, (x, None, None, scale, shift, rows, 1e-6, True, False, implementation))
     r, h, stats = (t.detach() for t in adaln(x, y, gate, scale, shift, rows, *options))
     saved = [t.detach() for t in (y, gate, scale, shift)]
-    opcheck(adaln_backward, (r, h, r, *saved, rows, stats, 7, False, False, True, implementation))
-    opcheck(adaln_backward, (None, h, x.detach(), *saved, rows, stats, 7, False, True, False, implementation))
-    opcheck(adaln_backward, (r, None, None, *saved[:2], None, None, rows, None, 7, False, False, False, implementation))
+    opcheck(adaln_backward.op, (r, h, r, *saved, rows, stats, 7, False, False, True, implementation))
+    opcheck(adaln_backward.op, (None, h, x.detach(), *saved, rows, stats, 7, False, True, False, implementation))
+    opcheck(
+        adaln_backward.op, (r, None, None, *saved[:2], None, None, rows, None, 7, False, False, False, implementation)
+    )
 
 
 @pytest.mark.parametrize("implementation", KERNELS)

@@ -1,0 +1,103 @@
+"""Operators step aside where nothing watches them, and only there."""
+
+import pytest
+import torch
+from kernel_checks import DEVICE, normal
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastdit.kernels.adaln as adaln
+import fastdit.kernels.linear as linear
+from fastdit.kernels._operator import Operator, operator
+
+
+class Seen(TorchDispatchMode):
+    """Names of the operators that the dispatcher met."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def double() -> Operator:
+    made = operator("fastdit_tests::double")(_double)
+    made.register_fake(lambda x: torch.empty_like(x))
+    made.register_autograd(lambda ctx, grad: 2 * grad)
+    made.op = Counted(made.op)
+    return made
+
+
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+class Counted:
+    def __init__(self, op):
+        self.op, self.calls = op, 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        return self.op(*args)
+
+
+def test_without_gradients_or_tracers_the_function_runs_itself(double):
+    x = normal(2, 3, seed=1)
+    with torch.no_grad():
+        assert torch.equal(double(x), 2 * x)
+        assert torch.equal(double(torch.nn.Parameter(x)), 2 * x)
+    with torch.inference_mode():
+        double(x)
+    assert double.op.calls == 0
+
+
+def test_autograd_sees_the_operator(double):
+    x = normal(2, 3, seed=1).requires_grad_()
+    double(x).sum().backward()
+    assert double.op.calls == 1
+    assert torch.equal(x.grad, torch.full_like(x, 2))
+
+
+def test_dispatch_modes_and_fake_tensors_see_the_operator(double):
+    x = normal(2, 3, seed=1)
+    with torch.no_grad():
+        with Seen() as seen:
+            double(x)
+        assert seen.names[0] == "fastdit_tests::double"
+        with FakeTensorMode() as mode:
+            fake = mode.from_tensor(x)
+        assert double(fake).shape == x.shape, "a fake tensor outside of its mode"
+    assert double.op.calls == 2
+
+
+def test_the_compiler_sees_the_operator(double):
+    x, graphs = normal(2, 3, seed=1), []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    with torch.no_grad():
+        assert torch.equal(torch.compile(lambda x: double(x) + 1, backend=keep, fullgraph=True)(x), 2 * x + 1)
+    assert "fastdit_tests.double" in graphs[0].print_readable(print_output=False)
+
+
+def test_a_blocks_layers_do_without_the_dispatcher(monkeypatch):
+    """modulated_linear and gelu_linear, forward and backward."""
+
+    def refuse(*args):
+        raise AssertionError("the dispatcher was asked")
+
+    for op in (linear.adaln, adaln.adaln_backward, linear.gelu, linear.gelu_backward):
+        monkeypatch.setattr(op, "op", refuse)
+    x, y = (normal(2, 5, 8, seed=seed).requires_grad_() for seed in (1, 2))
+    vectors = [normal(2, 8, seed=seed).requires_grad_() for seed in (3, 4, 5)]
+    weight = normal(12, 8, seed=6).requires_grad_()
+    r, out = linear.modulated_linear(x, y, *vectors, weight, implementation="triton")
+    out = linear.gelu_linear(out, normal(8, 12, seed=7).requires_grad_(), implementation="triton")
+    (r.sum() + out.sum()).backward()
+    assert x.grad.device.type == DEVICE
