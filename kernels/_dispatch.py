@@ -35,17 +35,16 @@ def choose(
         source = "implementation" if implementation else "FASTDIT_KERNELS"
         raise ValueError(f"{source}={wish!r} is unknown; choose one of {', '.join(CHOICES)}")
     on_gpu = device.type == "cuda"
-    usable = {
-        "triton": triton and (on_gpu or interpreting()),
-        "cpp": cpp and device.type == "cpu" and load_native("cpu")[0] is not None,
-        "reference": True,
-    }
+    found = wish
     if wish == "auto":
-        wish = "triton" if on_gpu else "cpp" if auto_cpp else "reference"
-        return wish if usable[wish] else "reference"
-    if usable[wish]:
-        return wish
-    if implementation:
+        found = "triton" if on_gpu else "cpp" if auto_cpp else "reference"
+    if found == "triton":
+        usable = triton and (on_gpu or interpreting())
+    else:
+        usable = found == "reference" or (cpp and device.type == "cpu" and load_native("cpu")[0] is not None)
+    if usable:
+        return found
+    if implementation and wish != "auto":
         raise ValueError(f"implementation={wish!r} cannot run on {device.type} here, or not with these arguments")
     return "reference"
 

@@ -6,6 +6,8 @@ Matrices are tuples (tensor, stride of a sample, stride of a token), the inner s
 sample has None as the last. Programs run through the tokens of a sample, then through the samples.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -154,6 +156,7 @@ def _sum_kernel(partials, dgate, dscale, dshift, chunks, blocks, D: tl.constexpr
         tl.store(dshift + b * D + cols, shift_sum, mask=live)
 
 
+@lru_cache
 def _blocks(width: int, rows: int) -> dict[str, int]:
     """Block sizes for tiles of `rows` rows, fewer where they are wider than 2048.
 
@@ -165,6 +168,7 @@ def _blocks(width: int, rows: int) -> dict[str, int]:
     return {"D": width, "BLOCK": block, "TILE": tile, "num_warps": min(max(block // 256, 1), 16)}
 
 
+@lru_cache
 def _chunk(tokens: int) -> int:
     """How many tokens one program of the backward pass sums over: 1/16 of a sample's, at least 8, at most 64."""
     return min(max(triton.next_power_of_2(tokens) // 16, 8), 64)
@@ -179,7 +183,7 @@ def _matrix(tensor: Tensor | None) -> tuple[Tensor, int, int | None] | None:
 def forward(x, y, gate, scale, shift, rows, eps, rms, r, h, stats) -> None:
     batch, tokens, width = (r if h is None else h).shape
     blocks = _blocks(width, rows=4)
-    tiles = triton.cdiv(tokens, blocks["TILE"])
+    tiles = -(-tokens // blocks["TILE"])
     matrices = map(_matrix, (x, y, gate, scale, shift))
     _forward_kernel[(batch * tiles,)](*matrices, rows, r, h, stats, tokens, x.shape[1], tiles, eps, RMS=rms, **blocks)
 
@@ -189,7 +193,7 @@ def backward(dr, dh, kept, y, gate, scale, shift, rows, stats, rms, from_x, dx, 
     batch, tokens, width = given.shape
     all_tokens = tokens if dx is None else dx.shape[1]
     blocks, chunk = _blocks(width, rows=2), _chunk(tokens)
-    chunks = triton.cdiv(tokens, chunk)
+    chunks = -(-tokens // chunk)
     partials = given.new_empty(batch, chunks, 3, width, dtype=torch.float32)
     matrices = map(_matrix, (dr, dh, kept, y, gate, scale, shift))
     _backward_kernel[(batch * chunks,)](
@@ -197,5 +201,5 @@ def backward(dr, dh, kept, y, gate, scale, shift, rows, stats, rms, from_x, dx, 
         CHUNK=chunk, RMS=rms, FROM_X=from_x, **blocks, maxnreg=128,  # so that 16 warps fit on a multiprocessor
     )  # fmt: skip
     sums = [grad if grad is not None and grad.dim() == 2 else None for grad in (dgate, dscale, dshift)]
-    columns = triton.cdiv(width, 256)
+    columns = -(-width // 256)
     _sum_kernel[(batch * columns,)](partials, *sums, chunks, columns, D=width, BLOCK=256, num_warps=1)
