@@ -5,9 +5,11 @@ All train on batches of their own loader, with the same method, noise process an
 
 import gc
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from statistics import median
 
 import torch
 from scaling import BUCKET, KEPT, LIVE, Trained
@@ -43,7 +45,8 @@ class Engine(Contender):
         silent = _Silent(runtime.rank, runtime.world, runtime.local_rank, runtime.device, runtime.hosts)
         self.session = Session(config, silent)
         self.run, self.done = self.session.run, 0
-        self.ran = f"ZeRO-{self.run.plan.stage}, {self.session.attention}"
+        graphs = ", CUDA graphs" if config.cuda_graphs else ""
+        self.ran = f"ZeRO-{self.run.plan.stage}, {self.session.attention}{graphs}"
         self.flops = self.run.method.flops(self.run.engine.module)
         self.names = {"backward": "backward/network", "followers": "extras", "method": "extras"}
         method = self.run.method
@@ -243,13 +246,24 @@ class Product(Contender):
 
 
 def warm(make: Callable[[], Contender], device: torch.device) -> Contender:
-    """make(), after two steps, with its memory measured: what it holds by the first, and the second's own."""
+    """make(), after a few steps, with its memory measured: what it holds by the first, and the second's own; and on a
+    GPU the host's time."""
     before = _held(device)
     contender = make()
     contender.step()
     contender.held = _held(device) - before
     contender.peak = contender.held + memory(device, contender.step, None).peak
+    if device.type == "cuda":
+        contender.host = median(_host_time(contender) for _ in range(3))
     return contender
+
+
+def _host_time(contender: Contender) -> float:
+    """Milliseconds until the host has launched a step on a GPU that waits for it."""
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    contender.step()
+    return (time.perf_counter() - begun) * 1e3
 
 
 def _held(device: torch.device) -> int:

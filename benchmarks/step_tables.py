@@ -16,7 +16,7 @@ GOALS = {"sd_dit": "at most 1.45", "sadm": "at most 1.10 (XL/2, batch 256)"}  # 
 PLAIN = "dit"
 COLUMNS = (
     "contender", "ran", "table", "part", "ms_p20", "ms_p50", "ms_p80", "steps", "ratio_p20", "ratio_p50", "ratio_p80",
-    "images_per_s", "flops_per_image", "mfu_datasheet", "mfu_gemm", "held_bytes", "peak_bytes",
+    "images_per_s", "flops_per_image", "mfu_datasheet", "mfu_gemm", "held_bytes", "peak_bytes", "host_ms",
 )  # fmt: skip
 REST, WHOLE = "rest", "whole step"
 PHASES = {
@@ -69,6 +69,7 @@ def step_rows(
         "mfu_gemm": rate / settings["gemm_flops"],
         "held_bytes": contender.held,
         "peak_bytes": contender.peak,
+        "host_ms": contender.host,
     }
     phases = {part: (lambda key, p=phase: key.partition("/")[0] == p, None) for part, phase in PHASES.items()}
     rows = [step, *_part_rows("phase", phases, laps, whole)]
@@ -140,10 +141,10 @@ def _product(record: dict) -> str:
 
 def _steps(steps: list[dict]) -> list[str]:
     cells = [("contender", "runs", "ms a step (20-80 %)", "images/s", f"in {PLAIN} steps (20-80 %)", "GFLOP an image",
-              "MFU, datasheet", "MFU, GEMM", "peak MiB", "held MiB")]  # fmt: skip
+              "MFU, datasheet", "MFU, GEMM", "peak MiB", "held MiB", "host ms")]  # fmt: skip
     for row in steps:
         if row["ms_p50"] is None:
-            cells.append((row["contender"], row["ran"], *[""] * 8))
+            cells.append((row["contender"], row["ran"], *[""] * 9))
             continue
         sheet = row["mfu_datasheet"]
         cells.append((
@@ -151,6 +152,7 @@ def _steps(steps: list[dict]) -> list[str]:
             _spread(row, "ratio", "{:.2f}".format), f"{row['flops_per_image'] / 1e9:.3g}",
             f"{sheet:.1%}" if sheet else "none", f"{row['mfu_gemm']:.1%}",
             f"{row['peak_bytes'] / 2**20:.1f}", f"{row['held_bytes'] / 2**20:.1f}",
+            _ms(row["host_ms"]) if row.get("host_ms") else "",
         ))  # fmt: skip
     return aligned(cells)
 

@@ -74,6 +74,7 @@ class Contender:
     ran = ""
     flops: dict[str, float]  # for one image and step, by component
     held = peak = 0  # bytes: between steps, and at most
+    host: float | None = None  # ms that the host takes to launch a step, which is not to exceed the GPU's; on GPUs
 
     def __init__(self, watch: Stopwatch):
         self.watch = watch

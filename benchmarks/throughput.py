@@ -30,7 +30,7 @@ from fastdit.errors import UserError, run_command
 from fastdit.models import SIZES
 
 STEPS = {"cuda": 40, "cpu": 10}
-AGAINST = ("eager", "compile")
+AGAINST = ("eager", "compile", "graphs")
 FILES = ("json", "csv")
 SWITCHES = {
     "loader_only": "no steps: fastdit's loader against torch's DataLoader, for --steps turns of a second each",
@@ -59,7 +59,10 @@ def _parser() -> OneLineParser:
     parser.add_argument("--classes", type=int | None, default=None, help="default: of the data; synthetic: 1000")
     parser.add_argument("--precision", type=Literal["auto", "bf16", "fp32"], default="auto")
     parser.add_argument(
-        "--against", type=str | None, default=None, help="eager, compile, peer:NAME:FOLDER, with commas between"
+        "--against",
+        type=str | None,
+        default=None,
+        help="eager, compile, graphs (fastdit itself, with --cuda_graphs), peer:NAME:FOLDER, with commas between",
     )
     parser.add_argument("--zero", type=Literal[0, 1, 2, 3], default=1, help="ZeRO's stage")
     parser.add_argument(
@@ -136,7 +139,10 @@ def _measure(
     others = {
         name: partial(Plain, plain, ranks, watch, peer and partial(_peer, peer, plain), compiled=name == "compile")
         for name, peer in against.items()
+        if name != "graphs"
     }
+    if "graphs" in against:
+        others["graphs"] = partial(Engine, replace(config, cuda_graphs=True), ranks, watch)
     contenders, failed = {}, {}
     for name, make in {**engines, **others}.items():
         try:

@@ -208,6 +208,8 @@ class Config:
         grad_clip: largest gradient norm; 0 is off; none reads it from the DeepSpeed file.
         label_drop: probability of training a sample without its label (classifier-free guidance).
         seed: of weights, data order, noise.
+        cuda_graphs: replay the networks' passes as CUDA graphs, for small networks or batches, whose kernels take the
+            GPU less than their launches the host. Not with ZeRO-3, nor with accumulation.
         threads: CPU threads per rank; 0 shares the cores evenly.
         log_every: steps between records; scalars leave the device only then.
         save_every: steps between checkpoints; the last step always has one.
@@ -245,6 +247,7 @@ class Config:
     grad_clip: float | None = None
     label_drop: float = 0.1
     seed: int = 0
+    cuda_graphs: bool = False
     threads: int = 0
     log_every: int = 50
     save_every: int = 10_000

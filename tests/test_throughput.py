@@ -438,6 +438,7 @@ def test_plain_pytorch_trains(monkeypatch):
         (["--steps", "0"], ["--steps 0", "at least 1"]),
         (["--zero", "4"], ["zero", "got 4"]),
         (["--against", "eager,jax"], ["--against", "'jax'", "compile"]),
+        (["--against", "graphs"], ["cuda_graphs", "no GPU"]),
         (["--against", "peer:sit:."], ["--against", "'sit'", "fast-dit"]),
         (["--against", "peer:fast-dit"], ["--against", "peer:NAME:FOLDER"]),
         (["--against", "peer:fast-dit:no/such/folder"], ["no/such/folder", "models.py"]),

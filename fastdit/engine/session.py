@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fastdit.config import CONFIG_FILE, Config, dump
-from fastdit.engine import build, checkpoint
+from fastdit.engine import build, checkpoint, graphs
 from fastdit.engine.checkpoint_files import newest_good
 from fastdit.engine.ds_config import Plan, plan
 from fastdit.engine.followers import Followers
@@ -32,6 +32,8 @@ class Session:
         """Build everything and, with `config.resume`, load the newest good checkpoint. Raises UserError."""
         self.runtime, folder = runtime, Path(config.out)
         agreed = plan(config, runtime.world, runtime.device.type == "cuda")
+        if config.cuda_graphs:
+            graphs.check(agreed, runtime.device)
         if config.uses("sadm") and agreed.micro_batch * runtime.world < 2:
             raise UserError("batch: sadm compares samples of one micro-batch over all ranks; it needs at least two")
         self.source = build.open_data(config)
@@ -54,6 +56,10 @@ class Session:
         trained = [p for p in module.parameters() if p.requires_grad]
         optimizer = make_optimizer(config, agreed, runtime.device, trained, averages)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=agreed.deepspeed)
+        method.to(runtime.device, torch.bfloat16 if agreed.precision == "bf16" else torch.float32)
+        if config.cuda_graphs:  # before the loader's threads allocate: nobody may while a graph is recorded
+            for part, samples in method.graphed(engine.module, agreed.micro_batch):
+                graphs.record(part, samples)
         loader = build.build_loader(
             config,
             self.source,
@@ -64,7 +70,6 @@ class Session:
             cache=config.data.cache,
             group=dist.group.WORLD if runtime.world > 1 else None,
         )
-        method.to(runtime.device, torch.bfloat16 if agreed.precision == "bf16" else torch.float32)
         torch.manual_seed(config.seed)  # ours draws from `generator` alone; torch seeds its global one by chance
         generator = torch.Generator(runtime.device)
         generator.manual_seed(int(np.random.SeedSequence(config.seed, spawn_key=(runtime.rank,)).generate_state(1)[0]))

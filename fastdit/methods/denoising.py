@@ -82,6 +82,10 @@ class Denoising:
         """By average: tensors that must equal it after each update, and the parameters they follow."""
         return {}
 
+    def graphed(self, module: nn.Module, batch: int) -> list[tuple[nn.Module, tuple[Tensor, ...]]]:
+        """Networks that each micro-batch of `batch` samples calls once, and tensors like those they are called with."""
+        return [(module, image_inputs(module, batch))]
+
     def flops(self, module: nn.Module) -> dict[str, float]:
         """FLOPs of all matrix products for one image and step, forward and backward, by part."""
         return {"network": flops_per_image(module)}
@@ -95,3 +99,10 @@ class Denoising:
 
     def load_state_dict(self, state: dict) -> None:
         """Take a `state_dict`, whose tensors may be on another device."""
+
+
+def image_inputs(network: nn.Module, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors like the x, t and y that a network of `fastdit.models` is called with, on its device."""
+    device = next(network.parameters()).device
+    x = torch.zeros(batch, network.channels, *network.input_size, device=device)
+    return x, torch.zeros(batch, device=device), torch.zeros(batch, dtype=torch.int64, device=device)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.kernels import split_tokens
-from fastdit.methods.denoising import Denoising, Network, Outcome
+from fastdit.methods.denoising import Denoising, Network, Outcome, image_inputs
 from fastdit.methods.ranks import ranks, sum_over_ranks
 from fastdit.models import HiddenTokens, Student, Target, Teacher, decoder_products, encoder_products, head_products
 
@@ -187,6 +187,17 @@ class SelfDiscrimination(Denoising):
 
     def followers(self, module: Student) -> dict:
         return {TEACHER: (list(self.teacher.parameters()), self.teacher.sources(module))}
+
+    def graphed(self, module: Student, batch: int) -> list[tuple[nn.Module, tuple[Tensor, ...]]]:
+        encoder, decoder, weight = module.network.encoder, module.network.decoder, module.network.decoder.adaln.weight
+        visible = torch.zeros(batch, self.keep, dtype=torch.int64, device=weight.device)
+        tokens = weight.new_zeros(batch, self.tokens, decoder.width, requires_grad=True)
+        condition = weight.new_zeros(batch, encoder.width, requires_grad=True)
+        return [
+            (self.teacher.encoder, image_inputs(encoder, batch)),
+            (encoder, (*image_inputs(encoder, batch), *[visible][: self.keep < self.tokens])),
+            (decoder, (tokens, condition)),
+        ]
 
     def flops(self, module: Student) -> dict[str, float]:
         network, compared = module.network, head_products(module.head, self.keep + 1)

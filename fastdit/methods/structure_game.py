@@ -239,6 +239,9 @@ class StructureGame(Denoising):
     def followers(self, module: nn.Module) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
         return self.base.followers(module)
 
+    def graphed(self, module: nn.Module, batch: int) -> list[tuple[nn.Module, tuple[Tensor, ...]]]:
+        return self.base.graphed(module, batch)
+
     def flops(self, module: nn.Module) -> dict[str, float]:
         """The term: Psi on x0, on x0_hat and backward; so the decoder, whose own forward comes again for the gradient.
         Psi's step: Psi on both, and backward; the decoder's pictures were kept."""
