@@ -49,10 +49,13 @@ def _forward_kernel(
         source = tl.load(rows + out, mask=ok, other=0)
         ok &= (source >= 0) & (source < all_tokens)  # a wrong index must not reach other memory
 
+    # All loads, then all stores: the compiler, which cannot know what overlaps, would have a load wait for a store.
     value = _load(x, b, source, ok, live, cols)
     if y is not None:
-        update, factor = _load(y, b, source, ok, live, cols), _load(gate, b, source, ok, live, cols)
-        value = _add(value, update, factor, x[0].dtype.element_ty)
+        update, open = _load(y, b, source, ok, live, cols), _load(gate, b, source, ok, live, cols)
+        value = _add(value, update, open, x[0].dtype.element_ty)
+    if scale is not None:
+        factor, offset = 1 + _load(scale, b, source, ok, live, cols), _load(shift, b, source, ok, live, cols)
     if r is not None:
         tl.store(r + at, value, mask=mask)
     if scale is not None:
@@ -61,9 +64,7 @@ def _forward_kernel(
             mean = tl.sum(value, 1) / D
             value = tl.where(live[None, :], value - mean[:, None], 0.0)
         rstd = 1 / tl.sqrt(tl.sum(value * value, 1) / D + eps)
-        tl.store(stats + 2 * out, mean, mask=ok)
-        tl.store(stats + 2 * out + 1, rstd, mask=ok)
-        factor, offset = 1 + _load(scale, b, source, ok, live, cols), _load(shift, b, source, ok, live, cols)
+        tl.store(stats + 2 * out[:, None] + tl.arange(0, 2)[None, :], tl.join(mean, rstd), mask=ok[:, None])
         tl.store(h + at, value * rstd[:, None] * factor + offset, mask=mask)
 
 
@@ -80,6 +81,12 @@ def _backward_kernel(
     gate_sum = tl.zeros([BLOCK], tl.float32)
     scale_sum = tl.zeros([BLOCK], tl.float32)
     shift_sum = tl.zeros([BLOCK], tl.float32)
+    if y is not None and gate[2] is None:
+        open = _load(gate, b, cols, live, live, cols)
+    if dh is not None and scale[2] is None:
+        factor = 1 + _load(scale, b, cols, live, live, cols)
+    if h is not None and shift[2] is None:
+        offset = _load(shift, b, cols, live, live, cols)
     for first in range(chunk * CHUNK, chunk * CHUNK + CHUNK, TILE):
         n = first + tl.arange(0, TILE)
         ok = n < tokens
@@ -91,23 +98,29 @@ def _backward_kernel(
         mask = ok[:, None] & live[None, :]
         at = (b * all_tokens + source)[:, None] * D + cols[None, :]
 
+        # All loads, then all stores, as above.
         grad = tl.zeros([TILE, BLOCK], tl.float32)
         if dr is not None:
             grad = _load(dr, b, n, ok, live, cols)
         if y is not None:
             update = _load(y, b, source, ok, live, cols)
+            if gate[2] is not None:
+                open = _load(gate, b, source, ok, live, cols)
         if dh is not None:
             value = _load(kept, b, source if FROM_X else n, ok, live, cols)
-            if FROM_X and y is not None:
-                value = _add(value, update, _load(gate, b, source, ok, live, cols), kept[0].dtype.element_ty)
             mean = tl.load(stats + 2 * row, mask=ok, other=0.0)
             rstd = tl.load(stats + 2 * row + 1, mask=ok, other=0.0)
-            normed = (value - mean[:, None]) * rstd[:, None]  # not zero where masked, but dnormed is
-            factor = 1 + _load(scale, b, source, ok, live, cols)
-            if h is not None:
-                offset = _load(shift, b, source, ok, live, cols)
-                tl.store(h + row[:, None] * D + cols[None, :], normed * factor + offset, mask=mask)
             dnormed = _load(dh, b, n, ok, live, cols)
+            if scale[2] is not None:
+                factor = 1 + _load(scale, b, source, ok, live, cols)
+            if h is not None and shift[2] is not None:
+                offset = _load(shift, b, source, ok, live, cols)
+
+            if FROM_X and y is not None:
+                value = _add(value, update, open, kept[0].dtype.element_ty)
+            normed = (value - mean[:, None]) * rstd[:, None]  # not zero where masked, but dnormed is
+            if h is not None:
+                tl.store(h + row[:, None] * D + cols[None, :], normed * factor + offset, mask=mask)
             if scale[2] is None:
                 scale_sum += tl.sum(dnormed * normed, 0)
             else:
@@ -117,14 +130,17 @@ def _backward_kernel(
             else:
                 tl.store(dshift + at, dnormed, mask=mask)
             dnormed *= factor
-            along = tl.sum(dnormed * normed, 1) / D
-            mean = tl.zeros([TILE], tl.float32) if RMS else tl.sum(dnormed, 1) / D
-            dnormed -= normed * along[:, None] + mean[:, None]
+            if RMS:
+                along = tl.sum(dnormed * normed, 1) / D
+                dnormed -= normed * along[:, None]
+            else:
+                along, mean = tl.split(tl.sum(tl.join(dnormed * normed, dnormed), 1) / D)
+                dnormed -= normed * along[:, None] + mean[:, None]
             grad += dnormed * rstd[:, None]
         if dx is not None:
             tl.store(dx + at, grad, mask=mask)
         if y is not None:
-            tl.store(dy + at, grad * _load(gate, b, source, ok, live, cols), mask=mask)
+            tl.store(dy + at, grad * open, mask=mask)
             if gate[2] is None:
                 gate_sum += tl.sum(grad * update, 0)
             else:

@@ -20,6 +20,8 @@ from triton.runtime.jit import JITFunction
 from fastdit.kernels import (
     DenoiseCoefficients,
     affine_denoise_loss,
+    gelu_linear,
+    modulated_linear,
     norm_rotate,
     prototype_loss,
     rope_table,
@@ -67,6 +69,20 @@ def leaf(*shape, dtype=torch.bfloat16):
     return torch.randn(shape).to(dtype).requires_grad_()
 
 
+def adaln():
+    """A block's two sites, the second's backward from x, at the widths of S, B and XL; and visible tokens only."""
+    for width in (384, 768, 1152):
+        x, y, weight = leaf(2, 40, width), leaf(2, 40, width), leaf(8, width)
+        gate, scale, shift = leaf(2, 3 * width).unflatten(1, (3, width)).unbind(1)
+        for choices in ({}, {"keep_x": True}, {"rows": torch.arange(9).expand(2, 9)}):
+            r, out = modulated_linear(x, y, gate, scale, shift, weight, implementation="triton", **choices)
+            (r.sum() + out.sum()).backward()
+
+
+def gelu():
+    gelu_linear(leaf(2, 40, 1536), leaf(384, 1536), implementation="triton").sum().backward()
+
+
 def structure():
     for distance, penalty in (("euclidean", "l2"), ("cosine", "huber")):
         f, g = leaf(48, 32), leaf(48, 32)
@@ -112,5 +128,5 @@ def rotary():
 
 
 if __name__ == "__main__":
-    for operation in (structure, prototypes, tokens, denoise, rotary):
+    for operation in (adaln, gelu, structure, prototypes, tokens, denoise, rotary):
         operation()

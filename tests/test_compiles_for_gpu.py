@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 KERNELS = {
+    "adaln_triton": {"_forward_kernel", "_backward_kernel", "_sum_kernel"},
+    "linear": {"_gelu_kernel", "_gelu_backward_kernel"},
     "denoise": {"_forward_kernel", "_backward_kernel"},
     "prototypes": {"_rows_kernel"},
     "rotary": {"_forward_kernel", "_backward_kernel"},
