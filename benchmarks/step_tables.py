@@ -140,11 +140,12 @@ def _product(record: dict) -> str:
 
 
 def _steps(steps: list[dict]) -> list[str]:
+    host = ["host ms"] if any(row.get("host_ms") for row in steps) else []
     cells = [("contender", "runs", "ms a step (20-80 %)", "images/s", f"in {PLAIN} steps (20-80 %)", "GFLOP an image",
-              "MFU, datasheet", "MFU, GEMM", "peak MiB", "held MiB", "host ms")]  # fmt: skip
+              "MFU, datasheet", "MFU, GEMM", "peak MiB", "held MiB", *host)]  # fmt: skip
     for row in steps:
         if row["ms_p50"] is None:
-            cells.append((row["contender"], row["ran"], *[""] * 9))
+            cells.append((row["contender"], row["ran"], *[""] * (8 + len(host))))
             continue
         sheet = row["mfu_datasheet"]
         cells.append((
@@ -152,7 +153,7 @@ def _steps(steps: list[dict]) -> list[str]:
             _spread(row, "ratio", "{:.2f}".format), f"{row['flops_per_image'] / 1e9:.3g}",
             f"{sheet:.1%}" if sheet else "none", f"{row['mfu_gemm']:.1%}",
             f"{row['peak_bytes'] / 2**20:.1f}", f"{row['held_bytes'] / 2**20:.1f}",
-            _ms(row["host_ms"]) if row.get("host_ms") else "",
+            *(_ms(row["host_ms"]) for _ in host),
         ))  # fmt: skip
     return aligned(cells)
 
