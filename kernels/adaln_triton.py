@@ -3,7 +3,8 @@
 A program of the forward pass takes a few rows of one sample. One of the backward pass takes a chunk of a sample's rows,
 keeps that chunk's sums for the vectors in registers, and a second kernel adds up the chunks in order: no atomics.
 Matrices are tuples (tensor, stride of a sample, stride of a token), the inner stride being 1; a vector for a whole
-sample has None as the last. Programs run through the tokens of a sample, then through the samples.
+sample has None as the last, what is not there three of them (Triton 3.6 cannot compare a tuple with None). Programs run
+through the tokens of a sample, then through the samples.
 """
 
 from functools import lru_cache
@@ -51,14 +52,14 @@ def _forward_kernel(
 
     # All loads, then all stores: the compiler, which cannot know what overlaps, would have a load wait for a store.
     value = _load(x, b, source, ok, live, cols)
-    if y is not None:
+    if y[0] is not None:
         update, open = _load(y, b, source, ok, live, cols), _load(gate, b, source, ok, live, cols)
         value = _add(value, update, open, x[0].dtype.element_ty)
-    if scale is not None:
+    if scale[0] is not None:
         factor, offset = 1 + _load(scale, b, source, ok, live, cols), _load(shift, b, source, ok, live, cols)
     if r is not None:
         tl.store(r + at, value, mask=mask)
-    if scale is not None:
+    if scale[0] is not None:
         mean = tl.zeros([TILE], tl.float32)
         if not RMS:
             mean = tl.sum(value, 1) / D
@@ -81,9 +82,9 @@ def _backward_kernel(
     gate_sum = tl.zeros([BLOCK], tl.float32)
     scale_sum = tl.zeros([BLOCK], tl.float32)
     shift_sum = tl.zeros([BLOCK], tl.float32)
-    if y is not None and gate[2] is None:
+    if y[0] is not None and gate[2] is None:
         open = _load(gate, b, cols, live, live, cols)
-    if dh is not None and scale[2] is None:
+    if dh[0] is not None and scale[2] is None:
         factor = 1 + _load(scale, b, cols, live, live, cols)
     if h is not None and shift[2] is None:
         offset = _load(shift, b, cols, live, live, cols)
@@ -100,13 +101,13 @@ def _backward_kernel(
 
         # All loads, then all stores, as above.
         grad = tl.zeros([TILE, BLOCK], tl.float32)
-        if dr is not None:
+        if dr[0] is not None:
             grad = _load(dr, b, n, ok, live, cols)
-        if y is not None:
+        if y[0] is not None:
             update = _load(y, b, source, ok, live, cols)
             if gate[2] is not None:
                 open = _load(gate, b, source, ok, live, cols)
-        if dh is not None:
+        if dh[0] is not None:
             value = _load(kept, b, source if FROM_X else n, ok, live, cols)
             mean = tl.load(stats + 2 * row, mask=ok, other=0.0)
             rstd = tl.load(stats + 2 * row + 1, mask=ok, other=0.0)
@@ -116,7 +117,7 @@ def _backward_kernel(
             if h is not None and shift[2] is not None:
                 offset = _load(shift, b, source, ok, live, cols)
 
-            if FROM_X and y is not None:
+            if FROM_X and y[0] is not None:
                 value = _add(value, update, open, kept[0].dtype.element_ty)
             normed = (value - mean[:, None]) * rstd[:, None]  # not zero where masked, but dnormed is
             if h is not None:
@@ -139,7 +140,7 @@ def _backward_kernel(
             grad += dnormed * rstd[:, None]
         if dx is not None:
             tl.store(dx + at, grad, mask=mask)
-        if y is not None:
+        if y[0] is not None:
             tl.store(dy + at, grad * open, mask=mask)
             if gate[2] is None:
                 gate_sum += tl.sum(grad * update, 0)
@@ -190,9 +191,9 @@ def _chunk(tokens: int) -> int:
     return min(max(triton.next_power_of_2(tokens) // 16, 8), 64)
 
 
-def _matrix(tensor: Tensor | None) -> tuple[Tensor, int, int | None] | None:
+def _matrix(tensor: Tensor | None) -> tuple[Tensor | None, int | None, int | None]:
     if tensor is None:
-        return None
+        return None, None, None
     return tensor, tensor.stride(0), tensor.stride(1) if tensor.dim() == 3 else None
 
 
