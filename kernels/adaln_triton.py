@@ -73,7 +73,7 @@ def _forward_kernel(
 def _backward_kernel(
     dr, dh, kept, y, gate, scale, shift, rows, stats, dx, dy, dgate, dscale, dshift, h, partials,
     tokens, all_tokens, chunks, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
-    RMS: tl.constexpr, FROM_X: tl.constexpr,
+    STAGES: tl.constexpr, RMS: tl.constexpr, FROM_X: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
@@ -88,7 +88,7 @@ def _backward_kernel(
         factor = 1 + _load(scale, b, cols, live, live, cols)
     if h is not None and shift[2] is None:
         offset = _load(shift, b, cols, live, live, cols)
-    for first in range(chunk * CHUNK, chunk * CHUNK + CHUNK, TILE):
+    for first in tl.range(chunk * CHUNK, chunk * CHUNK + CHUNK, TILE, num_stages=STAGES):
         n = first + tl.arange(0, TILE)
         ok = n < tokens
         row = b * tokens + n
@@ -173,7 +173,24 @@ def _sum_kernel(partials, dgate, dscale, dshift, chunks, blocks, D: tl.constexpr
         tl.store(dshift + b * D + cols, shift_sum, mask=live)
 
 
+# Launch options. benchmarks/tune_adaln.py times others; results do not depend on them but for the order of sums.
+
+
 @lru_cache
+def forward_options(width: int) -> dict[str, int]:
+    return _blocks(width, rows=4)
+
+
+@lru_cache
+def backward_options(width: int, tokens: int) -> dict[str, int]:
+    """A program sums over 1/16 of a sample's tokens, at least 8, at most 64.
+
+    With 128 registers a thread, 16 warps fit on a multiprocessor. STAGES above 1 load rows to come into shared memory.
+    """
+    chunk = min(max(triton.next_power_of_2(tokens) // 16, 8), 64)
+    return _blocks(width, rows=2) | {"CHUNK": chunk, "STAGES": 1, "maxnreg": 128}
+
+
 def _blocks(width: int, rows: int) -> dict[str, int]:
     """Block sizes for tiles of `rows` rows, fewer where they are wider than 2048.
 
@@ -182,13 +199,7 @@ def _blocks(width: int, rows: int) -> dict[str, int]:
     """
     block = triton.next_power_of_2(width)
     tile = max(1, min(rows, rows * 2048 // block))
-    return {"D": width, "BLOCK": block, "TILE": tile, "num_warps": min(max(block // 256, 1), 16)}
-
-
-@lru_cache
-def _chunk(tokens: int) -> int:
-    """How many tokens one program of the backward pass sums over: 1/16 of a sample's, at least 8, at most 64."""
-    return min(max(triton.next_power_of_2(tokens) // 16, 8), 64)
+    return {"BLOCK": block, "TILE": tile, "num_warps": min(max(block // 256, 1), 16)}
 
 
 def _matrix(tensor: Tensor | None) -> tuple[Tensor | None, int | None, int | None]:
@@ -197,25 +208,29 @@ def _matrix(tensor: Tensor | None) -> tuple[Tensor | None, int | None, int | Non
     return tensor, tensor.stride(0), tensor.stride(1) if tensor.dim() == 3 else None
 
 
-def forward(x, y, gate, scale, shift, rows, eps, rms, r, h, stats) -> None:
+def forward(x, y, gate, scale, shift, rows, eps, rms, r, h, stats, options=None) -> None:
     batch, tokens, width = (r if h is None else h).shape
-    blocks = _blocks(width, rows=4)
-    tiles = -(-tokens // blocks["TILE"])
+    options = options or forward_options(width)
+    tiles = -(-tokens // options["TILE"])
     matrices = map(_matrix, (x, y, gate, scale, shift))
-    _forward_kernel[(batch * tiles,)](*matrices, rows, r, h, stats, tokens, x.shape[1], tiles, eps, RMS=rms, **blocks)
+    _forward_kernel[(batch * tiles,)](
+        *matrices, rows, r, h, stats, tokens, x.shape[1], tiles, eps, D=width, RMS=rms, **options
+    )
 
 
-def backward(dr, dh, kept, y, gate, scale, shift, rows, stats, rms, from_x, dx, dy, dgate, dscale, dshift, h) -> None:
+def backward(
+    dr, dh, kept, y, gate, scale, shift, rows, stats, rms, from_x, dx, dy, dgate, dscale, dshift, h, options=None
+) -> None:
     given = dr if dh is None else dh
     batch, tokens, width = given.shape
     all_tokens = tokens if dx is None else dx.shape[1]
-    blocks, chunk = _blocks(width, rows=2), _chunk(tokens)
-    chunks = -(-tokens // chunk)
+    options = options or backward_options(width, tokens)
+    chunks = -(-tokens // options["CHUNK"])
     partials = given.new_empty(batch, chunks, 3, width, dtype=torch.float32)
     matrices = map(_matrix, (dr, dh, kept, y, gate, scale, shift))
     _backward_kernel[(batch * chunks,)](
         *matrices, rows, stats, dx, dy, dgate, dscale, dshift, h, partials, tokens, all_tokens, chunks,
-        CHUNK=chunk, RMS=rms, FROM_X=from_x, **blocks, maxnreg=128,  # so that 16 warps fit on a multiprocessor
+        D=width, RMS=rms, FROM_X=from_x, **options,
     )  # fmt: skip
     sums = [grad if grad is not None and grad.dim() == 2 else None for grad in (dgate, dscale, dshift)]
     columns = -(-width // 256)
