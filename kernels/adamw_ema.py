@@ -34,7 +34,8 @@ class AdamWEMA(torch.optim.Optimizer):
         emas: decay of each average by name. A schedule overwrites `group["emas"][name]` before each step.
         max_norm: gradients count scaled down to this L2 norm, taken over all that one `step` sees; None: as they are.
             Under ZeRO it means what it says only with a single parameter group.
-        sharded: with `max_norm` and several ranks: their gradients are parts of one (ZeRO 1 to 3), not copies of it.
+        sharded: with several ranks: their gradients are parts of one (ZeRO 1 to 3), not copies of it, and the norm is
+            that of the whole.
         implementation: None (FASTDIT_KERNELS, else auto), auto, cpp (csrc/, on a GPU its CUDA code) or reference.
 
     State per parameter: `step` (float32 scalar), `exp_avg`, `exp_avg_sq` and one tensor per average, named as in
@@ -71,11 +72,18 @@ class AdamWEMA(torch.optim.Optimizer):
         for group in self.param_groups:
             group["emas"] = dict(group["emas"])  # groups must not share one mutable mapping
         self.max_norm, self.sharded, self.implementation = max_norm, sharded, implementation
+        self._squared_norm: Tensor | None = None
         self.forget_nonfinite()
 
     def forget_nonfinite(self) -> None:
         # On the CPU, whose scalars mix with any device without a sync: ZeRO-3's groups are empty between steps.
         self.nonfinite = torch.zeros(())
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """L2 norm of all gradients of the last `step`, before `max_norm`: 0-dim float64 on their device, not finite if
+        they were not. None before the first."""
+        return None if self._squared_norm is None else self._squared_norm.sqrt()
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -99,11 +107,11 @@ class AdamWEMA(torch.optim.Optimizer):
         """0-dim float32: 1 if any rank's gradients hold a NaN or infinity, the same on all; and the factor on them."""
         own = squared_norm(grads, implementation=self.implementation)
         total = _sum_over_ranks(own)
+        self._squared_norm = total if self.sharded else own
         skip = (~total.isfinite()).float()
         if self.max_norm is None:
             return skip, None
-        norm = (total if self.sharded else own).sqrt()
-        return skip, (self.max_norm / (norm + 1e-6)).clamp(max=1).float()  # as torch.nn.utils.clip_grad_norm_
+        return skip, (self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1).float()  # as torch's clip_grad_norm_
 
     def _step_group(self, group: dict, params: list[Tensor], skip: Tensor, grad_scale: Tensor | None) -> None:
         states = [self._state_of(p, group["emas"]) for p in params]

@@ -521,13 +521,15 @@ def _sharded_rank(rank, folder):
         for step in range(3):
             param.grad = grad[mine] * (step + 1)
             optimizer.step()
+        norm = float(optimizer.grad_norm)
         if rank == 1:
             param.grad[3] = float("nan")
         before = param.detach().clone()
         optimizer.step()
         assert torch.equal(param, before)
         assert float(optimizer.nonfinite) == 1
-        found[implementation] = before
+        assert not optimizer.grad_norm.isfinite()
+        found[implementation] = before, norm
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -544,7 +546,9 @@ def test_max_norm_over_shards(tmp_path):
         plain.step()
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for implementation in ("auto", "reference"):
-        whole = torch.cat([part[implementation] for part in parts])
+        whole = torch.cat([part[implementation][0] for part in parts])
+        for part in parts:
+            assert part[implementation][1] == pytest.approx(float(grad.double().norm()) * 3, rel=1e-6)
         torch.testing.assert_close(whole, param.detach(), rtol=2e-6, atol=2e-7)
 
 

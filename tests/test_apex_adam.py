@@ -234,9 +234,9 @@ def test_what_fused_adam_cannot_take_is_refused(apex):
         ApexAdamEMA(parameters()).step(lambda: 0)
 
 
-def made_by(optimizer: str, device="cuda", **zero) -> AdamWEMA:
+def made_by(optimizer: str, device="cuda", clip=None, stage=1, **zero) -> AdamWEMA:
     """What a run with this setting gets."""
-    plan = SimpleNamespace(deepspeed={"zero_optimization": zero})
+    plan = SimpleNamespace(deepspeed={"zero_optimization": zero}, clip=clip, stage=stage)
     return make_optimizer(Config(optimizer=optimizer), plan, torch.device(device), parameters(), EMAS)
 
 
@@ -278,3 +278,15 @@ def test_the_setting_chooses_the_optimizer(apex):
     assert made_by("apex").param_groups[0]["emas"] == EMAS
     for where in ({"device": "cpu"}, {"offload_optimizer": {"device": "cpu"}}):
         assert "GPUs only, without offload_optimizer; take --optimizer fastdit" in refusal(**where)
+
+
+@pytest.mark.parametrize("optimizer", ["apex", "fastdit"])
+def test_both_clip_as_the_plan_says(apex, optimizer):
+    for clip, stage, expected in (
+        (0.5, 1, (0.5, True)),
+        (0.0, 2, (None, True)),
+        (None, 3, (None, True)),
+        (2.0, 0, (2.0, False)),
+    ):
+        made = made_by(optimizer, clip=clip, stage=stage)
+        assert (made.max_norm, made.sharded) == expected

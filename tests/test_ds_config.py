@@ -105,6 +105,8 @@ def test_contradictions_name_both_sides(agree, values, settings, words):
         ({"zero_optimization": 2}, ["'zero_optimization'", "object"]),
         ({"zero_optimization": {"stage": 4}}, ["stage is 4", "0, 1, 2 or 3"]),
         ({"zero_optimization": {"stage": "auto"}}, ["stage is 'auto'", "0, 1, 2 or 3"]),
+        ({"zero_optimization": {"compute_grad_norm": "no"}}, ["compute_grad_norm is 'no'", "true or false"]),
+        ({"data_types": "fp32"}, ["'data_types'", "object"]),
         ({"bf16": {"enabled": "yes"}}, ["bf16.enabled is 'yes'", "true, false"]),
         ({"train_batch_size": "64"}, ["train_batch_size is '64'", "whole number from 1"]),
         ({"train_batch_size": 0}, ["train_batch_size is 0", "whole number from 1"]),
@@ -134,7 +136,8 @@ def test_every_shipped_file_works_with_every_preset_like_batch(name):
     assert (agreed.batch, agreed.micro_batch, agreed.accumulation) == (64, 32, 1)
     assert agreed.stage == int(name.removesuffix("_offload")[-1])
     assert agreed.deepspeed["zero_optimization"]["stage"] == agreed.stage
-    assert agreed.deepspeed["gradient_clipping"] == 1.0
+    ours = agreed.stage < 3
+    assert (agreed.clip, agreed.deepspeed["gradient_clipping"]) == ((1.0, 0.0) if ours else (None, 1.0))
     assert ("offload_optimizer" in agreed.deepspeed["zero_optimization"]) == name.endswith("_offload")
 
 
@@ -149,7 +152,7 @@ def test_auto_means_the_settings_decide(agree):
     agreed = agree(auto, world=2, batch=8, micro_batch=2, grad_clip=0.5)
     assert agreed == agree({}, world=2, batch=8, micro_batch=2, grad_clip=0.5)
     assert "auto" not in json.dumps(agreed.deepspeed)
-    assert agreed.deepspeed["gradient_clipping"] == 0.5
+    assert agreed.clip == 0.5
 
 
 def test_what_the_file_says_rules_and_the_rest_travels(agree):
@@ -157,10 +160,57 @@ def test_what_the_file_says_rules_and_the_rest_travels(agree):
         {"gradient_clipping": 1, "train_batch_size": 6, "wall_clock_breakdown": True, "fp16": {"enabled": False}}
     )
     assert agreed.batch == 6
-    assert agreed.deepspeed["gradient_clipping"] == 1.0
+    assert agreed.clip == 1.0
     assert agreed.deepspeed["wall_clock_breakdown"] is True
-    assert agree({}, batch=2).deepspeed["gradient_clipping"] == 0.0, "off unless asked for"
-    assert agree({"gradient_clipping": 1}, batch=2, grad_clip=1.0).deepspeed["gradient_clipping"] == 1.0
+    assert agree({}, batch=2).clip == 0.0, "off unless asked for"
+    assert agree({"gradient_clipping": 1}, batch=2, grad_clip=1.0).clip == 1.0
+    assert agreed.deepspeed["timers"] == {"throughput": {"enabled": False}}
+    timers = {"throughput": {"enabled": True, "synchronized": False}}
+    assert agree({"timers": timers}, batch=2).deepspeed["timers"] == timers
+
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+NORMS = [  # zero_optimization, precision, whether the optimizer takes the norm, what DeepSpeed is told
+    ({"stage": 0}, "fp32", True, None),
+    ({"stage": 1}, "fp32", True, False),
+    ({"stage": 2}, "fp32", True, False),
+    ({"stage": 1}, "bf16", True, None),  # DeepSpeed refuses: it has an optimizer of its own there
+    ({"stage": 2}, "bf16", True, False),
+    ({"stage": 3}, "fp32", False, None),
+    ({"stage": 3}, "bf16", False, None),
+    ({"stage": 1} | OFFLOAD, "fp32", False, None),
+    ({"stage": 2} | OFFLOAD, "bf16", False, None),
+    ({"stage": 3} | OFFLOAD, "fp32", False, None),
+    ({"stage": 2, "cpu_offload": True}, "fp32", False, None),
+    ({"stage": 2, "offload_optimizer": {"device": "none"}}, "fp32", True, False),
+    ({"stage": 2, "offload_optimizer": None}, "fp32", True, False),
+    ({"stage": 0, "compute_grad_norm": True}, "fp32", False, True),
+    ({"stage": 1, "compute_grad_norm": True}, "fp32", False, True),
+    ({"stage": 2, "compute_grad_norm": True}, "bf16", False, True),
+    ({"stage": 2, "compute_grad_norm": False}, "bf16", True, False),
+]
+
+
+@pytest.mark.parametrize(("zero", "precision", "ours", "told"), NORMS)
+def test_who_takes_the_norm_and_clips(agree, zero, precision, ours, told):
+    for clip in (0.5, None):
+        agreed = agree({"zero_optimization": zero}, batch=8, precision=precision, grad_clip=clip)
+        assert agreed.clip == ((clip or 0.0) if ours else None)
+        assert agreed.deepspeed["gradient_clipping"] == (0.0 if ours else clip or 0.0)
+        assert agreed.deepspeed["zero_optimization"].get("compute_grad_norm") is told
+        assert {**agreed.deepspeed["zero_optimization"], "compute_grad_norm": 0} == {**zero, "compute_grad_norm": 0}
+        looks = None if told is not False else False
+        assert agreed.deepspeed["bf16"].get("check_grad_overflow") is looks, "else DeepSpeed waits for the device"
+
+
+@pytest.mark.parametrize(
+    ("zero", "precision"),
+    [({"stage": 0}, "fp32"), ({"stage": 1}, "bf16"), ({"stage": 3}, "fp32"), ({"stage": 2} | OFFLOAD, "fp32")],
+)
+def test_norms_that_deepspeed_cannot_do_without(agree, zero, precision):
+    text = refusal(agree, {"zero_optimization": {**zero, "compute_grad_norm": False}}, batch=8, precision=precision)
+    assert "compute_grad_norm is false" in text
+    assert "drop it" in text
 
 
 @pytest.mark.parametrize(
@@ -187,10 +237,12 @@ def test_precision(agree, file, wanted, on_gpu, expected):
 
 def test_bf16_keeps_its_other_options(agree):
     types = {"grad_accum_dtype": "bf16"}
-    values = {"zero_optimization": {"stage": 1}, "bf16": {"immediate_grad_update": True}, "data_types": types}
+    options = {"immediate_grad_update": True, "check_grad_overflow": True}
+    values = {"zero_optimization": {"stage": 1}, "bf16": options, "data_types": types}
     agreed = agree(values, on_gpu=True, batch=8)
-    assert agreed.deepspeed["bf16"] == {"immediate_grad_update": True, "enabled": True}
+    assert agreed.deepspeed["bf16"] == options | {"enabled": True}
     assert agreed.deepspeed["data_types"] == types
+    assert agreed.deepspeed["zero_optimization"]["compute_grad_norm"] is False, "nothing of DeepSpeed's needs it"
 
 
 def test_bf16_needs_a_stage_with_fp32_masters(agree):

@@ -133,6 +133,22 @@ def test_huge_but_finite_gradients_are_no_failure(implementation):
     assert all(param.isfinite().all() for param in params)
 
 
+@pytest.mark.parametrize("max_norm", [None, 0.1])
+def test_grad_norm_is_of_all_gradients_before_clipping(implementation, max_norm):
+    params = parameters()
+    optimizer = AdamWEMA(groups(params), **RULES, max_norm=max_norm, implementation=implementation)
+    assert optimizer.grad_norm is None
+    for step in range(3):
+        run(optimizer, params, [step])
+        exact = torch.cat([param.grad.double().flatten() for param in params]).norm()
+        torch.testing.assert_close(optimizer.grad_norm, exact, rtol=1e-6, atol=0)
+    params[3].grad = torch.tensor(float("nan"))
+    optimizer.step()
+    assert not optimizer.grad_norm.isfinite()
+    run(optimizer, params, [4])
+    assert optimizer.grad_norm.isfinite()
+
+
 def test_parameters_without_a_gradient_stay(implementation):
     params = parameters()
     optimizer = AdamWEMA(groups(params), **RULES, emas=EMAS, implementation=implementation)

@@ -106,6 +106,29 @@ def test_one_rank_stopped_half_way(tmp_path, name):
     assert_same_run(tmp_path / "run", tmp_path / "straight", 10)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_this_runs_clipping_rules_not_the_checkpoints(tmp_path, precision):
+    """From none to DeepSpeed's to the optimizer's, each time to another limit."""
+    file, out = tmp_path / "mine.json", tmp_path / "run"
+    flags = [*TINY, "--precision", precision, "--ds_config", file, "--out", out, "--lr", 1e-3, "--eps", 1e3]
+
+    def resumed(steps: int, *more, **zero):
+        file.write_text(json.dumps({"zero_optimization": {"stage": 1, **zero}}))
+        return forked(*flags, "--steps", steps, *more)
+
+    def moments() -> torch.Tensor:
+        (state,) = checkpoint(out, metrics(out)[-1]["step"]).glob("deepspeed/*optim_states.pt")
+        return torch.load(state, weights_only=False)["optimizer_state_dict"]["base_optimizer_state"]["state"][0][
+            "exp_avg"
+        ]
+
+    resumed(3, "--grad_clip", 0).succeeded()
+    assert moments().norm() > 0.05
+    for steps, limit, own in ((103, 1e-3, {"compute_grad_norm": True}), (203, 1e-2, {})):
+        resumed(steps, "--grad_clip", limit, "--resume", **own).succeeded()
+        assert 0.3 * limit < moments().norm() < 1.001 * limit  # a mean over the last ten gradients or so
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"

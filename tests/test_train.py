@@ -145,13 +145,17 @@ def test_two_ranks_stop_at_a_corrupt_image_that_one_of_them_meets(tmp_path):
     assert "Traceback" not in outcome.text, outcome.text
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (3, "bf16")])
-def test_a_poisoned_batch_is_skipped(tmp_path, stage, precision):
-    # 24 samples, 8 a step: one step in three meets the bad one.
+STEPS = [(0, "fp32", 1), (1, "fp32", 1), (1, "fp32", 2), (1, "bf16", 1), (2, "bf16", 2), (3, "bf16", 1)]
+
+
+@pytest.mark.parametrize(("stage", "precision", "ranks"), STEPS)
+def test_a_poisoned_batch_is_skipped(tmp_path, stage, precision, ranks):
+    # 24 samples, 8 a step: one step in three meets the bad one, on one rank.
     flags = [*latents(tmp_path / "data", spoiled=[5]), "--ds_config", f"zero{stage}", "--precision", precision]
-    forked(*flags, "--steps", 9, "--out", tmp_path / "run").succeeded()
+    forked(*flags, "--steps", 9, "--grad_clip", 1, "--out", tmp_path / "run", ranks=ranks).succeeded()
     lines = metrics(tmp_path / "run")
     assert [sum(line["loss"] is None for line in lines[at : at + 3]) for at in (0, 3, 6)] == [1, 1, 1]
+    assert [line["grad_norm"] is None for line in lines] == [line["loss"] is None for line in lines]
     assert [line["skipped"] for line in lines] == list(np.cumsum([line["loss"] is None for line in lines]))
     assert all(value.isfinite().all() for value in averages(tmp_path / "run", 9).values())
     state = next((checkpoint(tmp_path / "run", 9) / "deepspeed").glob("*model_states.pt"))

@@ -71,7 +71,12 @@ def restore(engine, runtime: Runtime, checkpoint: Path, meta: dict) -> tuple[int
             raise UserError(
                 f"{checkpoint}: was written with {key} {written.get(key)}, this run has {mine}; make them equal"
             )
+    zero = vars(engine.optimizer)
+    rules = {name: zero[name] for name in ("clip_grad", "compute_grad_norm") if name in zero}
+    if "compute_grad_norm" in zero:  # without, DeepSpeed refuses a checkpoint of a run in which it clipped
+        zero["compute_grad_norm"] = True
     loaded, _ = engine.load_checkpoint(str(checkpoint), tag=STATE)
+    zero.update(rules)  # it has taken the checkpoint's limit for clipping
     if loaded is None:
         raise UserError(f"{checkpoint}: DeepSpeed could not read it; resume from another folder")
     # This program wrote it, and the hashes were just checked.

@@ -13,6 +13,7 @@ OURS = {
     "scheduler": "the schedule is fastdit's own: remove it and use --warmup, --schedule",
     "fp16": "fp16 is not supported: use bf16",
 }
+FP32 = ("fp32", "float32", "float", "torch.float32")  # as DeepSpeed spells it
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Plan:
     accumulation: int
     precision: str
     stage: int
+    clip: float | None  # the optimizer tells the gradients' norm and clips to this (0: not); None: DeepSpeed does
 
 
 def plan(config: Config, world: int, on_gpu: bool) -> Plan:
@@ -52,31 +54,65 @@ def plan(config: Config, world: int, on_gpu: bool) -> Plan:
     micro = agree("train_micro_batch_size_per_gpu", "--micro_batch", config.micro_batch)
     accumulation = agree("gradient_accumulation_steps", "accumulation", None)
     batch, micro, accumulation = _solve(batch, micro, accumulation, world)
-    clip = agree("gradient_clipping", "--grad_clip", config.grad_clip, int | float)
+    clip = float(agree("gradient_clipping", "--grad_clip", config.grad_clip, int | float) or 0.0)
     bf16 = values.get("bf16", {}).get("enabled", "auto")
     if bf16 not in (True, False, "auto"):
         raise UserError(f'{path}: bf16.enabled is {bf16!r}; it must be true, false or "auto"')
     precision = _precision(path, bf16, config.precision, on_gpu)
-    stage = values.get("zero_optimization", {}).get("stage", 0)
+    zero = values.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
     if precision == "bf16" and stage == 0:
         raise UserError(f"{path}: ZeRO-0 cannot keep fp32 master weights for bf16; use zero1, or --precision fp32")
 
+    if precision == "bf16":
+        values = {"data_types": {"grad_accum_dtype": "fp32"}, **values}
+
+    ours, normless = _norms(path, values, precision, stage)
     merged = {
         "steps_per_print": 2**31,  # fastdit prints its own lines
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice in a micro-batch
         "zero_allow_untested_optimizer": True,  # AdamWEMA; every stage is tested
         "zero_force_ds_cpu_optimizer": False,  # offload keeps AdamWEMA, which also runs on CPUs
         **values,
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": float(clip or 0.0),
+        "gradient_clipping": 0.0 if ours else clip,
         "bf16": {**values.get("bf16", {}), "enabled": precision == "bf16"},
     }
-    if precision == "bf16":
-        merged.setdefault("data_types", {"grad_accum_dtype": "fp32"})
-    return Plan(merged, batch, micro, accumulation, precision, stage)
+    if normless:
+        merged["zero_optimization"] = {**zero, "compute_grad_norm": False}
+        merged["bf16"].setdefault("check_grad_overflow", False)  # a pass over each gradient, and a wait
+    return Plan(merged, batch, micro, accumulation, precision, stage, clip if ours else None)
+
+
+def _norms(path: str, values: dict, precision: str, stage: int) -> tuple[bool, bool]:
+    """Whether AdamWEMA takes the gradients' norm and clips; whether DeepSpeed then takes none.
+
+    `compute_grad_norm` in the file: true leaves both to DeepSpeed; false is refused where DeepSpeed must take it.
+    """
+    wish = values.get("zero_optimization", {}).get("compute_grad_norm")
+    if wish not in (None, True, False):
+        raise UserError(f"{path}: zero_optimization.compute_grad_norm is {wish!r}; it must be true or false")
+    at_once = stage < 3 and not _offloads(values)  # else a step is several updates, or DeepSpeed wants to clip
+    needs_norm = stage == 0 or (
+        precision == "bf16" and stage == 1 and values["data_types"].get("grad_accum_dtype") in FP32
+    )
+    if wish is False and (needs_norm or not at_once):
+        raise UserError(
+            f"{path}: zero_optimization.compute_grad_norm is false, which DeepSpeed has for ZeRO-1 and 2 only, without "
+            "offload, and in bf16 with accumulation for ZeRO-2 only; drop it"
+        )
+    ours = at_once and wish is not True
+    return ours, ours and not needs_norm
+
+
+def _offloads(values: dict) -> bool:
+    zero = values.get("zero_optimization", {})
+    offload = zero.get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none" or bool(zero.get("cpu_offload")) or bool(zero.get("zenflow"))
 
 
 def _read(name: str) -> tuple[str, dict]:
@@ -90,7 +126,7 @@ def _read(name: str) -> tuple[str, dict]:
         raise UserError(f"{path}: not valid JSON ({error}); mend it") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: must hold one JSON object; see {SHIPPED / 'zero1.json'}")
-    for section in ("fp16", "bf16", "zero_optimization"):
+    for section in ("fp16", "bf16", "data_types", "zero_optimization"):
         if not isinstance(values.get(section, {}), dict):
             raise UserError(f"{path}: section {section!r} must be an object; see {SHIPPED / 'zero1.json'}")
     return str(path), values

@@ -171,9 +171,16 @@ def train_step(run: Run, step: int, lap: Callable[[str], None] = lambda part: No
 
 def _skipped(run: Run) -> torch.Tensor:
     """Whether gradients that are not finite kept the last update from the weights: 0-dim float32, 1 if so."""
-    if not run.engine.was_step_applied():  # ZeRO looks at the norm, before the optimizer sees a gradient
+    if not run.engine.was_step_applied():  # DeepSpeed looked at the norm, before the optimizer saw a gradient
         return torch.ones(())
     return run.optimizer.nonfinite
+
+
+def _grad_norm(run: Run) -> torch.Tensor | float | None:
+    """Of the last step's gradients, averaged over ranks and accumulated, before clipping."""
+    if run.plan.clip is None or not run.engine.was_step_applied():
+        return run.engine.get_global_grad_norm()
+    return run.optimizer.grad_norm
 
 
 def _record(run: Run, clock: Clock, step: int) -> int:
@@ -191,7 +198,7 @@ def _record(run: Run, clock: Clock, step: int) -> int:
         "seconds": run.seconds,
         "corrupt_skipped": run.loader.skipped,
     }
-    if (norm := run.engine.get_global_grad_norm()) is not None:  # DeepSpeed does not tell it for ZeRO-0 in fp32
+    if (norm := _grad_norm(run)) is not None:  # left to DeepSpeed, ZeRO-0 has none
         values["grad_norm"] = float(norm)
     if peak := peak_flops(run.runtime.device):
         flops = sum(run.method.flops(run.engine.module).values()) * images

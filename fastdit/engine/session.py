@@ -138,7 +138,8 @@ class Session:
 
 def make_optimizer(config: Config, agreed: Plan, device: torch.device, parameters, averages: dict) -> AdamWEMA:
     """AdamW with `averages`, decays by name, by `config.optimizer`. Raises UserError where apex cannot serve."""
-    settings = {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")} | {"emas": averages}
+    settings = {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")}
+    settings |= {"emas": averages, "max_norm": agreed.clip or None, "sharded": agreed.stage > 0}
     if config.optimizer == "fastdit":
         return AdamWEMA(parameters, **settings)
     try:

@@ -1,0 +1,36 @@
+"""Where a training step waits for the device: nowhere of ours, and nowhere of DeepSpeed's that a setting turns off."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from launching import TINY, forked
+
+pytestmark = pytest.mark.launch
+
+
+def waits(tmp_path: Path, values: dict, *flags, ranks: int = 1) -> Counter[str]:
+    """Waits in two steps with this DeepSpeed file, of all ranks: how many in each file."""
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(values))
+    settings = [*TINY, "--grad_clip", "0.5", "--ds_config", file, *flags, "--out", tmp_path / "run"]
+    forked(*settings, ranks=ranks, program="tell_waits").succeeded()
+    told = [json.loads((tmp_path / "run" / f"waits-{rank}.json").read_text()) for rank in range(ranks)]
+    return Counter(Path(call).name.partition(":")[0] for calls in told for call in calls)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (2, "bf16")])
+def test_a_step_waits_nowhere(tmp_path, stage, precision, accumulation):
+    values = {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": accumulation}
+    assert waits(tmp_path, values, "--precision", precision, ranks=accumulation) == {}
+
+
+def test_what_a_file_asks_for_is_found(tmp_path):
+    """The same eyes see DeepSpeed's own norm, its look for infinities and its timer."""
+    zero = {"stage": 2, "compute_grad_norm": True}
+    timers = {"throughput": {"enabled": True, "synchronized": True}}
+    values = {"zero_optimization": zero, "timers": timers, "bf16": {"check_grad_overflow": True}}
+    found = waits(tmp_path, values, "--precision", "bf16")
+    assert found == {"timer.py": 4, "stage_1_and_2.py": 2, "utils.py": 4}
