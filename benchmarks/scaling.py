@@ -97,6 +97,11 @@ class Trained:
         return 2 if self.bf16 else 4
 
     @property
+    def sums(self) -> bool:
+        """Whether ZeRO-1 keeps the sum of micro-batches' gradients, in fp32 and whole on every GPU."""
+        return self.bf16 and self.accumulation > 1
+
+    @property
     def stages(self) -> tuple[int, ...]:
         """ZeRO-0 has no fp32 masters."""
         return STAGES[1:] if self.bf16 else STAGES
@@ -138,13 +143,13 @@ def held(model: Trained, stage: int, gpus: int) -> dict[str, float]:
     """Bytes on each GPU between steps, by part.
 
     The optimizer's are its two moments and, but for ZeRO-0, an fp32 copy of the weights (in fp32 too). Gradients stay
-    in fp32 in ZeRO-1 with bf16, all of them, and in ZeRO-3, a part of them.
+    in fp32 in ZeRO-1 with bf16 and accumulation, all of them, and in ZeRO-3, a part of them.
     """
     share = model.parameters / (gpus if stage else 1)
     weights = model.parameters + model.frozen
     if stage == 3:
         weights = weights / gpus + (model.kept if gpus > 1 else 0)  # one GPU's part is the whole
-    gradients = {1: 4.0 * model.parameters if model.bf16 else 0.0, 3: 4.0 * share}
+    gradients = {1: 4.0 * model.parameters if model.sums else 0.0, 3: 4.0 * share}
     return {
         "weights": model.width * weights,
         "gradients": gradients.get(stage, 0.0),
@@ -158,12 +163,12 @@ def held(model: Trained, stage: int, gpus: int) -> dict[str, float]:
 def passing(model: Trained, stage: int, gpus: int) -> dict[str, float]:
     """Bytes on each GPU within a step alone, by part, beside what is `working`.
 
-    In ZeRO-1 and 2 a bucket for gradients on their way, made whole however few they are; not for ZeRO-1 with bf16. In
-    ZeRO-2 with bf16 the fp32 sum of a part of them. In ZeRO-3 gathered weights, freed beyond `live`.
+    In ZeRO-1 and 2 a bucket for gradients on their way, made whole however few they are; not for ZeRO-1 with bf16 and
+    accumulation. In ZeRO-2 with bf16 the fp32 sum of a part of them. In ZeRO-3 gathered weights, freed beyond `live`.
     """
     if stage == 3:
         return {"weights": model.width * min(model.live, model.parameters + model.frozen)}
-    bucket = stage == 2 or (stage == 1 and not model.bf16)
+    bucket = stage == 2 or (stage == 1 and not model.sums)
     return {
         "buckets": model.width * model.bucket if bucket else 0.0,
         "gradients": 4.0 * model.parameters / gpus if stage == 2 and model.bf16 else 0.0,

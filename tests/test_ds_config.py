@@ -174,7 +174,7 @@ NORMS = [  # zero_optimization, precision, whether the optimizer takes the norm,
     ({"stage": 0}, "fp32", True, None),
     ({"stage": 1}, "fp32", True, False),
     ({"stage": 2}, "fp32", True, False),
-    ({"stage": 1}, "bf16", True, None),  # DeepSpeed refuses: it has an optimizer of its own there
+    ({"stage": 1}, "bf16", True, False),
     ({"stage": 2}, "bf16", True, False),
     ({"stage": 3}, "fp32", False, None),
     ({"stage": 3}, "bf16", False, None),
@@ -208,7 +208,12 @@ def test_who_takes_the_norm_and_clips(agree, zero, precision, ours, told):
     [({"stage": 0}, "fp32"), ({"stage": 1}, "bf16"), ({"stage": 3}, "fp32"), ({"stage": 2} | OFFLOAD, "fp32")],
 )
 def test_norms_that_deepspeed_cannot_do_without(agree, zero, precision):
-    text = refusal(agree, {"zero_optimization": {**zero, "compute_grad_norm": False}}, batch=8, precision=precision)
+    values = {"gradient_accumulation_steps": 2}
+    assert agree(values | {"zero_optimization": zero}, batch=8, precision=precision).clip == (
+        None if zero["stage"] > 1 else 0.0
+    )
+    values |= {"zero_optimization": {**zero, "compute_grad_norm": False}}
+    text = refusal(agree, values, batch=8, precision=precision)
     assert "compute_grad_norm is false" in text
     assert "drop it" in text
 
@@ -231,8 +236,24 @@ def test_precision(agree, file, wanted, on_gpu, expected):
     agreed = agree({"zero_optimization": {"stage": 1}, **file}, on_gpu=on_gpu, batch=8, precision=wanted)
     assert agreed.precision == expected
     assert agreed.deepspeed["bf16"]["enabled"] == (expected == "bf16")
-    if expected == "bf16":
-        assert agreed.deepspeed["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert ("data_types" in agreed.deepspeed) == (expected == "bf16")
+
+
+@pytest.mark.parametrize(
+    ("zero", "more", "expected"),
+    [
+        ({"stage": 1}, {}, "bf16"),
+        ({"stage": 1}, {"gradient_accumulation_steps": 2}, "fp32"),
+        ({"stage": 1}, {"communication_data_type": "fp32"}, "fp32"),
+        ({"stage": 1} | OFFLOAD, {}, "fp32"),
+        ({"stage": 2}, {}, "fp32"),
+        ({"stage": 3}, {}, "fp32"),
+    ],
+)
+def test_gradients_are_added_up_in_fp32_where_anything_is(agree, zero, more, expected):
+    for world in (1, 2):
+        agreed = agree({"zero_optimization": zero, **more}, world=world, batch=8, precision="bf16")
+        assert agreed.deepspeed["data_types"] == {"grad_accum_dtype": expected}
 
 
 def test_bf16_keeps_its_other_options(agree):

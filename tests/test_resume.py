@@ -41,6 +41,15 @@ def without_last(states, count: int):
     return [without_last(value, count) for value in states] if isinstance(states, list) else states
 
 
+def optimizer_state(folder) -> dict[str, torch.Tensor]:
+    """What one rank of ZeRO-1 keeps of its weights: themselves in fp32, and the optimizer's state by name."""
+    (file,) = folder.glob("deepspeed/*optim_states.pt")
+    states = torch.load(file, weights_only=False)["optimizer_state_dict"]  # of this very program
+    found = states["base_optimizer_state"]["state"][0] | {"weights": states["single_partition_of_fp32_groups"][0]}
+    size = sum(fragment.numel for fragment in states["param_slice_mappings"][0].values())  # the rest is padding
+    return {name: x[:size] if x.ndim else x for name, x in found.items()}
+
+
 def assert_same_run(mine, straight, step: int, padding: int = 0) -> None:
     """Metrics (without times) and every file of the last checkpoint are equal.
 
@@ -89,6 +98,11 @@ ONE_RANK = {
         "gradient_accumulation_steps": 2,
     },
     "bf16": {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}},
+    "bf16-accumulation": {
+        "zero_optimization": {"stage": 1},
+        "bf16": {"enabled": True},
+        "gradient_accumulation_steps": 2,
+    },
     "bf16-zero3": {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}},
 }
 
@@ -106,6 +120,23 @@ def test_one_rank_stopped_half_way(tmp_path, name):
     assert_same_run(tmp_path / "run", tmp_path / "straight", 10)
 
 
+@pytest.mark.parametrize("first", [4, 8])
+def test_other_micro_batches_in_bf16(tmp_path, first):
+    """ZeRO-1 then goes on with another of DeepSpeed's optimizers: with the same weights, moments, average and count."""
+    flags = [*TINY, "--ds_config", "zero1", "--precision", "bf16", "--out", tmp_path / "run"]
+    forked(*flags, "--micro_batch", first, "--steps", 5).succeeded()
+    forked(*flags, "--micro_batch", 12 - first, "--steps", 6, "--lr", 0, "--resume").succeeded()
+    before, after = (optimizer_state(checkpoint(tmp_path / "run", step)) for step in (5, 6))
+    assert torch.equal(before["weights"], after["weights"])
+    assert (before["step"], after["step"]) == (5, 6)
+    average = 0.4 * before["ema"] + 0.6 * before["weights"]  # the sixth step's decay: 6 of 15
+    torch.testing.assert_close(after["ema"], average, rtol=1e-5, atol=1e-8)
+    gradients = (after["exp_avg"] - 0.9 * before["exp_avg"]) / 0.1
+    assert gradients.norm() > 0.1
+    squares = (after["exp_avg_sq"] - 0.999 * before["exp_avg_sq"]) / 0.001
+    torch.testing.assert_close(gradients.square(), squares, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_this_runs_clipping_rules_not_the_checkpoints(tmp_path, precision):
     """From none to DeepSpeed's to the optimizer's, each time to another limit."""
@@ -116,17 +147,15 @@ def test_this_runs_clipping_rules_not_the_checkpoints(tmp_path, precision):
         file.write_text(json.dumps({"zero_optimization": {"stage": 1, **zero}}))
         return forked(*flags, "--steps", steps, *more)
 
-    def moments() -> torch.Tensor:
-        (state,) = checkpoint(out, metrics(out)[-1]["step"]).glob("deepspeed/*optim_states.pt")
-        return torch.load(state, weights_only=False)["optimizer_state_dict"]["base_optimizer_state"]["state"][0][
-            "exp_avg"
-        ]
+    def mean() -> torch.Tensor:
+        """Norm of the mean of the last ten gradients or so."""
+        return optimizer_state(checkpoint(out, metrics(out)[-1]["step"]))["exp_avg"].norm()
 
     resumed(3, "--grad_clip", 0).succeeded()
-    assert moments().norm() > 0.05
+    assert mean() > 0.05
     for steps, limit, own in ((103, 1e-3, {"compute_grad_norm": True}), (203, 1e-2, {})):
         resumed(steps, "--grad_clip", limit, "--resume", **own).succeeded()
-        assert 0.3 * limit < moments().norm() < 1.001 * limit  # a mean over the last ten gradients or so
+        assert 0.3 * limit < mean() < 1.001 * limit
 
 
 @pytest.fixture(scope="module")

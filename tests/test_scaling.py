@@ -129,7 +129,7 @@ def test_the_papers_memory():
     """Figure 1 of the ZeRO paper: 7.5 billion parameters, 64 GPUs, bf16 with K = 12: 31.4, 16.6, 1.9 GB."""
     from scaling import Trained, held
 
-    model = Trained(7_500_000_000, averages=0, bucket=0)
+    model = Trained(7_500_000_000, averages=0, bucket=0, accumulation=2)
     state = {stage: sum(held(model, stage, 64).values()) / 1e9 for stage in (1, 2, 3)}
     # P_os: ours has fp32 gradients, theirs 16-bit ones. P_os+g: theirs keeps a part of the gradients.
     assert state[1] - 2 * 7.5 == pytest.approx(31.4, abs=0.05)
@@ -162,7 +162,7 @@ def test_links():
 def test_a_prediction_by_hand():
     from scaling import Links, Measured, Target, Trained, scaling, scaling_lines
 
-    model = Trained(1_000_000_000, averages=2, replicas=7, bf16=True, bucket=1000)
+    model = Trained(1_000_000_000, averages=2, replicas=7, bf16=True, accumulation=2, bucket=1000)
     measured = Measured(seconds=0.1, batch=32, held=20_000_000_000, peak=25_000_000_000, stage=1)
     links = Links(nvlink=100, network=10, gpus_per_node=8, overlap=0.25)
     found = scaling("sd_dit", model, measured, Target([1, 8, 16], links))
@@ -196,7 +196,7 @@ def test_hidden_communication_is_no_more_than_the_step():
 
 
 def test_the_bucket_is_not_working_memory():
-    """Measured with ZeRO-1 in fp32, whose bucket the peak holds; with ZeRO-0 there is none."""
+    """Measured with ZeRO-1, whose bucket the peak holds; with ZeRO-0 there is none, nor where it adds up in fp32."""
     from scaling import Measured, Trained, memory
 
     model = Trained(100, bf16=False, bucket=1000)
@@ -204,6 +204,9 @@ def test_the_bucket_is_not_working_memory():
     assert memory(model, measured, 0, 8)["working"] == memory(model, measured, 2, 8)["working"] == 2000
     assert memory(model, measured, 0, 8)["buckets"] == 0
     assert memory(model, measured, 2, 8)["buckets"] == memory(model, measured, 3, 8)["buckets"] == 4000
+    for accumulation, bucket, gradients in ((1, 2000, 0), (2, 0, 400)):
+        parts = memory(Trained(100, accumulation=accumulation, bucket=1000), measured, 1, 8)
+        assert (parts["buckets"], parts["gradients"]) == (bucket, gradients)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,22 @@ def test_bf16_is_clipped_as_by_deepspeed(tmp_path, stage):
         torch.testing.assert_close(found[False][1][name], average, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bf16_gradients_of_one_micro_batch_need_no_fp32(tmp_path, ranks):
+    """ZeRO-1: to the bit what DeepSpeed's optimizer that keeps them in fp32 makes of them."""
+    found = {}
+    for kept in ("bf16", "fp32"):
+        file, out = tmp_path / f"{kept}.json", tmp_path / kept
+        types = {"data_types": {"grad_accum_dtype": "fp32"}} if kept == "fp32" else {}
+        file.write_text(json.dumps({"zero_optimization": {"stage": 1}, **types}))
+        flags = [*TINY, "--steps", 6, "--grad_clip", "0.5", "--precision", "bf16"]
+        forked(*flags, "--ds_config", file, "--out", out, ranks=ranks).succeeded()
+        found[kept] = metrics(out, untimed=True), averages(out, 6)
+    assert found["bf16"][0] == found["fp32"][0]
+    for name, average in found["fp32"][1].items():
+        assert torch.equal(found["bf16"][1][name], average), name
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_trains_fp32_master_weights(tmp_path, stage):
     flags = [*TINY, "--steps", 4, "--lr", "1e-5", "--ds_config", f"zero{stage}", "--precision", "bf16"]

@@ -67,7 +67,7 @@ def plan(config: Config, world: int, on_gpu: bool) -> Plan:
         raise UserError(f"{path}: ZeRO-0 cannot keep fp32 master weights for bf16; use zero1, or --precision fp32")
 
     if precision == "bf16":
-        values = {"data_types": {"grad_accum_dtype": "fp32"}, **values}
+        values = {"data_types": {"grad_accum_dtype": _accumulator(values, stage, accumulation)}, **values}
 
     ours, normless = _norms(path, values, precision, stage)
     merged = {
@@ -86,6 +86,17 @@ def plan(config: Config, world: int, on_gpu: bool) -> Plan:
         merged["zero_optimization"] = {**zero, "compute_grad_norm": False}
         merged["bf16"].setdefault("check_grad_overflow", False)  # a pass over each gradient, and a wait
     return Plan(merged, batch, micro, accumulation, precision, stage, clip if ours else None)
+
+
+def _accumulator(values: dict, stage: int, accumulation: int) -> str:
+    """The type in which bf16 gradients are added up: fp32.
+
+    Under ZeRO-1 without accumulation only ranks are, by communication, which is in bf16 whatever stands here. There it
+    is bf16: for fp32, DeepSpeed has an optimizer of its own, which keeps all gradients in fp32, takes their norms and
+    waits for the device.
+    """
+    only_ranks = stage == 1 and accumulation == 1 and values.get("communication_data_type") is None
+    return "bf16" if only_ranks and not _offloads(values) else "fp32"
 
 
 def _norms(path: str, values: dict, precision: str, stage: int) -> tuple[bool, bool]:

@@ -28,7 +28,7 @@ class Followers:
         elif hasattr(zero, "round_robin_bit16_groups"):
             groups, offsets = zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets
             self._from_flat(zero.single_partition_of_fp32_groups, groups, offsets)
-        elif hasattr(zero, "bf16_groups"):  # DeepSpeed has an optimizer of its own for stage 1 in bf16
+        elif hasattr(zero, "bf16_groups"):  # DeepSpeed's own for stage 1 in bf16 with accumulation
             offsets = [accumulate((p.numel() for p in group[:-1]), initial=0) for group in zero.bf16_groups]
             self._from_flat(zero.fp32_groups_flat_partition, zero.bf16_groups, offsets)
         elif states := zero.state:  # no ZeRO
