@@ -40,7 +40,7 @@ def signals(**settings) -> list[dict[str, float]]:
     source = open_source("fashion_mnist")
     with closing(make_loader(source, batch=BATCH, size=28, channels=1, flip=False, seed=0, **here)) as loader:
         for step in range(STEPS):
-            momentum = method.begin_step(step / STEPS)["teacher"]
+            momentum = method.begin_step(step, STEPS)["teacher"]
             outcome = method.loss(student, *next(loader), generator)
             optimizer.zero_grad()
             outcome.loss.backward()

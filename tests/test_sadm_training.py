@@ -86,7 +86,7 @@ def reference() -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     master, lines = MasterWeights(network, warmup=3, steps=STEPS), []
     with rank_inputs(config, source, 2) as (loaders, noises):
         for t in range(STEPS):
-            method.begin_step(t / STEPS)
+            method.begin_step(t, STEPS)
             outcome = method.loss(network, [next(loader) for loader in loaders], None, noises)
             norm = master.step([g.double() for g in torch.autograd.grad(outcome.loss, master.params)])
             terms = outcome.terms | method.end_step()

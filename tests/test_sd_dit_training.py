@@ -65,7 +65,7 @@ def reference(accumulation: int = 1):
     master, lines = MasterWeights(student, warmup=3, steps=STEPS, averages=("ema", "teacher")), []
     with rank_inputs(config, source, 2, accumulation) as (loaders, noises):
         for t in range(STEPS):
-            method.begin_step(t / STEPS)
+            method.begin_step(t, STEPS)
             line, grads = {}, master.no_gradient()
             for loader, noise in [pair for pair in zip(loaders, noises) for _ in range(accumulation)]:
                 outcome = method.loss(student, *next(loader), noise)

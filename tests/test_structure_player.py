@@ -84,15 +84,16 @@ def test_psi_steps_once_in_psi_every():
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_psi_learns_at_its_own_rate(schedule):
     settings = SADM(psi_lr=1e-3, psi_warmup=0.2, psi_schedule=schedule)
-    for progress, constant in {0.0: 0.0, 0.05: 2.5e-4, 0.2: 1e-3, 0.6: 1e-3, 1.0: 1e-3}.items():
-        expected = constant * (0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1)
-        assert settings.psi_lr_at(progress) == pytest.approx(expected, abs=1e-12)
+    for number, constant in {0: 2.5e-4, 1: 5e-4, 3: 1e-3, 4: 1e-3, 12: 1e-3, 19: 1e-3}.items():
+        expected = constant * (0.5 * (1 + math.cos(math.pi * number / 20)) if schedule == "cosine" else 1)
+        assert settings.psi_lr_at(number, 20) == pytest.approx(expected, abs=1e-12)
         method = game(EDM(), psi_lr=1e-3, psi_warmup=0.2, psi_schedule=schedule)
-        assert method.begin_step(progress) == {}
+        assert method.begin_step(number, 20) == {}
         before = weights(method)
         step(method, Denoiser())
         assert moved(method, before) == pytest.approx(expected, rel=1e-2, abs=1e-9)  # Adam's first step: lr * sign
-    assert SADM(psi_lr=1e-3).psi_lr_at(0.0) == 1e-3
+    assert SADM(psi_lr=1e-3).psi_lr_at(0, 20) == 1e-3
+    assert SADM(psi_lr=1e-3, psi_warmup=0.01).psi_lr_at(0, 20) == 1e-3, "less than a step is none"
 
 
 @pytest.mark.parametrize(("normalise", "distance"), [("rms", "euclidean"), ("none", "squared"), ("none", "cosine")])
@@ -173,7 +174,7 @@ def test_a_restarted_game_goes_on_to_the_bit():
     def play(method, numbers):
         told = []
         for number in numbers:
-            method.begin_step(number / 10)
+            method.begin_step(number, 10)
             told.append((method.loss(network, x0, y, seeded(number)).loss.detach(), method.end_step()))
         return told
 

@@ -144,7 +144,7 @@ def train(run: Run, first_step: int, draw_samples, evaluate=lambda step: None) -
 def train_step(run: Run, step: int, lap: Callable[[str], None] = lambda part: None) -> None:
     """Optimizer step `step` (0-based). `lap` is called after each part of it, by name: for who measures."""
     config, meter = run.config, run.meter
-    decays = {EMA: schedules.ema_decay(config.ema, step), **run.method.begin_step(step / config.steps)}
+    decays = {EMA: schedules.ema_decay(config.ema, step), **run.method.begin_step(step, config.steps)}
     for group in run.optimizer.param_groups:
         group["lr"] = schedules.learning_rate(config, step)
         group["emas"] = decays

@@ -52,7 +52,7 @@ class Session:
         network = method.sampled_network(module)
         self.parameters = sum(p.numel() for p in module.parameters())
         self.attention = _attention(config.model.attention, runtime.device, agreed.precision, network)
-        averages = {EMA: config.ema.decay, **method.begin_step(0.0)}
+        averages = {EMA: config.ema.decay, **method.begin_step(0, config.steps)}
         trained = [p for p in module.parameters() if p.requires_grad]
         optimizer = make_optimizer(config, agreed, runtime.device, trained, averages)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=agreed.deepspeed)

@@ -63,8 +63,8 @@ class Denoising:
         dropped = torch.rand(y.shape, generator=generator, device=y.device) < self.label_drop
         return torch.where(dropped, self.classes, y)
 
-    def begin_step(self, progress: float) -> dict[str, float]:
-        """Set what changes with the share of the run that is done.
+    def begin_step(self, step: int, steps: int) -> dict[str, float]:
+        """Set what changes from step to step; `step` (0-based) of `steps` comes next.
 
         Returns the decays of the averages of all weights that the optimizer shall keep beside the sampled one, by name.
         """

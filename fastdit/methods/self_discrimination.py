@@ -155,7 +155,8 @@ class SelfDiscrimination(Denoising):
         y = torch.full((len(x),), self.classes, device=x.device)
         return self.teacher.describe(view, t, y)
 
-    def begin_step(self, progress: float) -> dict[str, float]:
+    def begin_step(self, step: int, steps: int) -> dict[str, float]:
+        progress = step / steps
         self.temperature = self.settings.teacher_temperature_at(progress)
         return {TEACHER: self.settings.momentum_at(progress)}
 

@@ -57,7 +57,7 @@ class SADM:
         gradient_penalty: weight of mean |d (v . Psi(x)) / d x|^2 with random unit vectors v, over the mean squared
             distance of the features (unless distances are not normalised); 0 is off.
         psi_lr: Psi's learning rate.
-        psi_warmup: share of the run over which it rises.
+        psi_warmup: share of the run over which it rises, as the denoiser's: by a line that begins one step above zero.
         psi_schedule: after that: constant, or cosine to zero at the end of the run.
         psi_betas: of Psi's Adam.
         psi_every: denoiser steps per step of Psi.
@@ -91,11 +91,11 @@ class SADM:
     huber_delta: float = 0.2
     sigma_data: float = 0.5
 
-    def psi_lr_at(self, progress: float) -> float:
-        """Psi's learning rate when the share `progress` of the run is done."""
-        warm = min(1.0, progress / self.psi_warmup) if self.psi_warmup else 1.0
+    def psi_lr_at(self, step: int, steps: int) -> float:
+        """Psi's learning rate in step `step` (0-based) of `steps`."""
+        warm = min(1.0, (step + 1) / (self.psi_warmup * steps)) if self.psi_warmup else 1.0
         cosine = self.psi_schedule == "cosine"
-        return self.psi_lr * warm * (0.5 * (1 + math.cos(math.pi * progress)) if cosine else 1.0)
+        return self.psi_lr * warm * (0.5 * (1 + math.cos(math.pi * step / steps)) if cosine else 1.0)
 
 
 class StructureGame(Denoising):
@@ -127,7 +127,7 @@ class StructureGame(Denoising):
         self.plays = settings.structure == "adversarial"
         self.step, self.batches, self.generator = 0, [], None
         self.autocast = False
-        self.psi_lr = settings.psi_lr_at(0.0)
+        self.psi_lr = settings.psi_lr
 
     def loss(self, network: Network, x0: Tensor, y: Tensor, generator: torch.Generator) -> Outcome:
         """The base's loss and lambda L_str, over the pairs of all ranks' micro-batches. No host sync.
@@ -229,9 +229,9 @@ class StructureGame(Denoising):
             huber_delta=settings.huber_delta,
         )
 
-    def begin_step(self, progress: float) -> dict[str, float]:
-        self.psi_lr = self.settings.psi_lr_at(progress)
-        return self.base.begin_step(progress)
+    def begin_step(self, step: int, steps: int) -> dict[str, float]:
+        self.psi_lr = self.settings.psi_lr_at(step, steps)
+        return self.base.begin_step(step, steps)
 
     def sampled_network(self, module: nn.Module) -> nn.Module:
         return self.base.sampled_network(module)
