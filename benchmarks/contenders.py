@@ -134,9 +134,11 @@ def cut_components(student: nn.Module, method: SelfDiscrimination, watch: Stopwa
 
 
 def cut_game(game: StructureGame, watch: Stopwatch, before: str) -> None:
-    """Laps around SADM's base, its loss named `before`: what is left of the game's own is the structure term and Psi.
+    """Laps around SADM's base, its loss named `before`: what is left of the game's own is the structure term, which
+    makes both players' gradients on the spot, and Psi's step.
 
-    The structure term is what the forward pass made last, so the backward pass comes to it first.
+    The structure term is what the forward pass made last, so the backward pass comes to it first: to what is left of
+    it, the way from Psi's pictures back to the latents.
     """
     loss, end_step = game.base.loss, game.base.end_step
 

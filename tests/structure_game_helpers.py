@@ -171,12 +171,13 @@ def gradient_penalty(one: Exact, directions: torch.Tensor, relative: bool) -> to
     return total
 
 
-def scripted_step(numbers: torch.Tensor, features: int, **settings) -> dict:
-    """What one rank finds in a step on these of eight samples."""
-    network, x0 = Denoiser(), samples(8)[0][numbers]
+def scripted_step(numbers: torch.Tensor, features: int, accumulation: int = 1, **settings) -> dict:
+    """What one rank finds in a step on these of eight samples; terms of the last micro-batch."""
+    network, x0 = Denoiser(), samples(8)[0]
     method = game(EDM(), base=Scripted, psi=tiny_psi(features), weight=0.5, **settings)
-    outcome = method.loss(network, x0, numbers, seeded())
-    outcome.loss.backward()
+    for part in numbers.chunk(accumulation):
+        outcome = method.loss(network, x0[part], part, seeded())
+        outcome.loss.backward()
     terms = outcome.terms | method.end_step()
     psi = [p.detach() for p in method.psi.parameters()]
     return {"terms": terms, "network": gradients(network), "psi": first_gradients(method), "weights": psi}

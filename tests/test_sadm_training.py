@@ -66,11 +66,8 @@ class AllRanks(Denoising):
 
 
 class Reference(StructureGame):
-    def _features(self, x):
-        return super()._features(torch.cat([x0 for x0, _ in x]) if isinstance(x, list) else x)
-
-    def _step_psi(self, batches):
-        return super()._step_psi([(torch.cat([x0 for x0, _ in x]), *others) for x, *others in batches])
+    def _shown(self, x):
+        return super()._shown(torch.cat([x0 for x0, _ in x]) if isinstance(x, list) else x)
 
 
 @cache

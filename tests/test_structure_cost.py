@@ -32,7 +32,7 @@ class Recorder(torch.nn.Module):
 
 @pytest.mark.parametrize(
     ("settings", "steps", "passes"),
-    [({"structure": "fixed"}, 1, 3), ({}, 1, 9), ({"psi_every": 2}, 2, 12), ({"structure": "off"}, 1, 0)],
+    [({"structure": "fixed"}, 1, 3), ({}, 1, 6), ({"psi_every": 2}, 2, 9), ({"structure": "off"}, 1, 0)],
 )
 def test_a_step_costs_what_it_says(monkeypatch, settings, steps, passes):
     """The denoiser passes once; Psi as often, in forward passes, as its documentation counts."""
@@ -46,7 +46,8 @@ def test_a_step_costs_what_it_says(monkeypatch, settings, steps, passes):
     psi, x0, y = LatentResNet(channels=CHANNELS, features=8, width=16), torch.rand(4, CHANNELS, 16, 16), torch.arange(4)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         psi(x0[:1])
-    one, network = counter.get_total_flops(), Recorder()
+    one, network, calls = counter.get_total_flops(), Recorder(), []
+    psi.register_forward_hook(lambda _, given, made: calls.append((len(made), made.requires_grad)))
     method = StructureGame(Free(EDM(), CLASSES, 0.1), SADM(**settings), psi, one)
     method.to(CPU, torch.float32)
     with FlopCounterMode(display=False) as counter:
@@ -55,12 +56,10 @@ def test_a_step_costs_what_it_says(monkeypatch, settings, steps, passes):
             method.end_step()
     assert network.calls == steps
     assert counter.get_total_flops() == pytest.approx(passes * len(x0) * one, rel=0.03)
-    counted = {"structure": min(passes, 3 * steps), "psi": max(0, passes - 3 * steps)}
-    assert {part: flops for part, flops in method.flops(network).items() if part in counted} == {
-        part: number / steps * one for part, number in counted.items() if number
-    }
-    own = {3: 0, 9: 1, 12: 1, 0: 0}[passes]
-    assert compared == [(False, True)] * (steps if passes else 0) + [(True, True)] * own
+    assert method.flops(network) == ({"structure": passes / steps * one} if passes else {})
+    expected = {0: [], 3: [False], 6: [True], 9: [False, True]}[passes]  # whether weights need gradients, by step
+    assert compared == [(learns, True) for learns in expected]
+    assert calls == [(4, needed) for learns in expected for needed in (learns, True)], "clean samples, estimates"
 
 
 class NoSync(torch.utils._python_dispatch.TorchDispatchMode):

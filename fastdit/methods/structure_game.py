@@ -7,8 +7,13 @@ pairwise distances, between clean samples and their one-step estimates:
     P_ij = |f_i - f_j| / rms |f_i - f_j|,   Q_ij the same of g         over pairs i != j of the global batch
     L_str = sum w_ij penalty(P_ij - Q_ij) / sum w_ij,   w_ij = sqrt(w_i w_j),   w_i = s^2 / (sigma_i^2 + s^2)
 
-    denoiser:  min  L_denoise + lambda L_str       Psi frozen
-    Psi:       max  L_str                          on the same x0 and x0_hat, detached, after the denoiser's update
+    denoiser:  min  L_denoise + lambda L_str       over its own weights
+    Psi:       max  L_str                          over its own, on the same x0 and x0_hat
+
+Both step from where they stand: neither sees the other's update of the same step. So Psi passes once over x0 and once
+over x0_hat, and one backward pass from L_str, on the spot, makes both gradients: d L_str / d x0_hat, which goes to the
+denoiser with its own loss, and d L_str / d Psi, which waits for the end of the step. That is six forward passes' worth
+(each player by itself, one after the other: nine), and Psi's activations are gone before the denoiser's backward pass.
 
 From the paper: the game, and that the discriminator's score is the structural distance itself. Its normalisation (which
 bounds the maximisation: see kernels/structure.py), pairs over all ranks, weights that fade with noise, and all numbers
@@ -18,6 +23,7 @@ It is played on top of any other method: `StructureGame(Denoising(...))`, `Struc
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from fastdit.kernels import AdamWEMA, StructureLoss, structure_loss
 from fastdit.methods.denoising import Denoising, Network, Outcome
@@ -125,65 +132,84 @@ class StructureGame(Denoising):
         self.base, self.settings, self.psi, self.psi_flops = base, settings, psi.eval().requires_grad_(False), psi_flops
         self.decoder, self.decoder_flops = decoder, decoder_flops
         self.plays = settings.structure == "adversarial"
-        self.step, self.batches, self.generator = 0, [], None
+        self.step = 0
+        self.batches = 0  # micro-batches whose gradients Psi holds
         self.autocast = False
         self.psi_lr = settings.psi_lr
 
     def loss(self, network: Network, x0: Tensor, y: Tensor, generator: torch.Generator) -> Outcome:
         """The base's loss and lambda L_str, over the pairs of all ranks' micro-batches. No host sync.
 
-        Raises ValueError if all ranks together have but one sample.
+        Where Psi shall step, its gradients are left with its weights. Raises ValueError if all ranks together have but
+        one sample.
         """
         outcome = self.base.loss(network, x0, y, generator)
         if self.settings.structure == "off":
             return outcome
         with torch.no_grad():
-            shown = self._shown(x0)
-            real = self._features(shown)
-        estimate = self._shown(outcome.x0_hat)
-        structure = self._compare(real, self._features(estimate), outcome.level)
-        if self.plays:
-            self.batches.append((shown, estimate.detach(), outcome.level))
-            self.generator = generator
+            real = self._shown(x0)
+        fake = self._shown(outcome.x0_hat)
+        structure, slope = self._play(real.detach(), fake.detach(), outcome.level, generator)
         terms = {
             "structure_loss": structure.loss.detach(),
             "real_distance": structure.real_distance.float(),
             "fake_distance": structure.fake_distance.float(),
             "distance_correlation": structure.correlation.float(),
         }
-        loss = outcome.loss + self.settings.weight * structure.loss
+        loss = outcome.loss + self.settings.weight * _WithSlope.apply(fake, structure.loss.detach(), slope)
         return outcome._replace(loss=loss, terms=outcome.terms | terms)
+
+    def _play(
+        self, real: Tensor, fake: Tensor, level: Tensor, generator: torch.Generator
+    ) -> tuple[StructureLoss, Tensor]:
+        """L_str of what Psi sees, its graph used up, and its gradient in `fake`.
+
+        Before a step of Psi, L_str's gradient in its weights, less the gradient penalty's, is added to theirs.
+        """
+        learns = self.plays and (self.step + 1) % self.settings.psi_every == 0
+        penalty = self.settings.gradient_penalty if learns else 0.0
+        self.psi.requires_grad_(learns)
+        weights = list(self.psi.parameters()) if learns else []
+        seen = real.requires_grad_(penalty > 0), fake.requires_grad_()
+        features = [self._features(x) for x in seen]
+        structure = self._compare(*features, level)
+        if penalty:  # no matter of the denoiser's
+            structure.loss.backward(inputs=[fake], retain_graph=True)
+            (structure.loss - penalty * self._steepness(seen, features, generator)).backward(inputs=weights)
+        else:
+            structure.loss.backward(inputs=[fake, *weights])
+        self.psi.requires_grad_(False)
+        self.batches += learns
+        return structure, fake.grad
 
     def end_step(self) -> dict[str, Tensor]:
         """The base's, then Psi's step, one in `psi_every`."""
         terms = self.base.end_step()
         self.step += 1
-        batches, self.batches = self.batches, []
-        if self.plays and self.step % self.settings.psi_every == 0:
-            terms = terms | self._step_psi(batches)
-        return terms
+        return terms | self._step_psi() if self.batches else terms
 
-    def _step_psi(self, batches: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
-        """One ascent step of Psi on L_str. Gradients that are not finite change nothing."""
-        self.psi.train().requires_grad_(True)  # the decoder stays out: what it makes was kept
-        for real, estimate, level in batches:
-            both = torch.cat([real, estimate])
-            if self.settings.gradient_penalty:
-                both.requires_grad_()
-            features = self._features(both)
-            loss = -self._compare(*features.chunk(2), level).loss
-            if self.settings.gradient_penalty:
-                loss = loss + self.settings.gradient_penalty * self._steepness(both, features)
-            (loss / len(batches)).backward()
-        grads = [p.grad for p in self.psi.parameters() if p.grad is not None]
+    def _step_psi(self) -> dict[str, Tensor]:
+        """One ascent step of Psi on L_str. Gradients that are not finite change no weight."""
+        grads = [p.grad for p in self.psi.parameters()]
+        torch._foreach_div_(grads, -self.batches)  # the optimizer descends
+        self.batches = 0
         average_over_ranks(grads)
         norm = torch.stack(torch._foreach_norm(grads)).norm()
         for group in self.optimizer.param_groups:
             group["lr"] = self.psi_lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.psi.eval().requires_grad_(False)
+        self._measure_norms()
         return {"psi_grad_norm": norm}
+
+    @torch.no_grad()
+    def _measure_norms(self) -> None:
+        """One power iteration of Psi's spectral norms, on the new weights: what both players see in the next step."""
+        self.psi.train()
+        for module in self.psi.modules():
+            if isinstance(module, ParametrizationList):
+                module()
+        self.psi.eval()
 
     def _shown(self, x: Tensor) -> Tensor:
         """What Psi sees of samples x."""
@@ -196,21 +222,21 @@ class StructureGame(Denoising):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
             return self.psi(x).float()
 
-    def _steepness(self, x: Tensor, features: Tensor) -> Tensor:
-        """The gradient penalty for clean samples and their estimates, `x`, over all ranks.
+    def _steepness(self, seen: Sequence[Tensor], features: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+        """The gradient penalty for clean samples and their estimates, as seen, over all ranks.
 
         Where L_str does not see the scale of the features, the slope is relative to their spread: else it would fall
         by shrinking them, and bound nothing.
         """
-        v = F.normalize(torch.randn(features.shape, generator=self.generator, device=features.device), dim=1)
-        (slope,) = torch.autograd.grad((v * features).sum(), x, create_graph=True)
-        own = torch.cat([features, slope.flatten(1).square().sum(1, keepdim=True)], dim=1)
-        seen = self.settings.normalise == "none" and self.settings.distance != "cosine"
+        both = torch.cat(features)
+        v = F.normalize(torch.randn(both.shape, generator=generator, device=both.device), dim=1)
+        slopes = torch.autograd.grad((v * both).sum(), seen, create_graph=True)
+        scaled = self.settings.normalise == "none" and self.settings.distance != "cosine"
         total = 0.0
-        for half in own.chunk(2):
-            rows = _AllRanks.apply(half)
+        for own, slope in zip(features, slopes):
+            rows = _AllRanks.apply(torch.cat([own, slope.flatten(1).square().sum(1, keepdim=True)], dim=1))
             squares = rows[:, -1].mean()
-            total = total + (squares if seen else squares / (2 * rows[:, :-1].var(0).sum()).clamp_min(COINCIDENT))
+            total = total + (squares if scaled else squares / (2 * rows[:, :-1].var(0).sum()).clamp_min(COINCIDENT))
         return total / 2
 
     def _compare(self, real: Tensor, fake: Tensor, level: Tensor) -> StructureLoss:
@@ -243,14 +269,13 @@ class StructureGame(Denoising):
         return self.base.graphed(module, batch)
 
     def flops(self, module: nn.Module) -> dict[str, float]:
-        """The term: Psi on x0, on x0_hat and backward; so the decoder, whose own forward comes again for the gradient.
-        Psi's step: Psi on both, and backward; the decoder's pictures were kept."""
+        """Psi on x0 and on x0_hat, and backward to x0_hat; before its own step also to its weights, from both. The
+        decoder on both, and backward, for which its own forward comes again."""
         own = {}
         if self.settings.structure != "off":
+            passes = 3 + (3 / self.settings.psi_every if self.plays else 0)
             decoded = 4 if self.settings.psi_decoder_gradient else 2
-            own["structure"] = 3 * self.psi_flops + decoded * self.decoder_flops
-        if self.plays:
-            own["psi"] = 6 / self.settings.psi_every * self.psi_flops
+            own["structure"] = passes * self.psi_flops + decoded * self.decoder_flops
         return self.base.flops(module) | own
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -287,6 +312,20 @@ class TeacherFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._describe(x)
+
+
+class _WithSlope(torch.autograd.Function):
+    """`value` (), whose gradient in x is known: `slope`, of x's shape."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return upstream * slope, None, None
 
 
 class _AllRanks(torch.autograd.Function):
