@@ -13,7 +13,8 @@ pairwise distances, between clean samples and their one-step estimates:
 Both step from where they stand: neither sees the other's update of the same step. So Psi passes once over x0 and once
 over x0_hat, and one backward pass from L_str, on the spot, makes both gradients: d L_str / d x0_hat, which goes to the
 denoiser with its own loss, and d L_str / d Psi, which waits for the end of the step. That is six forward passes' worth
-(each player by itself, one after the other: nine), and Psi's activations are gone before the denoiser's backward pass.
+(each player by itself, one after the other: nine). Psi's activations are gone before the denoiser's backward pass; its
+gradients, as large as its weights, stay beside it.
 
 From the paper: the game, and that the discriminator's score is the structural distance itself. Its normalisation (which
 bounds the maximisation: see kernels/structure.py), pairs over all ranks, weights that fade with noise, and all numbers
