@@ -163,14 +163,14 @@ def held(model: Trained, stage: int, gpus: int) -> dict[str, float]:
 def passing(model: Trained, stage: int, gpus: int) -> dict[str, float]:
     """Bytes on each GPU within a step alone, by part, beside what is `working`.
 
-    In ZeRO-1 and 2 a bucket for gradients on their way, made whole however few they are; not for ZeRO-1 with bf16 and
-    accumulation. In ZeRO-2 with bf16 the fp32 sum of a part of them. In ZeRO-3 gathered weights, freed beyond `live`.
+    In ZeRO-2 a bucket for gradients on their way, made whole however few they are, and with bf16 the fp32 sum of a part
+    of them. (ZeRO-1, not contiguous, joins gradients when activations are gone.) In ZeRO-3 gathered weights, freed
+    beyond `live`.
     """
     if stage == 3:
         return {"weights": model.width * min(model.live, model.parameters + model.frozen)}
-    bucket = stage == 2 or (stage == 1 and not model.sums)
     return {
-        "buckets": model.width * model.bucket if bucket else 0.0,
+        "buckets": model.width * float(model.bucket) if stage == 2 else 0.0,
         "gradients": 4.0 * model.parameters / gpus if stage == 2 and model.bf16 else 0.0,
     }
 
