@@ -153,18 +153,25 @@ def _backward_kernel(
 
 
 @triton.jit
-def _sum_kernel(partials, dgate, dscale, dshift, chunks, blocks, D: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_kernel(
+    partials, dgate, dscale, dshift, chunks, blocks, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
     b = (tl.program_id(0) // blocks).to(tl.int64)
     cols = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     live = cols < D
     gate_sum = tl.zeros([BLOCK], tl.float32)
     scale_sum = tl.zeros([BLOCK], tl.float32)
     shift_sum = tl.zeros([BLOCK], tl.float32)
-    for chunk in range(chunks):
-        at = partials + (b * chunks + chunk) * 3 * D + cols
-        gate_sum += tl.load(at, mask=live, other=0.0)
-        scale_sum += tl.load(at + D, mask=live, other=0.0)
-        shift_sum += tl.load(at + 2 * D, mask=live, other=0.0)
+    for first in range(0, chunks, ROWS):  # all chunks of a usual sample at once: one wait for memory, not one for each
+        chunk = first + tl.arange(0, ROWS)
+        at = partials + ((b * chunks + chunk) * 3 * D)[:, None] + cols[None, :]
+        mask = (chunk < chunks)[:, None] & live[None, :]
+        if dgate is not None:
+            gate_sum += tl.sum(tl.load(at, mask=mask, other=0.0), 0)
+        if dscale is not None:
+            scale_sum += tl.sum(tl.load(at + D, mask=mask, other=0.0), 0)
+        if dshift is not None:
+            shift_sum += tl.sum(tl.load(at + 2 * D, mask=mask, other=0.0), 0)
     if dgate is not None:
         tl.store(dgate + b * D + cols, gate_sum, mask=live)
     if dscale is not None:
@@ -233,5 +240,5 @@ def backward(
         D=width, RMS=rms, FROM_X=from_x, **options,
     )  # fmt: skip
     sums = [grad if grad is not None and grad.dim() == 2 else None for grad in (dgate, dscale, dshift)]
-    columns = -(-width // 256)
-    _sum_kernel[(batch * columns,)](partials, *sums, chunks, columns, D=width, BLOCK=256, num_warps=1)
+    blocks = -(-width // 128)
+    _sum_kernel[(batch * blocks,)](partials, *sums, chunks, blocks, D=width, BLOCK=128, ROWS=16, num_warps=1)
