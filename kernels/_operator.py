@@ -31,7 +31,7 @@ def operator(name: str) -> Callable[[Callable], Operator]:
 def _watched(args: tuple) -> bool:
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or is_in_torch_dispatch_mode():
         return True
-    return any(isinstance(x, torch.Tensor) and type(x) not in _PLAIN for x in args)
+    return not set(map(type, args)) <= _PLAIN  # else some tensor's type has operators of its own
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str}

@@ -218,15 +218,14 @@ def adaln_backward(
 @adaln_backward.register_fake
 def _backward_outputs(dr, dh, kept, y, gate, scale, shift, rows, stats, tokens, rms, from_x, again, implementation):
     given, normed = dr if dh is None else dh, dh is not None
-    fill = torch.empty if rows is None else torch.zeros  # tokens that are not in `rows` have zero gradients
-
-    def new(shape, like=given):
-        return fill(shape, dtype=like.dtype, device=like.device)
+    fill = torch.empty_like if rows is None else torch.zeros_like  # tokens not in `rows` have zero gradients
 
     def gradient(tensor, wanted=True):
-        return new(tensor.shape, tensor) if wanted and tensor is not None else new(0)
+        if not wanted or tensor is None:
+            return given.new_empty(0)
+        return fill(tensor, memory_format=torch.contiguous_format)
 
-    dx = new((given.shape[0], tokens, given.shape[2]) if normed or rows is not None else 0)
+    dx = gradient(given, normed) if rows is None else given.new_zeros(len(given), tokens, given.shape[2])
     vectors = gradient(gate), gradient(scale, normed), gradient(shift, normed)
     return dx, gradient(y), *vectors, gradient(dh, again)
 
