@@ -47,8 +47,14 @@ def _commit() -> str:
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return "unknown"
-    answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
-    return answer.stdout.strip() or "unknown"
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout.strip()
+
+    commit = git("describe", "--always")
+    code = (".", ":!benchmarks/records", ":!*.md")  # measuring changes the others
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
+    return f"{commit}-dirty" if commit and changed else commit or "unknown"
 
 
 def _cpu() -> str:
