@@ -61,7 +61,7 @@ PARTS = (
     _step("B/2", "sadm", 128, 45),
     _step("S/2", "sadm", 256, 45),
     _step("B/2", "sd_dit+sadm", 128, 45),
-    Part("run tests", "-m pytest -q -m gpu tests/test_graphs.py tests/test_cache.py", 60),
+    Part("run tests", "-m pytest -q -m gpu tests/test_graphs.py tests/test_waits.py tests/test_cache.py", 120),
     _loader("photos", 256, 3, 128, 90),
     _loader("latents", 32, 4, 256, 60),
     _loader("latents8", 32, 4, 256, 60),

@@ -2,14 +2,17 @@
 
 python tests/tell_waits.py [flags of a run]   writes a list of the calls in two steps to waits-RANK.json in its folder.
 
-That is where a tensor's value is asked for (`item`, `bool`, `float`), and where DeepSpeed waits for its device.
+That is where a tensor's value is asked for (`item`, `bool`, `float`), and where DeepSpeed waits for its device; on a GPU
+also what torch's own watch finds, copies that wait among it.
 """
 
 import json
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdit.config import parse
@@ -33,6 +36,11 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def watch(mode: str) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_sync_debug_mode(mode)
+
+
 def main(argv: list[str]) -> None:
     config = parse(argv)
     ranks = runtime.start(config)
@@ -45,9 +53,13 @@ def main(argv: list[str]) -> None:
     for step in range(4):
         loop.train_step(session.run, step)
     get_accelerator().synchronize = waits.note
-    with waits:
+    with waits, warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        watch("warn")
         for step in range(4, 6):
             loop.train_step(session.run, step)
+        watch("default")
+    waits.calls += [f"{w.filename}:{w.lineno}" for w in heard if "synchronizing" in str(w.message)]
     (Path(config.out) / f"waits-{ranks.rank}.json").write_text(json.dumps(waits.calls))
     session.close()
 

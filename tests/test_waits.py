@@ -5,7 +5,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from launching import TINY, forked
+import torch
+from launching import TINY, forked, python, run
 
 pytestmark = pytest.mark.launch
 
@@ -28,6 +29,18 @@ CASES = [(stage, "fp32", n) for stage in (0, 1, 2) for n in (1, 2)] + [(1, "bf16
 def test_a_step_waits_nowhere(tmp_path, stage, precision, accumulation, ranks):
     values = {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": accumulation}
     assert waits(tmp_path, values, "--precision", precision, ranks=ranks) == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="what only a GPU can tell")
+@pytest.mark.parametrize("graphs", ["false", "true"])
+@pytest.mark.parametrize("method", ["dit", "sd_dit", "sadm"])
+def test_a_gpus_step_waits_nowhere(tmp_path, method, graphs):
+    flags = [*TINY, "--device", "cuda", "--data.source", "synthetic:1x28x28:10:64", "--grad_clip", "0.5"]
+    flags += ["--method", method, "--cuda_graphs", graphs, "--out", tmp_path / "run"]
+    seen = ["env", "CUDA_VISIBLE_DEVICES=0", *python("tests/tell_waits.py", *flags)]
+    run(seen, tmp_path / "log").succeeded()
+    assert json.loads((tmp_path / "run" / "waits-0.json").read_text()) == []
 
 
 def test_what_a_file_asks_for_is_found(tmp_path):
