@@ -26,7 +26,7 @@ from fastdit.errors import UserError, run_command
 
 ROOT = Path(__file__).parents[1]
 TESTS = ("adaln", "attention", "denoise", "linear", "prototypes", "rotary", "structure", "tokens",
-         "adamw_ema_native", "optimizer", "apex_adam")  # fmt: skip
+         "adamw_ema_native", "native_choice", "optimizer", "apex_adam")  # fmt: skip
 GRACE = 10.0  # seconds between a part's SIGTERM and its SIGKILL
 
 

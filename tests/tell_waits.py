@@ -2,8 +2,8 @@
 
 python tests/tell_waits.py [flags of a run]   writes a list of the calls in two steps to waits-RANK.json in its folder.
 
-That is where a tensor's value is asked for (`item`, `bool`, `float`), and where DeepSpeed waits for its device; on a GPU
-also what torch's own watch finds, copies that wait among it.
+That is where a tensor's value is asked for (`item`, `bool`, `float`), and where DeepSpeed waits for its device; on a
+GPU also what torch's own watch finds, copies that wait among it.
 """
 
 import json

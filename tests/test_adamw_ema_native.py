@@ -6,7 +6,6 @@ The CUDA kernels run here on the CPU (tests/cuda_on_cpu) and, where there is a G
 import copy
 import math
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from fastdit.kernels import AdamWEMA, _native, adamw_ema
-from fastdit.kernels._native import CudaLibrary, describe_native, load_native
-from fastdit.kernels.adamw_ema import adamw_ema_, describe_optimizer, squared_norm
+from fastdit.kernels import AdamWEMA, adamw_ema
+from fastdit.kernels._native import CudaLibrary, load_native
+from fastdit.kernels.adamw_ema import adamw_ema_, squared_norm
 
 CSRC = Path(__file__).parents[1] / "csrc"
 F = np.float32
@@ -421,94 +420,6 @@ def test_autograd_notices_the_update(device):
         loss.backward()
 
 
-@needs_cpp
-def test_what_the_kernels_do_not_take_goes_to_torch():
-    """Other dtypes and strides are updated too, and refused only where the kernels were ordered."""
-    normal = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(0))  # bf16 near zero has few digits of 0.1
-    for start in (normal[0].double(), normal[1].reshape(4, 6).t(), normal[2].bfloat16()):
-        param = torch.nn.Parameter(start.clone())
-        param.grad = torch.ones_like(param)
-        optimizer = AdamWEMA([param], lr=0.1, emas={"ema": 0.7})
-        optimizer.step()
-        torch.testing.assert_close(param.detach(), start - 0.1)
-        torch.testing.assert_close(optimizer.state[param]["ema"], start - 0.03)
-        with pytest.raises(ValueError, match="implementation='cpp' cannot run here: it takes contiguous"):
-            AdamWEMA([param], implementation="cpp").step()
-    with pytest.raises(ValueError, match="AdamWEMA has auto, cpp and reference"):
-        AdamWEMA([torch.zeros(1)], implementation="triton")
-
-
-@needs_cpp
-def test_environment_chooses(monkeypatch):
-    results = {}
-    for wish in ("auto", "cpp", "triton", "reference"):
-        monkeypatch.setenv("FASTDIT_KERNELS", wish)
-        results[wish] = bits(run(torch.device("cpu"))[0][0])
-        built = "optimizer: csrc (cpu)"
-        assert describe_optimizer("cpu").startswith(built if wish in ("auto", "cpp") else "optimizer: torch (cpu)")
-    assert np.array_equal(results["auto"], results["cpp"])
-    assert np.array_equal(results["triton"], results["reference"])
-    assert not np.array_equal(results["cpp"], results["reference"])
-    assert describe_native("cpu") == "C++ kernels: built"
-    monkeypatch.setenv("FASTDIT_KERNELS", "fastest")
-    with pytest.raises(ValueError, match="FASTDIT_KERNELS='fastest' is unknown"):
-        run(torch.device("cpu"))
-
-
-@pytest.fixture
-def reloaded(monkeypatch):
-    """`load_native` that looks again."""
-    for load in (_native._load_cpp, _native._load_cuda):
-        load.cache_clear()
-    yield monkeypatch
-    monkeypatch.undo()
-    for load in (_native._load_cpp, _native._load_cuda):
-        load.cache_clear()
-
-
-def test_without_the_extension(reloaded):
-    """Training goes on in PyTorch, and the reason is told."""
-    reloaded.setattr(_native, "_report", lambda name: {"problem": "c++ returned 1"})
-    reloaded.delenv("FASTDIT_KERNELS", raising=False)
-    assert describe_native("cpu") == "C++ kernels: not built (c++ returned 1)"
-    assert describe_native("cuda") == "CUDA kernels: not built (c++ returned 1)"
-    assert describe_optimizer("cpu") == "optimizer: torch (cpu); C++ kernels: not built (c++ returned 1)"
-    assert np.array_equal(
-        bits(run(torch.device("cpu"))[0][0]), bits(run(torch.device("cpu"), implementation="reference")[0][0])
-    )
-    with pytest.raises(ValueError, match=r"cannot run here: c\+\+ returned 1"):
-        run(torch.device("cpu"), implementation="cpp")
-
-
-def test_built_for_another_machine(reloaded, tmp_path):
-    """An instruction this CPU lacks, a module that is gone, a library that is none: a reason, never a crash."""
-    reloaded.setattr(_native, "_report", lambda name: {"needs": ["avx", "avx1024f"]})
-    reloaded.setattr(_native, "_cpu_features", lambda: {"avx", "avx2"})
-    assert "this one lacks avx1024f; reinstall fastdit here" in describe_native("cpu")
-    _native._load_cpp.cache_clear()
-    reloaded.setattr(_native, "_report", lambda name: {})
-    reloaded.setitem(sys.modules, "fastdit._C", None)
-    assert "reinstall fastdit" in describe_native("cpu")
-    broken = tmp_path / "_cuda.so"
-    broken.write_bytes(b"not a library")
-    reloaded.setattr(_native.importlib.util, "find_spec", lambda name: type("Spec", (), {"origin": str(broken)}))
-    assert "reinstall fastdit" in describe_native("cuda")
-
-
-@needs_cpp
-def test_no_second_openmp_runtime():
-    """A second one would bring a second pool of threads that fights torch's."""
-    code = """
-import torch
-maps = lambda: {line.split()[-1] for line in open("/proc/self/maps") if "omp" in line}
-before = maps()
-from fastdit import _C
-new = maps() - before
-assert before and not new, (before, new)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def _sharded_rank(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -550,10 +461,3 @@ def test_max_norm_over_shards(tmp_path):
         for part in parts:
             assert part[implementation][1] == pytest.approx(float(grad.double().norm()) * 3, rel=1e-6)
         torch.testing.assert_close(whole, param.detach(), rtol=2e-6, atol=2e-7)
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_gpu_has_the_cuda_library():
-    """On a machine with a GPU and nvcc, the install has built it."""
-    assert describe_native("cuda") == "CUDA kernels: built"
