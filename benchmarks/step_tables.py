@@ -124,9 +124,12 @@ def step_lines(record: dict) -> list[str]:
     steps = [row for row in rows if row["table"] == "step"]
     lines = [f"Products of {_product(record)}.", "", *_steps(steps)]
     lines += ["", "Parts of a step, ms:", "", *_phases(rows)]
-    if components := [row for row in rows if row["table"] == "component"]:
-        name = components[0]["contender"]
-        lines += ["", f"Parts of a step of {name}:", "", *_components(components, steps), "", NOTE]
+    components = [row for row in rows if row["table"] == "component"]
+    for name in dict.fromkeys(row["contender"] for row in components):
+        own = [row for row in components if row["contender"] == name]
+        lines += ["", f"Parts of a step of {name}:", "", *_components(own, steps)]
+    if components:
+        lines += ["", NOTE]
     for predicted in record.get("scaling", ()):
         lines += ["", *scaling_lines(predicted)]
     return lines

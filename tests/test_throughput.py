@@ -27,6 +27,7 @@ LATENTS = shlex.split("--model S/4 --size 16 --channels 3 --classes 7")
 SAME = shlex.split(
     "--model.patch 4 --data.source synthetic:3x16x16:7:10000 --data.size 16 --data.channels 3 --data.classes 7"
 )
+NAMED = ("sd_dit", "graphs")
 PEER = """
 import os
 import torch
@@ -426,6 +427,26 @@ def test_plain_pytorch_trains(monkeypatch):
         torch.testing.assert_close(new.detach(), expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(average, torch.lerp(old, new.detach(), 0.25))
         assert new.grad is None
+
+
+def test_the_step_with_cuda_graphs_is_a_contender(monkeypatch, tmp_path):
+    """Cut like the one without; graphs as tests/train_with_graphs.py plays them."""
+    from train_with_graphs import stand_in
+
+    from fastdit.engine import graphs
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", stand_in)
+    monkeypatch.setattr(graphs, "check", lambda plan, device: None)
+    flags = ["--method", "sd_dit", "--against", "graphs", "--steps", "1", "--json", tmp_path / "r.json"]
+    printed = benchmark(*RUN, *LATENTS, *flags)
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    parts = {name: [(row["table"], row["part"]) for row in rows if row["contender"] == name] for name in NAMED}
+    assert parts["graphs"] == parts["sd_dit"]
+    assert ("component", "student encoder") in parts["graphs"]
+    for name in NAMED:
+        table = printed.split(f"Parts of a step of {name}:")[1].split("\n\n")[1]
+        assert table.count("student encoder") == 1
+    assert "CUDA graphs" in next(row["ran"] for row in rows if row["contender"] == "graphs")
 
 
 @pytest.mark.parametrize(
