@@ -1,5 +1,6 @@
 """Start real runs: the launchers in processes of their own, and quick one-rank runs forked from a server."""
 
+import contextlib
 import importlib
 import json
 import multiprocessing
@@ -93,11 +94,17 @@ class Launched:
         return found
 
     def kill(self) -> None:
-        """SIGKILL to launcher and ranks at once: none gets to do anything more."""
+        """SIGKILL to launcher and ranks at once: none gets to do anything more. Returns when all are gone."""
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for process in self.processes():
                 process.send_signal(number)
         self.process.wait()
+        end = time.monotonic() + PATIENCE
+        while (left := self.processes()) and time.monotonic() < end:
+            for process in left:  # one that takes its time to end, or was being born
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(signal.SIGKILL)
+            time.sleep(0.01)
 
     def until(self, happened: Callable[[], bool], what: str) -> None:
         """Wait for `happened()`; fails when the command ends before or takes too long."""
