@@ -43,11 +43,16 @@ def _tune(argv: list[str]) -> None:
     args = parser.parse(argv)
     if not (args.quick or torch.cuda.is_available()):
         raise UserError("tune_adaln.py: torch sees no CUDA device here; --quick runs a few choices in the interpreter")
+    given = args.widths.split(",") if args.widths else [str(SIZES[size]["width"]) for size in ("S", "B", "XL")]
+    widths = [int(width) for width in given if width.isdecimal() and 0 < int(width) <= adaln_triton.MAX_WIDTH]
+    if len(widths) < len(given):
+        raise UserError(
+            f"--widths {args.widths}: must be whole numbers from 1 to {adaln_triton.MAX_WIDTH}, as 384,1152"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock = Clock(device, QUICK if args.quick else FULL[device.type])
     copy = clock.copy_rate()
     print(f"copy: {copy:.0f} GB/s")
-    widths = map(int, args.widths.split(",")) if args.widths else [SIZES[size]["width"] for size in ("S", "B", "XL")]
     for width in widths:
         for site in (Forward(args, width, device), Backward(args, width, device)):
             best = site.default
@@ -113,6 +118,8 @@ def _race(site: Forward, start: Options, grid: dict, clock: Clock, copy: float, 
             torch.testing.assert_close(mine.float(), theirs, rtol=2e-2, atol=2e-2 * theirs.abs().max().item())
         name = _named(options)
         runners[name], chosen[name] = Runner(partial(site.run, options)), options
+    if not runners:
+        return start
     times = clock.interleave(runners, len(site.sets))
     print(f"\n{site.name}; default: {_named(site.default)}")
     order = sorted(times, key=lambda name: times[name].p50)

@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 class Operator:
     """A `torch.library.custom_op` that steps aside where it has nothing to do.
 
-    The dispatcher costs the host 10 us a call, as much as the launch of a kernel, and a block has eight calls a step.
-    It is needed by what watches operators: autograd, torch.compile, fake tensors, dispatch modes. An
-    `autograd.Function` that runs eagerly has none of them, and gets the plain function.
+    The dispatcher costs the host 10 us a call (2-core AMD EPYC, torch 2.13), as much as the launch of a kernel, and a
+    block has six calls a step on a GPU. It is needed by what watches operators: autograd, torch.compile, fake tensors,
+    dispatch modes. An `autograd.Function` that runs eagerly has none of them, and gets the plain function.
     """
 
     def __init__(self, name: str, function: Callable):

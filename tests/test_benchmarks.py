@@ -232,3 +232,14 @@ def test_launch_options_are_raced_and_checked():
     assert done.stdout.count("backward, width 24; default: BLOCK=32") == 2
     assert "STAGES=2" in done.stdout
     assert " ms " in done.stdout.split("forward, width 24")[1]
+
+
+def test_a_width_that_is_none_is_one_line():
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/tune_adaln.py", "--quick", "--widths", "24,wide"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "--widths 24,wide: must be whole numbers" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -66,7 +66,7 @@ def test_quantised_values_are_off_by_half_a_step_at_most(means):
     assert form.view_bytes == views.shape[1] == 3 * 4 * 5 + 2 * 3 * 4
     spread = means.max((-2, -1)) - means.min((-2, -1))
     fp32 = np.finfo(np.float32)
-    rounding = 4 * fp32.eps * np.abs(means).max((-2, -1)) + 255 * fp32.smallest_subnormal  # a step that is no number
+    rounding = 4 * fp32.eps * np.abs(means).max((-2, -1)) + 255 * fp32.smallest_subnormal  # below that a step is 0
     off = np.abs(read.numpy().astype(np.float64) - means).max((-2, -1))
     assert (off <= spread / 510 + rounding).all()
     assert (off[spread == 0] == 0).all()

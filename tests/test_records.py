@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fastdit.engine import records
 from fastdit.engine.layout import BOARD, CURVES, GRID, METRICS
 from fastdit.engine.meter import Meter
 from fastdit.engine.records import Recorder, read_metrics, versions
@@ -121,6 +123,23 @@ def test_without_a_terminal_each_record_is_a_line(tmp_path, capsys):
 
 def test_no_metrics_yet(tmp_path):
     assert read_metrics(tmp_path) == []
+
+
+def test_a_commit_is_dirty_by_code_alone(tmp_path, monkeypatch):
+    """Measuring writes records and pages into the repository, and must not spoil the next measurement's commit."""
+    files = {"benchmarks/records/cpu.json": "{}", "README.md": "", "kernels/adaln.py": ""}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    author = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
+    for words in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "first"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "fastdit/engine/records.py"))
+    clean = versions()["commit"]
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    for name, dirty in zip(files, ("", "", "-dirty")):
+        (tmp_path / name).write_text("changed")
+        assert versions()["commit"] == clean + dirty
 
 
 def test_versions_name_what_a_figure_depends_on():

@@ -1,6 +1,6 @@
 """Passes of a network as CUDA graphs: the host launches one where it launched hundreds of kernels.
 
-A launch takes the host 5 to 40 us, and a small network's kernels take the GPU less: it waits. A graph holds a whole
+Where a network is small, its kernels take the GPU less than their launches the host: it waits. A graph holds a whole
 pass, recorded once, on tensors that stay where they are. PyTorch's `make_graphed_callables` makes one of the forward
 and one of the backward pass; autograd meets a single node, whose gradients reach DeepSpeed's hooks as always.
 
