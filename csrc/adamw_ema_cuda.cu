@@ -110,8 +110,8 @@ __device__ void update_at(const Rule& rule, const Correction& now, float scale, 
   if (t.copy) store_bfloat16(t.copy + i, weight);
 }
 
-// One thread a tensor: count the step, before `update` reads what follows from it.
-__global__ void advance(const __grid_constant__ Step step) {
+// One thread a tensor: count the step, before `adamw_ema_update` reads what follows from it.
+__global__ void adamw_ema_advance(const __grid_constant__ Step step) {
   if (*step.skip != 0) return;
   const Tensor& t = step.tensors.items[threadIdx.x];
   *t.step += 1;
@@ -119,7 +119,7 @@ __global__ void advance(const __grid_constant__ Step step) {
 }
 
 template <int kAverages>
-__global__ void __launch_bounds__(kThreads) update(const __grid_constant__ Step step) {
+__global__ void __launch_bounds__(kThreads) adamw_ema_update(const __grid_constant__ Step step) {
   if (*step.skip != 0) return;
   const int owner = step.tensors.owner(blockIdx.x);
   const Tensor& t = step.tensors.items[owner];
@@ -146,7 +146,8 @@ __device__ double block_sum(double mine) {
 }
 
 // In double, so no finite gradient overflows; no atomics, so the sum is the same every time.
-__global__ void __launch_bounds__(kThreads) chunk_sums(const __grid_constant__ Batch<Gradient> gradients, double* out) {
+__global__ void __launch_bounds__(kThreads)
+    squared_norm_chunks(const __grid_constant__ Batch<Gradient> gradients, double* out) {
   const int owner = gradients.owner(blockIdx.x);
   const Gradient& g = gradients.items[owner];
   const int64_t begin = (blockIdx.x - gradients.first_block[owner]) * kNormChunk;
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(kThreads) chunk_sums(const __grid_constant__ B
   if (threadIdx.x == 0) out[blockIdx.x] = sum;
 }
 
-__global__ void __launch_bounds__(kThreads) total(const double* parts, int64_t count, double* out) {
+__global__ void __launch_bounds__(kThreads) squared_norm_total(const double* parts, int64_t count, double* out) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += parts[i];
   sum = block_sum(sum);
@@ -192,7 +193,8 @@ bool aligned(const Tensor& t, int averages) {
 
 unsigned blocks_of(int64_t size, int64_t chunk) { return static_cast<unsigned>((size + chunk - 1) / chunk); }
 
-void (*const kUpdates[])(Step) = {update<0>, update<1>, update<2>, update<3>, update<4>};
+void (*const kUpdates[])(Step) = {adamw_ema_update<0>, adamw_ema_update<1>, adamw_ema_update<2>, adamw_ema_update<3>,
+                                  adamw_ema_update<4>};
 
 }  // namespace
 }  // namespace fastdit
@@ -205,7 +207,7 @@ extern "C" {
 const char* fastdit_cuda_problem() {
   using namespace fastdit;
   cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, update<0>);
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, adamw_ema_update<0>);
   (void)cudaGetLastError();  // the next call of someone else must not find this one's error
   return text(error);
 }
@@ -237,7 +239,7 @@ const char* fastdit_adamw_ema(int count, float* const* weights, const float* con
       batch.first_block[k] = blocks;
       blocks += blocks_of(t.size, kChunk);
     }
-    if (const char* error = text(launch(advance, 1, batch.count, stream, step))) return error;
+    if (const char* error = text(launch(adamw_ema_advance, 1, batch.count, stream, step))) return error;
     if (const char* error = text(launch(kUpdates[average_count], blocks, kThreads, stream, step))) return error;
   }
   return nullptr;
@@ -264,9 +266,10 @@ const char* fastdit_squared_norm(int count, const float* const* tensors, const i
       batch.first_block[k] = blocks;
       blocks += blocks_of(sizes[i], kNormChunk);
     }
-    if (const char* error = text(launch(chunk_sums, blocks, kThreads, stream, batch, scratch + parts))) return error;
+    const auto ended = launch(squared_norm_chunks, blocks, kThreads, stream, batch, scratch + parts);
+    if (const char* error = text(ended)) return error;
     parts += blocks;
   }
-  return text(launch(total, 1, kThreads, stream, scratch, parts, out));
+  return text(launch(squared_norm_total, 1, kThreads, stream, scratch, parts, out));
 }
 }

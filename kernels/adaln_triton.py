@@ -35,7 +35,7 @@ def _add(x, y, gate, dtype: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def _adaln_forward_kernel(
     x, y, gate, scale, shift, rows, r, h, stats, tokens, all_tokens, tiles, eps,
     D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, RMS: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +70,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _adaln_backward_kernel(
     dr, dh, kept, y, gate, scale, shift, rows, stats, dx, dy, dgate, dscale, dshift, h, partials,
     tokens, all_tokens, chunks, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     STAGES: tl.constexpr, RMS: tl.constexpr, FROM_X: tl.constexpr,
@@ -153,7 +153,7 @@ def _backward_kernel(
 
 
 @triton.jit
-def _sum_kernel(
+def _adaln_sum_kernel(
     partials, dgate, dscale, dshift, chunks, blocks, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -220,7 +220,7 @@ def forward(x, y, gate, scale, shift, rows, eps, rms, r, h, stats, options=None)
     options = options or forward_options(width)
     tiles = -(-tokens // options["TILE"])
     matrices = map(_matrix, (x, y, gate, scale, shift))
-    _forward_kernel[(batch * tiles,)](
+    _adaln_forward_kernel[(batch * tiles,)](
         *matrices, rows, r, h, stats, tokens, x.shape[1], tiles, eps, D=width, RMS=rms, **options
     )
 
@@ -235,10 +235,10 @@ def backward(
     chunks = -(-tokens // options["CHUNK"])
     partials = given.new_empty(batch, chunks, 3, width, dtype=torch.float32)
     matrices = map(_matrix, (dr, dh, kept, y, gate, scale, shift))
-    _backward_kernel[(batch * chunks,)](
+    _adaln_backward_kernel[(batch * chunks,)](
         *matrices, rows, stats, dx, dy, dgate, dscale, dshift, h, partials, tokens, all_tokens, chunks,
         D=width, RMS=rms, FROM_X=from_x, **options,
     )  # fmt: skip
     sums = [grad if grad is not None and grad.dim() == 2 else None for grad in (dgate, dscale, dshift)]
     blocks = -(-width // 128)
-    _sum_kernel[(batch * blocks,)](partials, *sums, chunks, blocks, D=width, BLOCK=128, ROWS=16, num_warps=1)
+    _adaln_sum_kernel[(batch * blocks,)](partials, *sums, chunks, blocks, D=width, BLOCK=128, ROWS=16, num_warps=1)

@@ -69,7 +69,9 @@ def _denoise(out: Tensor, x0: Tensor, eps: Tensor, table: Tensor) -> tuple[Tenso
     clean = torch.empty(out.shape, dtype=torch.float32, device=out.device)
     parts = triton.cdiv(size, _BLOCK)
     partial = table.new_empty(batch, parts)
-    _forward_kernel[(parts, batch)](out, x0, eps, table, clean, partial, size, 1 / size, BLOCK=_BLOCK, num_warps=4)
+    _denoise_forward_kernel[(parts, batch)](
+        out, x0, eps, table, clean, partial, size, 1 / size, BLOCK=_BLOCK, num_warps=4
+    )
     return partial.sum(1), clean
 
 
@@ -80,7 +82,7 @@ def _denoise_backward(
     batch, size = len(out), out.numel() // len(out)
     out, x0, eps = (x.contiguous() for x in (out, x0, eps))
     d_out = torch.empty_like(out)
-    _backward_kernel[(triton.cdiv(size, _BLOCK), batch)](
+    _denoise_backward_kernel[(triton.cdiv(size, _BLOCK), batch)](
         out if d_loss is None else d_loss.contiguous(), out if d_clean is None else d_clean.contiguous(),
         out, x0, eps, table, d_out, size, 2 / size,
         LOSS=d_loss is not None, CLEAN=d_clean is not None, BLOCK=_BLOCK, num_warps=4,
@@ -89,7 +91,7 @@ def _denoise_backward(
 
 
 @triton.jit
-def _forward_kernel(out, x0, eps, table, clean, partial, size, per_size, BLOCK: tl.constexpr):
+def _denoise_forward_kernel(out, x0, eps, table, clean, partial, size, per_size, BLOCK: tl.constexpr):
     sample, batch = tl.program_id(1), tl.num_programs(1)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -106,7 +108,7 @@ def _forward_kernel(out, x0, eps, table, clean, partial, size, per_size, BLOCK: 
 
 
 @triton.jit
-def _backward_kernel(
+def _denoise_backward_kernel(
     d_loss, d_clean, out, x0, eps, table, d_out, size, two_per_size,
     LOSS: tl.constexpr, CLEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

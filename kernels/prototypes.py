@@ -216,7 +216,7 @@ def _rows_triton(
     """As `_rows_reference`, in one pass over memory: what a row's second reading needs is still in cache."""
     count = ls.shape[1]
     pull = ls if gradient in (None, ls.dtype) else torch.empty_like(ls, dtype=gradient)
-    _rows_kernel[(ls.shape[0],)](
+    _prototype_rows_kernel[(ls.shape[0],)](
         ls, lt, offset, weight, pull, terms, entropies, winners, count,
         1 / student_temperature, 1 / teacher_temperature,
         LOWEST=-1e30, BLOCK=min(_BLOCK, triton.next_power_of_2(count)), GRADIENT=gradient is not None, num_warps=8,
@@ -225,7 +225,7 @@ def _rows_triton(
 
 
 @triton.jit
-def _rows_kernel(
+def _prototype_rows_kernel(
     ls, lt, offset, weight, pull, terms, entropies, winners, count, student_sharpness, teacher_sharpness,
     LOWEST: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip

@@ -83,7 +83,7 @@ def _norm_rotate(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, tokens, heads, dim = q.shape
     outs = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2)]
-    _forward_kernel[(tokens, batch)](
+    _norm_rotate_forward_kernel[(tokens, batch)](
         *(_strided(x) for x in (q, k, *outs)), *(_dense(x) for x in (q_weight, k_weight, rope, ids)),
         tokens, heads, eps, HALF=dim // 2, NORM=norm, **_blocks(heads, dim),
     )  # fmt: skip
@@ -100,7 +100,7 @@ def _norm_rotate_backward(
     dq, dk = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
     parts = triton.cdiv(tokens, _TOKENS)
     partial = None if q_weight is None else torch.empty(2, batch * parts, dim, device=q.device)
-    _backward_kernel[(parts, batch)](
+    _norm_rotate_backward_kernel[(parts, batch)](
         *(_strided(x) for x in (dq_out, dk_out, q, k, dq, dk)), partial,
         *(_dense(x) for x in (q_weight, k_weight, rope, ids)),
         tokens, heads, eps, HALF=dim // 2, NORM=norm, TOKENS=_TOKENS, **_blocks(heads, dim),
@@ -181,7 +181,7 @@ def _forward_one(x, out, weight, rope, row, b, n, head, j, mask, eps, HALF: tl.c
 
 
 @triton.jit
-def _forward_kernel(
+def _norm_rotate_forward_kernel(
     q, k, q_out, k_out, q_weight, k_weight, rope, ids, tokens, heads, eps,
     HALF: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -219,7 +219,7 @@ def _backward_one(d_out, x, dx, weight, rope, row, b, n, head, j, mask, eps, HAL
 
 
 @triton.jit
-def _backward_kernel(
+def _norm_rotate_backward_kernel(
     dq_out, dk_out, q, k, dq, dk, partial, q_weight, k_weight, rope, ids, tokens, heads, eps,
     HALF: tl.constexpr, NORM: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

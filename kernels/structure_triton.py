@@ -66,7 +66,7 @@ def _total(tile):
 
 
 @triton.jit
-def _moments_kernel(
+def _structure_moments_kernel(
     ft, gt, partial, size, width, stride, factor,
     EUCLIDEAN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +100,7 @@ def _slope(e, delta, PENALTY: tl.constexpr):
 
 
 @triton.jit
-def _sums_kernel(
+def _structure_sums_kernel(
     ft, gt, root, units, partial, size, width, stride, factor, delta,
     EUCLIDEAN: tl.constexpr, PENALTY: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, UNROLL: tl.constexpr,
@@ -127,7 +127,7 @@ def _sums_kernel(
 
 
 @triton.jit
-def _coefficients_kernel(
+def _structure_coefficients_kernel(
     ft, gt, root, units, sums, upstream, f_out, g_out, size, width, stride, panel, first, pairs, factor, delta,
     EUCLIDEAN: tl.constexpr, NORMALISE: tl.constexpr, PENALTY: tl.constexpr, TINY: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, UNROLL: tl.constexpr,
@@ -165,7 +165,7 @@ def _coefficients_kernel(
 
 
 @triton.jit
-def _pull_kernel(
+def _structure_pull_kernel(
     x, coefficients, out, stride, width, panel, first,
     ROWS: tl.constexpr, FEATURES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -204,12 +204,12 @@ def structure(
     factor = square_factor(distance)
 
     partial = f.new_empty(5, tiles)
-    _moments_kernel[(tiles,)](ft, gt, partial, size, width, stride, factor, **shape)
+    _structure_moments_kernel[(tiles,)](ft, gt, partial, size, width, stride, factor, **shape)
     moments = partial.sum(1, dtype=torch.float64) / (size * (size - 1) // 2)
 
     partial = f.new_empty(4, tiles)
     scale = units(moments, normalise).float()
-    _sums_kernel[(tiles,)](
+    _structure_sums_kernel[(tiles,)](
         ft, gt, _padded(root), scale, partial, size, width, stride, factor, delta, PENALTY=penalty, **shape
     )  # fmt: skip
     sums = partial.sum(1, dtype=torch.float64)
@@ -234,13 +234,13 @@ def structure_backward(
     coefficients = f.new_empty(2, stride, panel)
     for first in range(0, stride, panel):
         count = min(panel, stride - first)
-        _coefficients_kernel[(stride // _ROWS, count // _COLS)](
+        _structure_coefficients_kernel[(stride // _ROWS, count // _COLS)](
             ft, gt, root, scale, sums, upstream, *coefficients, size, width, stride, panel, first,
             size * (size - 1) // 2, square_factor(distance), delta, **choices, **tile,
         )  # fmt: skip
         for x, k, target in zip(whole, coefficients, out):
             if target is not None:
-                _pull_kernel[(count // _ROWS, padded_width // _FEATURES)](
+                _structure_pull_kernel[(count // _ROWS, padded_width // _FEATURES)](
                     x, k, target, stride, padded_width, panel, first,
                     ROWS=_ROWS, FEATURES=_FEATURES, UNROLL=_UNROLL, num_warps=4,
                 )  # fmt: skip

@@ -100,7 +100,7 @@ def _check_ids(ids: Tensor, batch: int, tokens: int) -> None:
 def _scatter(x: Tensor, slots: Tensor, base: Tensor) -> Tensor:
     x, out = x.contiguous(), torch.empty(base.shape, dtype=base.dtype, device=base.device)
     batch, tokens, width = base.shape
-    _scatter_kernel[(tokens, batch)](
+    _scatter_tokens_kernel[(tokens, batch)](
         x, slots, base, out, x.shape[1], width, *base.stride(), BLOCK=_block(width), num_warps=_warps(width)
     )
     return out
@@ -113,7 +113,7 @@ def _scatter_backward(upstream: Tensor, slots: Tensor, keep: int, need_base: boo
     batch, tokens, width = upstream.shape
     dx = upstream.new_empty(batch, keep, width)
     dbase = upstream.new_empty(upstream.shape if need_base else 0)
-    _scatter_backward_kernel[(tokens, batch)](
+    _scatter_tokens_backward_kernel[(tokens, batch)](
         upstream, slots, dx, dbase, keep, width, NEED_BASE=need_base, BLOCK=_block(width), num_warps=_warps(width)
     )
     return dx, dbase
@@ -129,7 +129,7 @@ def _warps(width: int) -> int:
 
 
 @triton.jit
-def _scatter_kernel(
+def _scatter_tokens_kernel(
     x, slots, base, out, keep, width, base_batch, base_token, base_feature, BLOCK: tl.constexpr
 ):  # fmt: skip
     token = tl.program_id(0)
@@ -148,7 +148,7 @@ def _scatter_kernel(
 
 
 @triton.jit
-def _scatter_backward_kernel(
+def _scatter_tokens_backward_kernel(
     upstream, slots, dx, dbase, keep, width, NEED_BASE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)

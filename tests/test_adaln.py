@@ -10,7 +10,7 @@ from torch.library import opcheck
 from fastdit.kernels import gate_residual, gate_residual_modulate, modulate
 from fastdit.kernels._native import load_native
 from fastdit.kernels.adaln import adaln, adaln_backward, choose_adaln, gate_residual_modulate_reference
-from fastdit.kernels.adaln_triton import _sum_kernel
+from fastdit.kernels.adaln_triton import _adaln_sum_kernel
 
 CPP = DEVICE == "cpu" and load_native("cpu")[0] is not None
 IMPLEMENTATIONS = [
@@ -112,7 +112,7 @@ def test_sums_of_more_chunks_than_are_read_at_once():
     """As long samples have: 37 chunks, which are read in sixteens, of a width that is not a multiple of the blocks'."""
     partials = normal(2, 37, 3, 200, seed=1)
     sums = [torch.empty(2, 200, device=DEVICE) for _ in range(3)]
-    _sum_kernel[(4,)](partials, *sums, 37, 2, D=200, BLOCK=128, ROWS=16, num_warps=1)
+    _adaln_sum_kernel[(4,)](partials, *sums, 37, 2, D=200, BLOCK=128, ROWS=16, num_warps=1)
     for got, want in zip(sums, partials.double().sum(1).unbind(1)):
         assert_exact(got, want)
 

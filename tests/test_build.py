@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin")
-KERNELS = {"advance", "chunk_sums", "total", *(f"updateILi{averages}E" for averages in range(5))}
+UPDATES = {f"adamw_ema_updateILi{averages}E" for averages in range(5)}  # one instantiation a number of EMAs
+KERNELS = {"adamw_ema_advance", "squared_norm_chunks", "squared_norm_total"} | UPDATES
 
 
 def checkout(folder: Path) -> Path:

@@ -8,13 +8,18 @@ from pathlib import Path
 import pytest
 
 KERNELS = {
-    "adaln_triton": {"_forward_kernel", "_backward_kernel", "_sum_kernel"},
+    "adaln_triton": {"_adaln_forward_kernel", "_adaln_backward_kernel", "_adaln_sum_kernel"},
     "linear": {"_gelu_kernel", "_gelu_backward_kernel"},
-    "denoise": {"_forward_kernel", "_backward_kernel"},
-    "prototypes": {"_rows_kernel"},
-    "rotary": {"_forward_kernel", "_backward_kernel"},
-    "structure_triton": {"_moments_kernel", "_sums_kernel", "_coefficients_kernel", "_pull_kernel"},
-    "tokens": {"_scatter_kernel", "_scatter_backward_kernel"},
+    "denoise": {"_denoise_forward_kernel", "_denoise_backward_kernel"},
+    "prototypes": {"_prototype_rows_kernel"},
+    "rotary": {"_norm_rotate_forward_kernel", "_norm_rotate_backward_kernel"},
+    "structure_triton": {
+        "_structure_moments_kernel",
+        "_structure_sums_kernel",
+        "_structure_coefficients_kernel",
+        "_structure_pull_kernel",
+    },
+    "tokens": {"_scatter_tokens_kernel", "_scatter_tokens_backward_kernel"},
 }
 
 
