@@ -7,6 +7,7 @@ import shlex
 
 import record as records
 import torch
+from journal import Journal
 from measure import BASELINES, Measured, measure
 from operations import OPERATIONS, UNSIZED, Case, Setting, Steps
 from timing import FULL, QUICK, Clock
@@ -16,6 +17,7 @@ from fastdit.engine.runtime import keep_memory
 from fastdit.errors import UserError, run_command
 
 SIZES = ("S", "B", "XL")
+IDENTITY = ("operation", "case", "size", "shape", "phase", "contender")  # of a row
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,8 +30,11 @@ def _parser() -> OneLineParser:
     parser.add_argument("--ops", type=str, default=",".join(OPERATIONS), help="operations, with commas between")
     parser.add_argument("--sizes", type=str, default=",".join(SIZES), help="model sizes whose shapes to take")
     parser.add_argument("--against", type=str | None, default=None, help="eager,compile; with --quick eager")
-    parser.add_argument("--batch", type=int | None, default=None, help="samples; default: 32 on a GPU, 4 on a CPU")
+    parser.add_argument("--batch", type=int | None, default=None, help="samples; default: 256 on a GPU, 4 on a CPU")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--journal", type=str | None, default=None, help="append each row to this JSON-lines file, and skip what it has"
+    )
     parser.add_argument("--json", type=str | None, default=None, help="write the record, after each operation")
     parser.add_argument("--csv", type=str | None, default=None, help="write the rows")
     parser.add_argument("--png", type=str | None, default=None, help="write a chart")
@@ -53,7 +58,7 @@ def _benchmark(argv: list[str]) -> None:
     sizes = _chosen("--sizes", args.sizes, SIZES)
     against = _chosen("--against", args.against or ("eager" if args.quick else "eager,compile"), BASELINES)
     device = _device(args.device)
-    batch = args.batch or (2 if args.quick else 32 if device.type == "cuda" else 4)
+    batch = args.batch or (2 if args.quick else 256 if device.type == "cuda" else 4)
     if batch < 1:
         raise UserError(f"--batch {batch}: must be at least 1")
     files = {name: records.writable(name, value) for name in ("json", "csv", "png") if (value := getattr(args, name))}
@@ -64,25 +69,41 @@ def _benchmark(argv: list[str]) -> None:
     effort = QUICK if args.quick else FULL[device.type]
     dtype = str(Setting.of(sizes[0], batch, device, args.quick).dtype).removeprefix("torch.")
     settings = {"batch": batch, "dtype": dtype, "quick": args.quick, **effort._asdict()}
-    record = records.start(shlex.join(["python", "benchmarks/kernels.py", *argv]), device, settings)
+    journal = Journal(args.journal)
+    finished = journal.done("operation", "name")
+    journal.write("record", **records.start(shlex.join(["python", "benchmarks/kernels.py", *argv]), device, settings))
     clock = Clock(device, effort)
     for op in ops:
         for size in sizes[:1] if op in UNSIZED else sizes:
+            if f"{op} {size}" in finished:
+                continue
             copy = clock.copy_rate()
             setting = Setting.of(size, batch, device, args.quick)
             for case in OPERATIONS[op](setting):
-                rows = [
-                    _row(op, case, "any" if op in UNSIZED else size, copy, measured)
-                    for measured in measure(clock, case, setting.dtype, against)
-                ]
-                record["rows"] += rows
+                rows = []
+                for measured in measure(clock, case, setting.dtype, against):
+                    rows.append(_row(op, case, "any" if op in UNSIZED else size, copy, measured))
+                    journal.write("row", **rows[-1])
                 _say(rows)
+            journal.write("operation", name=f"{op} {size}")
         if "json" in files:
-            records.write_json(record, files["json"])
+            records.write_json(kernels_record(journal.lines), files["json"])
+    record = kernels_record(journal.lines)
     print("\n" + "\n".join(records.lines(record)))
     for name, path in files.items():
         writers[name](record, path)
         print(f"{name}: {path}")
+
+
+def kernels_record(lines: list[dict]) -> dict:
+    """Return the record of a journal's lines: the last head, and the latest of each row."""
+    head = next(line for line in reversed(lines) if line["what"] == "record")
+    rows: dict[tuple, dict] = {}
+    for line in lines:
+        if line["what"] == "row":
+            row = {column: line[column] for column in records.COLUMNS}
+            rows[tuple(row[column] for column in IDENTITY)] = row
+    return {key: value for key, value in head.items() if key not in ("what", "at")} | {"rows": list(rows.values())}
 
 
 def _row(op: str, case: Case | Steps, size: str, copy: float, measured: Measured) -> dict:

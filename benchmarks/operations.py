@@ -140,7 +140,7 @@ def gelu(s: Setting) -> list[Case]:
 
 def structure(s: Setting) -> list[Case]:
     """Pairs of a global batch of pooled features: B^2 d differences of B d numbers. Bound by arithmetic."""
-    pairs = 32 * s.batch if s.device.type == "cuda" else 32 * s.batch // 2
+    pairs = min(32 * s.batch, 1024) if s.device.type == "cuda" else 16 * s.batch
 
     def loss(real, fake, **options):
         return kernels.structure_loss(real, fake, **options).loss

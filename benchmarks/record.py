@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 
 from fastdit.engine.records import versions
 from fastdit.errors import UserError
@@ -28,7 +27,7 @@ OURS = "fastdit"
 
 
 def start(command: str, device: torch.device, settings: dict, benchmark: str = "kernels") -> dict:
-    """A record without rows."""
+    """Return a record without rows: what was run, when, where, and by which versions."""
     gpu = device.type == "cuda"
     found = versions()
     load = [round(value, 2) for value in os.getloadavg()]
@@ -69,9 +68,13 @@ def writable(flag: str, value: str) -> Path:
     return path
 
 
-def write_json(record: dict, path: Path) -> None:
-    """Whole at every moment, so that a run cut short leaves what it has."""
-    record["load"]["after"] = [round(value, 2) for value in os.getloadavg()]
+def write_json(record: dict, path: Path, load: bool = True) -> None:
+    """Write the record to a file that is whole at every moment, so that a run cut short leaves what it has.
+
+    load: the record is of this moment, so that the load average belongs into it.
+    """
+    if load:
+        record["load"]["after"] = [round(value, 2) for value in os.getloadavg()]
     aside = path.with_name(path.name + ".partial")
     aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     aside.replace(path)
@@ -206,6 +209,8 @@ def records_of(benchmark: str, folder: Path = RECORDS) -> list[dict]:
 
 def write_chart(record: dict, path: Path) -> None:
     """A PNG: for each case and size all contenders' times in fastdit's, both phases together. Shorter is faster."""
+    from matplotlib.figure import Figure  # a third of a second to import: not for who only measures
+
     shown = [rows for rows in groups(record) if rows[OURS]["phase"] in ("both", "step") and rows[OURS]["ms_p50"]]
     names = list(dict.fromkeys(name for rows in shown for name in rows))
     bars = [

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from journal import Journal
 
 from fastdit.engine.runtime import Runtime
 
@@ -86,18 +87,25 @@ class Contender:
         """Stop the loader's threads."""
 
 
-def interleave(contenders: dict[str, Contender], runtime: Runtime, turn: Turn, rounds: int) -> dict[str, list]:
-    """By contender: for each round, the laps of the turn's timed steps. The order turns from round to round.
+class Rounds:
+    """Lets contenders take turns, round by round, and journals each round as it ends.
 
-    A collective: all ranks start a turn together, and each returns its own times.
+    A line is {"what": "round", "laps": {contender: [laps of each timed step]}}. With several ranks a round is a
+    collective: all start a turn together, and each keeps its own times.
     """
-    names = list(contenders)
-    found: dict[str, list[list[Laps]]] = {name: [] for name in names}
-    for round_ in range(rounds):
-        for place in range(len(names)):
-            name = names[(round_ + place) % len(names)]
-            runtime.barrier()
-            for _ in range(turn.untimed + turn.timed):
+
+    def __init__(self, runtime: Runtime, turn: Turn, journal: Journal):
+        self.runtime, self.turn, self.journal, self.taken = runtime, turn, journal, 0
+
+    def take(self, contenders: dict[str, Contender]) -> None:
+        """Take one round. Who begins changes from round to round."""
+        names = list(contenders)
+        first = self.taken % len(names)
+        laps: dict[str, list[Laps]] = {}
+        for name in names[first:] + names[:first]:
+            self.runtime.barrier()
+            for _ in range(self.turn.untimed + self.turn.timed):
                 contenders[name].step()
-            found[name].append(contenders[name].watch.read()[turn.untimed :])
-    return found
+            laps[name] = contenders[name].watch.read()[self.turn.untimed :]
+        self.taken += 1
+        self.journal.write("round", laps={name: laps[name] for name in names})

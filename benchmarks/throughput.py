@@ -7,18 +7,23 @@ how they are timed in stopwatch.py, what is kept in step_tables.py and record.py
 import os
 import re
 import shlex
+import traceback
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from typing import Literal
 
 import record as records
 import torch
+from journal import Journal
 from loaders import LOADER, measure_loaders
 from made_data import MADE, at_hand
 from peers import build_peer, load_peer
 from scaling import Links, Measured, Target, scaling, target_of
-from step_tables import PLAIN, THROUGHPUT, failed_row, step_rows, whole_step
-from stopwatch import TURNS, Stopwatch, interleave
+from step_record import GEMM, counted_rounds, step_record
+from step_tables import PLAIN, THROUGHPUT, whole_step
+from stopwatch import TURNS, Rounds, Stopwatch
+from timing import Quantiles
 from torch import nn
 
 from fastdit.command_line import OneLineParser
@@ -76,7 +81,10 @@ def _parser() -> OneLineParser:
     parser.add_class_arguments(Links)
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of a rank; 0 shares the cores")
-    parser.add_argument("--json", type=str | None, default=None, help="write the record")
+    parser.add_argument(
+        "--journal", type=str | None, default=None, help="append each contender and round to this JSON-lines file"
+    )
+    parser.add_argument("--json", type=str | None, default=None, help="write the record, after each round")
     parser.add_argument("--csv", type=str | None, default=None, help="write the rows")
     for name, use in SWITCHES.items():
         parser.add_argument(f"--{name}", type=bool, default=False, nargs="?", const=True, help=use)
@@ -111,8 +119,15 @@ def _benchmark(argv: list[str]) -> None:
         record["settings"]["data"] = args.data
         section = LOADER
     else:
-        steps = args.steps or STEPS[ranks.device.type]
-        section, record = THROUGHPUT, _measure(config, against, ranks, steps, target, _command(argv))
+        steps, section = args.steps or STEPS[ranks.device.type], THROUGHPUT
+        journal = Journal(args.journal if ranks.first else None)
+
+        def keep() -> None:
+            if ranks.first and "json" in files:
+                records.write_json(step_record(journal.lines), files["json"])
+
+        _measure(config, against, ranks, steps, target, _command(argv), journal, keep)
+        record = step_record(journal.lines)
     if ranks.first:
         print("\n" + "\n".join(section.lines(record)))
         if "json" in files:
@@ -126,14 +141,25 @@ def _benchmark(argv: list[str]) -> None:
 
 
 def _measure(
-    config: Config, against: Against, ranks: runtime.Runtime, steps: int, target: Target | None, command: str
-) -> dict:
-    """The record of all contenders."""
-    from contenders import DTYPES, Engine, Plain, Product, warm  # imports DeepSpeed: after runtime.start
+    config: Config,
+    against: Against,
+    ranks: runtime.Runtime,
+    steps: int,
+    target: Target | None,
+    command: str,
+    journal: Journal,
+    keep: Callable[[], None],
+) -> None:
+    """Measure all contenders into the journal; `keep` is called whenever a table can be made of more than before."""
+    from contenders import DTYPES, Engine, Plain, Product  # imports DeepSpeed: after runtime.start
 
     device, turn, watch = ranks.device, TURNS[ranks.device.type], Stopwatch(ranks.device)
     dtype = DTYPES[config.precision]
-    record = records.start(command, device, _settings(config, ranks, dtype, steps), "throughput")
+    gemm = Product(device, dtype, watch)
+    settings = _settings(config, ranks, dtype, steps) | {"gemm_size": gemm.n}
+    journal.write("record", **records.start(command, device, settings, "throughput"))
+
+    # What to build, in order: fastdit's own steps first.
     plain = replace(config, method=PLAIN)
     engines = {name: partial(Engine, replace(config, method=name), ranks, watch) for name in (PLAIN, config.method)}
     others = {
@@ -143,42 +169,57 @@ def _measure(
     }
     if "graphs" in against:
         others["graphs"] = partial(Engine, replace(config, cuda_graphs=True), ranks, watch)
-    contenders, failed = {}, {}
+
+    # Warm them up one by one. A round after each: whoever comes next may take minutes to compile.
+    contenders, turns = {GEMM: gemm}, Rounds(ranks, turn, journal)
     for name, make in {**engines, **others}.items():
-        try:
-            contenders[name] = warm(make, device)
-            problem = None
-        except UserError:
-            raise
-        except Exception as error:  # a compiler's, a peer's, or no memory left: a result, not the end of the run
-            if name in engines:
-                raise
-            problem = records.failure(error)
-        watch.read()  # laps of the first steps, whole or not, are of no use
-        if ranks.agree([float(problem is not None)])[0]:
-            contenders.pop(name, None)
-            failed[name] = problem or "failed: on another rank"
-        if ranks.first:
-            print(f"{name}: {failed.get(name) or contenders[name].ran}", flush=True)
-    gemm = Product(device, dtype, watch)
-    laps = interleave({**contenders, "gemm": gemm}, ranks, turn, -(-steps // turn.timed))
+        contender = _warm(name, make, ranks, watch, journal, required=name in engines)
+        if contender is not None:
+            contenders[name] = contender
+            turns.take(contenders)
+            keep()
+    for _ in range(-(-steps // turn.timed) - 1):
+        turns.take(contenders)
+        keep()
     for contender in contenders.values():
         contender.close()
-
-    settings = record["settings"]
-    settings |= {"gemm_size": gemm.n, "gemm_flops": gemm.rate(whole_step(laps["gemm"]).p50)}
-    for name in (*engines, *others):
-        if name in failed:
-            record["rows"].append(failed_row(name, failed[name]))
-        else:
-            record["rows"] += step_rows(name, contenders[name], laps[name], laps[PLAIN], settings)
     if target:
-        record["scaling"] = [_scaled(name, contenders[name], laps[name], config.batch, target) for name in engines]
-    return record
+        rounds = counted_rounds(journal.lines)
+        whole = {name: whole_step([laps[name] for laps in rounds]) for name in engines}
+        scaled = [_scaled(name, contenders[name], whole[name], config.batch, target) for name in engines]
+        journal.write("scaling", scaling=scaled)
+        keep()
 
 
-def _scaled(name: str, engine, laps: list, batch: int, target: Target) -> dict:
-    measured = Measured(whole_step(laps).p50 / 1e3, batch, engine.held, engine.peak, engine.run.plan.stage)
+def _warm(name: str, make, ranks: runtime.Runtime, watch: Stopwatch, journal: Journal, required: bool):
+    """Return make()'s contender after its first steps; None where it raised on a rank, unless it is `required`."""
+    from contenders import warm
+
+    contender, problem = None, None
+    try:
+        contender = warm(make, ranks.device)
+    except UserError:
+        raise
+    except Exception as error:  # a compiler's, a peer's, or no memory left: a result, not the end of the run
+        if required:
+            raise
+        traceback.print_exc()
+        problem = records.failure(error)
+    watch.read()  # laps of the first steps, whole or not, are of no use
+    if ranks.agree([float(problem is not None)])[0]:
+        contender, problem = None, problem or "failed: on another rank"
+    if contender is None:
+        journal.write("contender", name=name, failed=problem)
+    else:
+        fields = ("ran", "flops", "held", "peak", "host")
+        journal.write("contender", name=name, **{field: getattr(contender, field) for field in fields})
+    if ranks.first:
+        print(f"{name}: {problem or contender.ran}", flush=True)
+    return contender
+
+
+def _scaled(name: str, engine, whole: Quantiles, batch: int, target: Target) -> dict:
+    measured = Measured(whole.p50 / 1e3, batch, engine.held, engine.peak, engine.run.plan.stage)
     return scaling(name, engine.sizes(), measured, target)
 
 

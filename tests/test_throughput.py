@@ -345,7 +345,8 @@ def test_the_game_is_cut_from_its_base():
 
 def test_laps_add_up_and_turns_turn(monkeypatch):
     import stopwatch
-    from stopwatch import Contender, Stopwatch, Turn, interleave
+    from journal import Journal
+    from stopwatch import Contender, Rounds, Stopwatch, Turn
 
     now = iter(range(10**6))
     monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(now) / 1e3)
@@ -366,13 +367,16 @@ def test_laps_add_up_and_turns_turn(monkeypatch):
         def barrier(self) -> None:
             order.append("|")
 
-    laps = interleave({name: Fake(name) for name in "abc"}, Alone(), Turn(1, 2), 2)
+    journal = Journal()
+    rounds = Rounds(Alone(), Turn(1, 2), journal)
+    for _ in range(2):
+        rounds.take({name: Fake(name) for name in "abc"})
     assert "".join(order) == "|aaa|bbb|ccc|bbb|ccc|aaa"
-    assert list(laps) == ["a", "b", "c"]
-    for rounds in laps.values():
-        assert [len(turn) for turn in rounds] == [2, 2]
-        for step in (step for turn in rounds for step in turn):
-            assert step == {"forward": pytest.approx(2.0), "forward/x": pytest.approx(1.0)}
+    assert [line["what"] for line in journal.lines] == ["round", "round"]
+    for line in journal.lines:
+        assert list(line["laps"]) == ["a", "b", "c"]
+        for turn in line["laps"].values():
+            assert turn == [{"forward": pytest.approx(2.0), "forward/x": pytest.approx(1.0)}] * 2
 
 
 def test_a_gpu_is_waited_for_once_a_turn(monkeypatch):
