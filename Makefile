@@ -1,4 +1,5 @@
 # make quickstart: set up, train on real images, draw samples.  make test: set up, run every test.
+# make wheelhouse: collect what a machine without network needs.
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/quickstart
@@ -10,15 +11,24 @@ JOBS ?= 2
 TORCH_INDEX ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: setup quickstart test lint
+# Stops with one line unless PYTHON is new enough.
+CHECK_PYTHON = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+  { echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+# Of the machine that `make wheelhouse` collects for. WITH="eval dali": more than the core. PIECE_MB=55: cut larger files.
+PLATFORM ?= linux-x86_64
+PYTHON_VERSION ?= 3.12
+WITH ?=
+PIECE_MB ?=
+WHEELHOUSE ?= wheelhouse
+
+.PHONY: setup quickstart test lint wheelhouse
 
 setup: $(VENV)/ready
 
 # torch-fidelity, which tests compare with, comes without its torchvision: the package index has that for CUDA, and beside
 # a CPU torch it does not load.
 $(VENV)/ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_INDEX),$(VENV)/bin/pip install --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) $(TORCH))
 	$(VENV)/bin/pip install -c constraints.txt -e '.[dev]'
@@ -32,6 +42,12 @@ quickstart: setup
 
 test: setup
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+# Collect what a machine with PyTorch and without network lacks (docs/offline.md). Neither .venv nor torch is needed.
+wheelhouse:
+	$(CHECK_PYTHON)
+	@$(PYTHON) benchmarks/wheelhouse.py --platform '$(PLATFORM)' --python-version '$(PYTHON_VERSION)' --with '$(WITH)' \
+	  --piece-mb '$(PIECE_MB)' --out '$(WHEELHOUSE)'
 
 lint: setup
 	$(VENV)/bin/ruff check .

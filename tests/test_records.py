@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastdit.engine import records
+from fastdit.engine.commit import commit_file
 from fastdit.engine.layout import BOARD, CURVES, GRID, METRICS
 from fastdit.engine.meter import Meter
 from fastdit.engine.records import Recorder, read_metrics, versions
@@ -125,21 +127,109 @@ def test_no_metrics_yet(tmp_path):
     assert read_metrics(tmp_path) == []
 
 
-def test_a_commit_is_dirty_by_code_alone(tmp_path, monkeypatch):
-    """Measuring writes records and pages into the repository, and must not spoil the next measurement's commit."""
-    files = {"benchmarks/records/cpu.json": "{}", "README.md": "", "kernels/adaln.py": ""}
+@pytest.fixture
+def repository(tmp_path, monkeypatch) -> Path:
+    """A small repository with one commit, which `versions` takes for the checkout that fastdit runs from."""
+    root = tmp_path / "checkout"
+    files = {"benchmarks/records/cpu.json": "{}", "README.md": "", "kernels/adaln.py": "", "pyproject.toml": ""}
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
     author = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
     for words in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "first"]):
-        subprocess.run(["git", *words], cwd=tmp_path, check=True)
-    monkeypatch.setattr(records, "__file__", str(tmp_path / "fastdit/engine/records.py"))
+        subprocess.run(["git", *words], cwd=root, check=True)
+    monkeypatch.setattr(records, "__file__", str(root / "fastdit/engine/records.py"))
+    monkeypatch.delenv("FASTDIT_COMMIT", raising=False)
+    return root
+
+
+def copy_without_git(root: Path) -> None:
+    """Leave what a copied checkout has: no .git, and the COMMIT that a wheelhouse brought."""
+    text = commit_file(root)
+    shutil.rmtree(root / ".git")
+    (root / "COMMIT").write_text(text)
+
+
+def test_a_commit_is_dirty_by_code_alone(repository):
+    """Measuring writes records and pages into the repository, and must not spoil the next measurement's commit."""
     clean = versions()["commit"]
     assert re.fullmatch("[0-9a-f]{7,}", clean)
-    for name, dirty in zip(files, ("", "", "-dirty")):
-        (tmp_path / name).write_text("changed")
+    for name, dirty in (("benchmarks/records/cpu.json", ""), ("README.md", ""), ("kernels/adaln.py", "-dirty")):
+        (repository / name).write_text("changed")
         assert versions()["commit"] == clean + dirty
+
+
+def test_without_git_the_variable_then_the_file_name_the_commit(repository, monkeypatch):
+    commit = versions()["commit"]
+    copy_without_git(repository)
+    assert re.fullmatch("[0-9a-f]{40}", (repository / "COMMIT").read_text().splitlines()[1])
+    assert versions()["commit"] == commit
+    monkeypatch.setenv("FASTDIT_COMMIT", " v1-3-gabc\n")
+    assert versions()["commit"] == "v1-3-gabc"
+    monkeypatch.setenv("FASTDIT_COMMIT", "")
+    (repository / "COMMIT").unlink()
+    assert versions()["commit"] == "unknown"
+
+
+def test_git_goes_before_the_variable_and_the_file(repository, monkeypatch):
+    commit = versions()["commit"]
+    monkeypatch.setenv("FASTDIT_COMMIT", "other")
+    (repository / "COMMIT").write_text("another\n")
+    assert versions()["commit"] == commit
+
+
+@pytest.mark.parametrize("broken", ["an empty .git", "no git on this machine"])
+def test_a_git_that_does_not_answer_is_passed_over(repository, monkeypatch, broken):
+    """Nor may a repository around the checkout answer for it."""
+    (repository / "COMMIT").write_text("abc\n")
+    if broken == "an empty .git":
+        subprocess.run(["git", "init", "-q"], cwd=repository.parent, check=True)
+        shutil.rmtree(repository / ".git")
+        (repository / ".git").mkdir()
+    else:
+        monkeypatch.setenv("PATH", str(repository))
+    assert versions()["commit"] == "abc"
+
+
+def test_files_changed_after_the_copy_make_it_dirty(repository):
+    commit = versions()["commit"]
+    copy_without_git(repository)
+    (repository / "benchmarks/records/cpu.json").write_text("[]")
+    (repository / "README.md").unlink()
+    (repository / "results.json").write_text("new files are not compared")
+    assert versions()["commit"] == commit
+    kernel = repository / "kernels/adaln.py"
+    kernel.write_text("changed")
+    assert versions()["commit"] == f"{commit}-dirty"
+    kernel.write_text("")
+    assert versions()["commit"] == commit
+    kernel.unlink()
+    assert versions()["commit"] == f"{commit}-dirty"
+
+
+def test_a_copy_of_changed_code_says_dirty_once(repository):
+    (repository / "kernels/adaln.py").write_text("changed before the copy")
+    commit = versions()["commit"]
+    copy_without_git(repository)
+    assert versions()["commit"] == commit
+    assert commit.endswith("-dirty")
+    (repository / "kernels/adaln.py").write_text("and after it")
+    assert versions()["commit"] == commit
+    assert commit_file(repository) == (repository / "COMMIT").read_text(), "a copy of a copy keeps the checksums"
+
+
+@pytest.mark.parametrize("text", [b"", b"\n", b"\xff\xfe"])
+def test_a_damaged_commit_file_is_no_commit(repository, text):
+    copy_without_git(repository)
+    (repository / "COMMIT").write_bytes(text)
+    assert versions()["commit"] == "unknown"
+
+
+def test_an_installed_wheel_reads_no_file_beside_it(repository):
+    """Its folder is site-packages, where a file COMMIT would be somebody else's."""
+    copy_without_git(repository)
+    (repository / "pyproject.toml").unlink()
+    assert versions()["commit"] == "unknown"
 
 
 def test_versions_name_what_a_figure_depends_on():

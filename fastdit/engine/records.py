@@ -3,7 +3,6 @@
 import json
 import math
 import platform
-import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from fastdit.engine.commit import find_commit
 from fastdit.engine.layout import BOARD, METRICS
 
 PACKAGES = ("fastdit", "torch", "triton", "deepspeed", "nvidia-dali-cuda130", "flash-attn", "numpy")
@@ -44,17 +44,7 @@ def versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return "unknown"
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout.strip()
-
-    commit = git("describe", "--always")
-    code = (".", ":!benchmarks/records", ":!*.md")  # measuring changes the others
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
-    return f"{commit}-dirty" if commit and changed else commit or "unknown"
+    return find_commit(Path(__file__).resolve().parents[2])
 
 
 def _cpu() -> str:
