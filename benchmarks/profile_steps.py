@@ -22,7 +22,7 @@ import torch
 from journal import Journal
 from kernel_groups import by_group
 from stopwatch import Stopwatch, Turn
-from timing import quantiles
+from timing import quantiles, quiet_profiler
 from torch.profiler import ProfilerActivity, profile
 
 from fastdit.command_line import OneLineParser
@@ -215,7 +215,8 @@ def _kernels(contender, device: torch.device) -> list[tuple[str, float, float]]:
     """
     gpu = device.type == "cuda"
     contender.step()  # the profiler's start leaves the GPU idle
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as profiler:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+    with quiet_profiler(), profile(activities=activities) as profiler:
         for _ in range(PROFILED):
             contender.step()
         contender.watch.read()  # waits for the device

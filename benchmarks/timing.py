@@ -139,7 +139,7 @@ def memory(device: torch.device, first: Callable[[], object], second: Callable[[
         torch.cuda.synchronize()
         return Memory(torch.cuda.max_memory_allocated() - before, kept)
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-    with _quiet():
+    with quiet_profiler():
         profiler.start()
         try:
             result = first()
@@ -162,7 +162,7 @@ def memory(device: torch.device, first: Callable[[], object], second: Callable[[
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_profiler() -> Iterator[None]:
     """The profiler's library prints a line whenever it starts or stops, and torch one for memory older than it."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)

@@ -108,20 +108,20 @@ def _race(site: Forward, start: Options, grid: dict, clock: Clock, copy: float, 
     """Print the choices of `grid`, else as `start`, from the fastest on. Returns the fastest."""
     expected = [tensor.float().clone() for tensor in site.run(site.default, 0)]
     runners, chosen = {}, {}
-    for options in _choices(start, grid, quick):
+    for options in choices(start, grid, quick):
         try:
             found = site.run(options, 0)
         except Exception as error:  # a compiler's: a result, not the end of the run
-            print(f"{_named(options)}: {type(error).__name__}")
+            print(f"{named(options)}: {type(error).__name__}")
             continue
         for mine, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(mine.float(), theirs, rtol=2e-2, atol=2e-2 * theirs.abs().max().item())
-        name = _named(options)
+        name = named(options)
         runners[name], chosen[name] = Runner(partial(site.run, options)), options
     if not runners:
         return start
     times = clock.interleave(runners, len(site.sets))
-    print(f"\n{site.name}; default: {_named(site.default)}")
+    print(f"\n{site.name}; default: {named(site.default)}")
     order = sorted(times, key=lambda name: times[name].p50)
     for name in order[:12]:
         rate = site.bytes / times[name].p50 / 1e6
@@ -129,12 +129,12 @@ def _race(site: Forward, start: Options, grid: dict, clock: Clock, copy: float, 
     return chosen[order[0]]
 
 
-def _choices(start: Options, grid: dict, quick: bool) -> list[Options]:
+def choices(start: Options, grid: dict, quick: bool) -> list[Options]:
     found = [start | dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     return [o for o in found if quick or o["BLOCK"] // (32 * o["num_warps"]) in VALUES]
 
 
-def _named(options: Options) -> str:
+def named(options: Options) -> str:
     return " ".join(f"{name}={value}" for name, value in options.items())
 
 

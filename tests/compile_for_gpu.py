@@ -1,21 +1,14 @@
 """Compile Triton kernels as an H100 would see them, without a GPU: a program for tests/test_compiles_for_gpu.py.
 
 The interpreter runs code that the compiler refuses. Here public functions are called with CPU tensors, forward and
-backward, while each launch only compiles, for compute capability 9.0; what they return is meaningless. Prints one
-line a compiled kernel: its module and name, registers a thread, and bytes of local memory, which are spilled registers.
+backward, while each launch only compiles (benchmarks/compile_only.py). The program prints one line for each compiled
+kernel: its module and name, the registers of a thread, and the bytes of local memory, which are spilled registers.
 """
 
-import os
-import re
-import subprocess
-import tempfile
+import sys
 from pathlib import Path
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
 from fastdit.kernels import (
     DenoiseCoefficients,
@@ -29,40 +22,17 @@ from fastdit.kernels import (
     structure_loss,
 )
 
-os.environ["TRITON_INTERPRET"] = "1"  # after triton was imported: only `choose` sees it, and lets CPU tensors pass
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-
-
-class H100:
-    """The part of a driver that compiling needs."""
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-
-def compile_only(self, *args, grid, warmup, **kwargs):
-    kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
-    if kernel.hash not in seen:
-        seen.add(kernel.hash)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            Path(file.name).write_bytes(kernel.asm["cubin"])
-            usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
-        registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", usage.stdout).groups()
-        print(self.__module__.rpartition(".")[2], self.__name__, registers, int(stack) + int(local))
-    return kernel
-
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from compile_only import compile_only, resources
 
 seen: set[str] = set()
-launch = JITFunction.run
-JITFunction.run = compile_only
-torch.empty = torch.zeros  # what no kernel fills must still be an index
-driver.set_active(H100())
+
+
+def print_once(name, kernel):
+    if kernel.hash not in seen:
+        seen.add(kernel.hash)
+        needs = resources(kernel)
+        print(*name.split("."), needs.registers, needs.spilled)
 
 
 def leaf(*shape, dtype=torch.bfloat16):
@@ -128,5 +98,6 @@ def rotary():
 
 
 if __name__ == "__main__":
-    for operation in (adaln, gelu, structure, prototypes, tokens, denoise, rotary):
-        operation()
+    with compile_only(print_once):
+        for operation in (adaln, gelu, structure, prototypes, tokens, denoise, rotary):
+            operation()

@@ -1,0 +1,219 @@
+"""Count what a DiT training step does: FLOPs, bytes outside the GEMMs, kernel launches. `step_model.py` adds rates.
+
+A `Code` is a version of the code as counts: which passes over memory it makes for each block, for each weight and once
+a step, and how many kernels it launches. `TODAY` is the code as it is. `SCENARIOS` are what it could be, each with one
+more change. Kernel groups have the names of `kernel_groups.py`.
+"""
+
+from dataclasses import dataclass, field, replace
+
+from fastdit.kernels.adaln_triton import backward_options
+from fastdit.models import SIZES
+
+TIME_FEATURES = 256  # sinusoidal features of the noise level
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A DiT with patch 2 on 4x32x32 latents of 1000 classes, with a null class."""
+
+    depth: int
+    width: int
+    heads: int
+    tokens: int = 256
+    patch: int = 2
+    channels: int = 4
+    classes: int = 1000
+
+    @classmethod
+    def of(cls, size: str) -> "Architecture":
+        model = SIZES[size]
+        return cls(model["depth"], model["width"], model["heads"])
+
+    @property
+    def layers(self) -> dict[str, int]:
+        """Return the multiply-adds of each linear layer of a block, forward, for one image."""
+        square = self.tokens * self.width**2
+        return {"qkv": 3 * square, "proj": square, "fc1": 4 * square, "fc2": 4 * square}
+
+    @property
+    def linear_products(self) -> int:
+        """Return the multiply-adds of all linear layers, forward, for one image."""
+        patches = 2 * self.tokens * self.patch**2 * self.channels * self.width
+        conditioning = self.width * (TIME_FEATURES + self.width + (6 * self.depth + 2) * self.width)
+        return self.depth * sum(self.layers.values()) + patches + conditioning
+
+    @property
+    def attention_products(self) -> int:
+        """Return the multiply-adds of attention, forward, for one image."""
+        return self.depth * 2 * self.tokens**2 * self.width
+
+    @property
+    def flops(self) -> int:
+        """Return the FLOPs of a step for one image as MFU counts them: two a multiply-add, backward twice forward."""
+        return 6 * (self.linear_products + self.attention_products)
+
+    @property
+    def parameters(self) -> int:
+        """Return the number of trained weights."""
+        width, pixels = self.width, self.patch**2 * self.channels
+        blocks = self.depth * (12 * width**2 + 9 * width)
+        modulation = (6 * self.depth + 2) * width * (width + 1)
+        condition = (self.classes + 1) * width + width * (TIME_FEATURES + 1) + width * (width + 1)
+        return blocks + modulation + condition + width * (pixels + 1) + pixels * (width + 1)
+
+    def unit(self, batch: int) -> int:
+        """Return the bytes of the residual stream in bf16."""
+        return batch * self.tokens * self.width * 2
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass over memory.
+
+    Args:
+        group: the kernel group that makes it.
+        amount: units for each block, or bytes for each weight, or units for each step.
+        operation: what `rates.py` calls it; None where it measures no such pass.
+        included: a measured rate of `operation` has the time of this pass in it already.
+    """
+
+    group: str
+    amount: float
+    operation: str | None = None
+    included: bool = False
+
+
+@dataclass(frozen=True)
+class Code:
+    """One version of the code.
+
+    Args:
+        name: what distinguishes it from the version before.
+        block: passes for each block, in units.
+        weight: passes for each weight, in bytes.
+        step: passes once a step, in units.
+        launches: kernels of each group for each block.
+        launches_outside: kernels of each group outside the blocks.
+        chunk: rows that a program of the adaLN backward kernel sums up; None: as the code chooses.
+        gemm: "bf16" or "fp8".
+        gemm_target: FLOP/s by width that GEMMs shall reach; None: the rate as it is.
+        share_target: share of the copy's rate that fastdit's kernels shall reach; None: the rate as it is.
+    """
+
+    name: str
+    block: tuple[Pass, ...]
+    weight: tuple[Pass, ...]
+    step: tuple[Pass, ...]
+    launches: dict[str, int] = field(default_factory=dict)
+    launches_outside: dict[str, int] = field(default_factory=dict)
+    chunk: int | None = None
+    gemm: str = "bf16"
+    gemm_target: dict[int, float] | None = None
+    share_target: float | None = None
+
+    def block_passes(self, architecture: Architecture) -> tuple[Pass, ...]:
+        """Return the passes of a block, those over the adaLN backward kernel's partial sums too.
+
+        Two sites a block write three fp32 vectors for each chunk of rows and read them again: 24 / chunk units.
+        """
+        chunk = self.chunk or backward_options(architecture.width, architecture.tokens)["CHUNK"]
+        return (*self.block, Pass("adaLN", 24 / chunk, "adaLN backward from r", included=True))
+
+    def units(self, architecture: Architecture) -> float:
+        """Return the units that move for each block."""
+        return sum(one.amount for one in self.block_passes(architecture))
+
+    @property
+    def bytes_a_weight(self) -> float:
+        return sum(one.amount for one in self.weight)
+
+    def launches_of(self, architecture: Architecture) -> dict[str, int]:
+        """Return the kernels of each group that a step launches."""
+        groups = dict.fromkeys((*self.launches, *self.launches_outside))
+        return {
+            group: architecture.depth * self.launches.get(group, 0) + self.launches_outside.get(group, 0)
+            for group in groups
+        }
+
+
+# The code as it is. Two adaLN sites a block read x and y and write r and h. Backward, they read two gradients, y, and r
+# or x, and write two gradients and h. GELU works on 4 units; its backward reads two tensors and writes two.
+_ADALN = (
+    Pass("adaLN", 8, "adaLN forward"),
+    Pass("adaLN", 7, "adaLN backward from r"),
+    Pass("adaLN", 7, "adaLN backward from x"),
+)
+_GELU = (Pass("GELU", 8, "GELU forward"), Pass("GELU", 16, "GELU backward"))
+_SUMS = tuple(
+    Pass("sums", units, f"column sums of the {layer} gradient")
+    for layer, units in (("qkv", 3), ("proj", 1), ("fc1", 4), ("fc2", 1))
+)
+_STACK = (Pass("copies", 6, "stack of dq, dk and dv"),)
+# The product of output and its gradient (2), and dq in fp32, zeroed, added to and converted (5).
+_ATTENTION = (Pass("attention", 7, "attention", included=True),)
+
+# ZeRO-1 on one rank, contiguous_gradients off: DeepSpeed flattens the gradients, divides them, copies them back,
+# flattens them again and converts them to fp32. AdamW reads and writes weight, two moments and EMA.
+_ZERO = (
+    Pass("copies", 4, "copy of parameters, bf16 to bf16"),
+    Pass("elementwise", 4, "division of bf16 gradients in place"),
+    Pass("copies", 4, "copy of parameters, bf16 to bf16"),
+    Pass("copies", 4, "copy of parameters, bf16 to bf16"),
+    Pass("copies", 6, "copy of parameters, bf16 to fp32"),
+    Pass("optimizer", 4, "squared norm"),
+    Pass("optimizer", 36, "AdamW + EMA"),
+    Pass("copies", 6, "copy of parameters, fp32 to bf16"),
+)
+# AdamW reads bf16 gradients and writes bf16 weights, and nothing else touches either.
+_LEAN = (Pass("optimizer", 2, "squared norm"), Pass("optimizer", 36, "AdamW + EMA, bf16 copy"))
+_ENDS = (Pass("elementwise", 6),)  # patches, positions, head, noise and loss
+
+# As count_launches.py counts them. Attention is two operators there, on a GPU one kernel forward and three backward.
+_LAUNCHES = {"GEMM": 12, "attention": 4, "adaLN": 6, "GELU": 2, "sums": 4, "copies": 9}
+_OUTSIDE = {"GEMM": 13, "adaLN": 3, "sums": 7, "copies": 27, "elementwise": 79, "optimizer": 4}
+
+TODAY = Code(
+    name="the code as it is",
+    block=_ADALN + _GELU + _SUMS + _STACK + _ATTENTION,
+    weight=_ZERO,
+    step=_ENDS,
+    launches=_LAUNCHES,
+    launches_outside=_OUTSIDE,
+)
+_FOLDED = replace(
+    TODAY,
+    name="bias gradients summed in kernels that read the data anyway",
+    block=_ADALN + _GELU + _STACK + _ATTENTION,
+    launches=_LAUNCHES | {"sums": 0},
+)
+_IN_PLACE = replace(
+    _FOLDED,
+    name="+ dq, dk and dv written in place, optimizer without DeepSpeed's copies",
+    block=_ADALN + _GELU + _ATTENTION,
+    weight=_LEAN,
+    launches=_FOLDED.launches | {"copies": 0},
+)
+# The epilogue of fc1 also writes its input to the GELU (4 units), that of fc2's dgrad reads it (4 units).
+_EPILOGUES = replace(
+    _IN_PLACE,
+    name="+ GELU in GEMM epilogues, kernels at 92 % of the copy's rate",
+    block=(*_ADALN, Pass("GEMM", 8), *_ATTENTION),
+    launches=_IN_PLACE.launches | {"GELU": 0},
+    chunk=64,
+    share_target=0.92,
+)
+_FAST_GEMMS = replace(
+    _EPILOGUES,
+    name="+ GEMMs at 90 % of 800 TFLOP/s, less at small widths",
+    gemm_target={384: 560e12, 768: 680e12, 1024: 710e12, 1152: 720e12},
+)
+# Reading the inputs of the GEMMs once more to quantize them costs 4 units.
+_FP8 = replace(
+    _FAST_GEMMS,
+    name="+ fp8 GEMMs",
+    block=(*_FAST_GEMMS.block, Pass("elementwise", 4)),
+    gemm="fp8",
+    gemm_target=None,
+)
+SCENARIOS = (TODAY, _FOLDED, _IN_PLACE, _EPILOGUES, _FAST_GEMMS, _FP8)
