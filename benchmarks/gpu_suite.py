@@ -1,123 +1,186 @@
-"""All that a GPU can say about fastdit in ten minutes: `python benchmarks/gpu_suite.py`.
+"""Test and measure fastdit on one GPU within a time budget: `python benchmarks/gpu_suite.py --budget 520`.
 
-Parts run one after another as processes of their own, each with a time limit: the kernels' tests, whole steps of each
-size and method against eager and compiled PyTorch, the operations with the optimizer, the loader. The cheapest and most
-telling come first. Each part's end is written at once into one record, so that being cut off loses nothing.
+Parts run one after another, the most telling first, each a process of its own with a time limit. All results go to one
+folder as they come:
+
+    measurements.jsonl      one line for each measurement, appended the moment it exists, by all parts
+    log.txt                 what the parts printed, under a heading for each
+    DATE-GPU-COMMIT.json    the record, built from the lines; `--record` builds it again, also after a SIGKILL
+
+`--continue` goes on where an earlier call stopped: finished parts and finished measurements are not repeated. This file
+imports no torch, so that it always keeps time.
 """
 
-import json
+import ctypes
+import importlib.util
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-import record as records
-import torch
+from journal import Journal, read_journal
 
-from fastdit.command_line import OneLineParser
-from fastdit.errors import UserError, run_command
+try:
+    from fastdit.command_line import OneLineParser
+    from fastdit.errors import UserError, run_command
+except ModuleNotFoundError as missing:
+    print(f"error: {missing.name} is not installed; docs/offline.md tells how to install fastdit here", file=sys.stderr)
+    sys.exit(2)
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("adaln", "attention", "denoise", "linear", "prototypes", "rotary", "structure", "tokens",
-         "adamw_ema_native", "native_choice", "optimizer", "apex_adam")  # fmt: skip
-GRACE = 10.0  # seconds between a part's SIGTERM and its SIGKILL
+OUT = ROOT / "runs" / "gpu_suite"
+LINES, LOG = "measurements.jsonl", "log.txt"
+GPU_DEVICE = Path("/dev/nvidiactl")
+NEEDED = ("torch", "deepspeed", "fastdit.kernels")
+RESERVE = 25.0  # seconds of the budget kept for ending the last part and building the record
+GRACE, PATIENCE = 5.0, 5.0  # seconds from a part's SIGTERM to its SIGKILL, and from that to giving it up
+WELL, CUT_OFF = "well", "cut off"
+KERNEL_TESTS = (
+    "adaln", "attention", "denoise", "linear", "prototypes", "rotary", "structure", "tokens", "adamw_ema_native",
+    "native_choice", "optimizer", "apex_adam",
+)  # fmt: skip
+RUN_TESTS = ("graphs", "waits", "cache")
 
 
-class Part(NamedTuple):
-    """A command, without its --json and --device, and its time limit in seconds."""
+@dataclass(frozen=True)
+class Part:
+    """One process of the suite.
+
+    Args:
+        command: what Python runs, without --journal and --device.
+        limit: seconds after which it is cut off.
+        least: seconds below which it is not worth starting.
+        needs: modules without which it cannot run.
+    """
 
     name: str
-    command: str
+    command: tuple[str, ...]
     limit: float
+    least: float = 20.0
+    needs: tuple[str, ...] = ()
+
+    @property
+    def tests(self) -> bool:
+        return self.command[:2] == ("-m", "pytest")
+
+    def argv(self, journal: Path, device: str) -> list[str]:
+        own = ["-p", "journal_tests", "--journal", str(journal)]
+        return [sys.executable, *self.command, *(own if self.tests else [*own[2:], "--device", device])]
 
 
-def _step(model: str, method: str, batch: int, limit: float, against: str = "", more: str = "") -> Part:
-    flags = f"--model {model} --method {method} --batch {batch}" + (f" --against {against}" if against else "")
-    return Part(f"{method} {model}", f"benchmarks/throughput.py {flags} {more}".strip(), limit)
+def _tests(name: str, files: tuple[str, ...], limit: float, *flags: str) -> Part:
+    paths = (f"tests/test_{file}.py" for file in files)
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--dist", "loadfile", *flags, *paths)
+    return Part(name, command, limit)
 
 
-def _loader(data: str, size: int, channels: int, batch: int, limit: float) -> Part:
+def _profile(name: str, limit: float, *cases: str) -> Part:
+    return Part(name, ("benchmarks/profile_steps.py", *cases), limit)
+
+
+def _against(model: str, batch: int, contenders: str, limit: float, least: float = 40.0, more: str = "") -> Part:
+    flags = f"--model {model} --batch {batch} --against {contenders} --steps 15 {more}"
+    return Part(f"{model} against {contenders}", ("benchmarks/throughput.py", *flags.split()), limit, least)
+
+
+def _loader(data: str, size: int, channels: int, batch: int) -> Part:
     flags = f"--loader_only --data {data} --size {size} --channels {channels} --batch {batch} --data.threads 8"
-    return Part(f"loader {data}", f"benchmarks/throughput.py {flags}", limit)
+    return Part(
+        f"loader {data}", ("benchmarks/throughput.py", *flags.split(), "--steps", "5"), 60, needs=("nvidia.dali",)
+    )
 
 
-# Batches: what one GPU of 80 GB holds beside all contenders of a part, in bf16.
+# Batch 256 is the published setting. XL/2 in plain PyTorch fits 80 GB at 64 only.
 PARTS = (
-    Part("tests", "-m pytest -q " + " ".join(f"tests/test_{name}.py" for name in TESTS), 180),
-    _step("XL/2", "dit", 32, 150, "eager,compile", "--scale_to 8,64,1024"),
-    _step("S/2", "sd_dit", 256, 90, "eager,compile,graphs"),
-    Part("operations XL", "benchmarks/kernels.py --sizes XL", 120),
-    _step("XL/2", "sd_dit", 32, 60),
-    _step("XL/2", "sadm", 32, 60),
-    _step("B/2", "dit", 32, 90, "eager,compile,graphs"),
-    _step("B/2", "sd_dit", 128, 90, "eager,compile"),
-    _step("B/2", "sadm", 128, 45),
-    _step("S/2", "sadm", 256, 45),
-    _step("B/2", "sd_dit+sadm", 128, 45),
-    Part("run tests", "-m pytest -q -m gpu tests/test_graphs.py tests/test_waits.py tests/test_cache.py", 120),
-    _loader("photos", 256, 3, 128, 90),
-    _loader("latents", 32, 4, 256, 60),
-    _loader("latents8", 32, 4, 256, 60),
-    _loader("fashion_mnist", 28, 1, 256, 45),
-    Part("operations S, B", "benchmarks/kernels.py --sizes S,B", 180),
-)
-TINY_STEP = "--size 16 --model.depth 1 --model.width 32 --model.heads 2 --steps 1"
+    _profile("steps", 120, "S/2 dit 256", "B/2 dit 256", "XL/2 dit 256"),
+    Part("rates", ("benchmarks/rates.py", "--batch", "256"), 100),
+    _tests("kernel tests", KERNEL_TESTS, 130, "-n", "8"),
+    _against("S/2", 256, "eager,compile,graphs", 110),
+    _against("B/2", 256, "eager,compile,graphs", 110),
+    _profile("methods", 120, "S/2 sd_dit 256", "S/2 sadm 256", "XL/2 sd_dit 128", "XL/2 sadm 128",
+             "B/2 sd_dit 256", "B/2 sadm 256", "B/2 sd_dit+sadm 128"),
+    _against("XL/2", 64, "eager,compile", 220, 60.0),
+    _tests("run tests", RUN_TESTS, 110, "-n", "4", "-m", "gpu"),
+    _profile("other batches", 70, "S/2 dit 1024", "S/2 dit 256 graphs", "B/2 dit 256 graphs", "XL/2 dit 32"),
+    Part("launch options", ("benchmarks/rates.py", "--batch", "256", "--sweep"), 100),
+    _loader("latents", 32, 4, 256),
+    _loader("photos", 256, 3, 128),
+    Part("operations", ("benchmarks/kernels.py", "--sizes", "XL,S,B"), 240),
+)  # fmt: skip
+_TINY = "--model.depth 1 --model.width 32 --model.heads 2"
 TINY = (
-    Part("tests", "-m pytest -q tests/test_tokens.py -k 1-", 60),
-    Part("dit S/4", f"benchmarks/throughput.py --model S/4 --method dit --batch 2 --against eager {TINY_STEP}", 120),
-    Part("operations S", "benchmarks/kernels.py --quick --sizes S --ops adaln", 60),
+    _profile("steps", 120, f"S/4 dit 2 {_TINY}", f"S/4 sd_dit 2 {_TINY} --sd_dit.decoder_depth 1"),
+    Part("rates", ("benchmarks/rates.py", "--batch", "2", "--sizes", "S"), 120),
+    _tests("kernel tests", ("tokens",), 90, "-n", "2", "-k", "1-"),
+    _against("S/4", 2, "eager", 120, more=f"--size 16 {_TINY}"),
+    Part("operations", ("benchmarks/kernels.py", "--quick", "--sizes", "S", "--ops", "adaln"), 60),
+    Part("without a module", ("-c", "pass"), 10, needs=("no_such_module",)),
 )
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Leaves the process: 0 if all parts ended well, 1 if not, 2 after a UserError."""
+    """Leave the process: 0 if all parts ended well, 1 if not, 2 after a UserError."""
     run_command(_suite, argv)
 
 
 def _parser() -> OneLineParser:
     parser = OneLineParser(prog="gpu_suite.py", description="Test and measure fastdit on this machine's GPU.")
-    parser.add_argument("--budget", type=float, default=600.0, help="seconds for all parts")
-    parser.add_argument("--parts", type=str | None, default=None, help="only these, names with commas between")
-    parser.add_argument("--out", type=str, default=str(records.RECORDS), help="folder of the record")
-    parser.add_argument("--tiny", type=bool, default=False, nargs="?", const=True, help="on a CPU: does it run at all")
-    parser.add_argument("--list", type=bool, default=False, nargs="?", const=True, help="only show the parts")
+    switch = {"type": bool, "default": False, "nargs": "?", "const": True}
+    parser.add_argument("--budget", type=float, default=520.0, help="seconds after which the suite has ended")
+    parser.add_argument("--out", type=str, default=str(OUT), help="folder of the results")
     parser.add_argument(
-        "--readme", type=bool, default=False, nargs="?", const=True, help="only: put all records into README.md"
+        "--continue",
+        type=str | None,
+        default=None,
+        nargs="?",
+        const="",
+        help=f"go on from an earlier call's {LINES}; without a value, from the one in --out",
     )
+    parser.add_argument("--parts", type=str | None, default=None, help="only these, names with commas between")
+    parser.add_argument("--tiny", **switch, help="a small suite on the CPU: does everything run")
+    parser.add_argument("--list", **switch, help="only show the parts")
+    parser.add_argument("--record", **switch, help="only build the record from the lines in --out")
+    parser.add_argument("--readme", **switch, help="only put all records of benchmarks/records into the READMEs")
     return parser
 
 
 def _suite(argv: list[str]) -> None:
+    began = time.monotonic()
     args = _parser().parse(argv)
-    if args.readme:
-        return _write_readme()
     parts = _chosen(TINY if args.tiny else PARTS, args.parts)
     if args.list:
-        return print("\n".join(f"{part.name}: python {part.command}, at most {part.limit:.0f} s" for part in parts))
-    if not (args.tiny or torch.cuda.is_available()):
-        raise UserError("gpu_suite.py: torch sees no CUDA device here; --tiny runs a small suite on the CPU")
-    device = torch.device("cpu" if args.tiny else "cuda")
-    settings = {"dtype": "fp32" if args.tiny else "bf16", "batch": "by part", "budget_seconds": args.budget}
-    record = records.start(shlex.join(["python", "benchmarks/gpu_suite.py", *argv]), device, settings, "suite")
-    where = re.sub(r"[^a-z0-9]+", "-", record["device"].lower()).strip("-")
-    path = records.writable(
-        "out", str(Path(args.out) / f"{record['date'][:10]}-{where}-{record['versions']['commit']}.json")
-    )
-    end = time.monotonic() + args.budget
-    for part in parts:
-        row = _run(part, device.type, min(part.limit, end - time.monotonic()))
-        record["rows"].append(row)
-        records.write_json(record, path)
-        print(f"{part.name}: {row['ended']}, {row['seconds']:.0f} s", flush=True)
-    print(f"json: {path}")
-    if any(row["ended"] != "well" for row in record["rows"]):
+        return print("\n".join(f"{part.name}: at most {part.limit:.0f} s: python {_shown(part)}" for part in parts))
+    if args.record or args.readme:
+        import suite_record  # with torch
+
+        return suite_record.write_readmes() if args.readme else suite_record.write_record(Path(args.out))
+    for module in NEEDED:
+        if not _installed(module):
+            raise UserError(f"{module} is not installed; docs/offline.md tells how to install fastdit on this machine")
+    if not (args.tiny or GPU_DEVICE.exists() or shutil.which("nvidia-smi")):
+        raise UserError("gpu_suite.py: this machine has no NVIDIA GPU; --tiny runs a small suite on the CPU")
+
+    out = _folder(args.out)
+    earlier = getattr(args, "continue")
+    lines = out / LINES
+    if earlier is None:
+        if lines.exists():
+            raise UserError(f"{lines}: holds an earlier call's results; add --continue, or give another --out")
+    else:
+        _bring(earlier, lines)
+    journal = Journal(lines)
+    command = shlex.join(["python", "benchmarks/gpu_suite.py", *argv])
+    journal.write("suite", command=command, budget=args.budget, parts=[part.name for part in parts])
+    ended = _run_all(parts, journal, out / LOG, "cpu" if args.tiny else "cuda", began + args.budget)
+    print(f"lines: {lines}\nlog: {out / LOG}", flush=True)
+    _build_record(out, args.tiny, began + args.budget - time.monotonic() - 1)
+    if not all(ended):
         sys.exit(1)
 
 
@@ -125,103 +188,129 @@ def _chosen(parts: tuple[Part, ...], names: str | None) -> list[Part]:
     if names is None:
         return list(parts)
     by_name = {part.name: part for part in parts}
-    wanted = re.split(r",(?! )", names)
-    for name in wanted:
-        if name not in by_name:
-            raise UserError(f"--parts {names}: {name!r} is unknown; choose of {', '.join(map(repr, by_name))}")
-    return [by_name[name] for name in wanted]
+    found, rest = [], names
+    while rest:  # names hold commas themselves: the longest that fits is meant
+        fitting = [name for name in by_name if rest == name or rest.startswith(f"{name},")]
+        if not fitting:
+            raise UserError(f"--parts {names}: {rest!r} is unknown; choose of {', '.join(map(repr, by_name))}")
+        found.append(by_name[max(fitting, key=len)])
+        rest = rest[len(found[-1].name) + 1 :]
+    return found
 
 
-def _run(part: Part, device: str, limit: float) -> dict:
-    """The row of a part: how it ended, and its own record as far as that was written."""
-    row = {"part": part.name, "command": f"python {part.command}", "limit": part.limit, "seconds": 0.0}
-    if limit <= 0:
-        return row | {"ended": "not run: the budget was spent", "record": None}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "record"
-        tests = part.command.startswith("-m pytest")
-        own = ["--junitxml", file] if tests else ["--json", file, "--device", device]
+def _shown(part: Part) -> str:
+    return shlex.join(part.command)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package it is in
+        return False
+
+
+def _folder(path: str) -> Path:
+    """Return the folder, made if needed. Raises UserError."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        (Path(path) / LOG).open("a").close()
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written ({error.strerror}); give a folder") from None
+    return Path(path)
+
+
+def _bring(earlier: str, lines: Path) -> None:
+    """Put an earlier call's lines into this call's file. Raises UserError where there are none."""
+    path = Path(earlier) if earlier else lines
+    path = path / LINES if path.is_dir() else path
+    if not read_journal(path):
+        raise UserError(f"--continue: {path} holds no measurements; name the earlier call's {LINES}, or leave it out")
+    if path.resolve() != lines.resolve():
+        if lines.exists():
+            raise UserError(f"{lines}: is there already; give another --out, or --continue without a value")
+        shutil.copyfile(path, lines)
+
+
+def _run_all(parts: list[Part], journal: Journal, log: Path, device: str, end: float) -> list[bool]:
+    """Run what is left of the parts until the budget is spent. Return which ended well, now or in an earlier call."""
+    last = {line["part"]: line["ended"] for line in read_journal(journal.path) if line["what"] == "part ended"}
+    # What failed of itself comes last: it would probably fail again.
+    failed = [part for part in parts if last.get(part.name, WELL).startswith("exit code")]
+    results = [True for part in parts if last.get(part.name) == WELL]
+    for part in [part for part in parts if part not in failed and last.get(part.name) != WELL] + failed:
+        missing = [module for module in part.needs if not _installed(module)]
+        limit = min(part.limit, end - RESERVE - time.monotonic())
         begun = time.monotonic()
-        ended = _wait([sys.executable, *shlex.split(part.command), *map(str, own)], limit)
-        row |= {"seconds": round(time.monotonic() - begun, 1), "ended": ended}
-        found = file.read_text() if file.exists() else ""
-    if tests:
-        return row | {"record": _counts(found)}
-    return row | {"record": json.loads(found) if found else None}
+        if missing:
+            ended = f"not run: {missing[0]} is not installed"
+        elif limit < min(part.least, part.limit):
+            ended = "not run: the budget was spent"
+        else:
+            journal.write("part began", part=part.name, command=f"python {_shown(part)}", limit=round(limit, 1))
+            ended = _wait(part, part.argv(journal.path, device), limit, log)
+        seconds = round(time.monotonic() - begun, 1)
+        journal.write("part ended", part=part.name, command=f"python {_shown(part)}", ended=ended, seconds=seconds)
+        print(f"{part.name}: {ended}, {seconds:.0f} s", flush=True)
+        results.append(ended == WELL or bool(missing))
+    return results
 
 
-def _wait(command: list[str], limit: float) -> str:
-    """Run a command in a process group of its own, which is gone afterwards. Returns "well", or what was wrong."""
-    with tempfile.TemporaryFile("w+") as log:
+def _wait(part: Part, command: list[str], limit: float, log: Path) -> str:
+    """Run a part with its output in the log, and leave no process of it. Return WELL, or what was wrong."""
+    path = os.pathsep.join(filter(None, [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive"}
+    with log.open("ab") as file:
+        file.write(f"\n=== {part.name}: {shlex.join(command)}\n".encode())
+        file.flush()
+        begin = file.tell()
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            process_group=0, preexec_fn=_die_with_parent,
+        )  # fmt: skip
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            _end(process)
-        log.seek(0)
-        said = log.read().strip().splitlines()
+            gone = _end(process)
     if code is None:
-        return f"cut off after {limit:.0f} s"
-    return "well" if code == 0 else f"exit code {code}: {said[-1][:200] if said else 'it said nothing'}"
+        return f"{CUT_OFF} after {limit:.0f} s" + ("" if gone else ", and could not be ended")
+    return WELL if code == 0 else f"exit code {code}: {_last_words(log, begin)}"
 
 
-def _end(process: subprocess.Popen) -> None:
-    for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, None)):
+def _die_with_parent() -> None:
+    """In a part's process, before it starts: ask Linux to kill it when the suite is killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _end(process: subprocess.Popen) -> bool:
+    """End a part's process group, and return whether it is gone: a process that waits for a driver may not be."""
+    for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, PATIENCE)):
         try:
             os.killpg(process.pid, number)
             process.wait(patience)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
+        except ProcessLookupError:
+            return True
+        except subprocess.TimeoutExpired:
             continue
+    return process.poll() is not None
 
 
-def _counts(junit: str) -> dict | None:
-    """Of tests by how they ended."""
-    if not junit:
-        return None
-    suite = ElementTree.fromstring(junit).find("testsuite")
-    found = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
-    return found | {"passed": found["tests"] - found["failures"] - found["errors"] - found["skipped"]}
+def _last_words(log: Path, begin: int) -> str:
+    """Return the last line that a part printed, or for pytest its summary."""
+    with log.open("rb") as file:
+        file.seek(begin)
+        said = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    return re.sub(r"\s+", " ", said[-1])[:500] if said else "it said nothing"
 
 
-def lines(record: dict) -> list[str]:
-    """A Markdown table of the parts; the figures themselves stand in the other sections."""
-    cells = [("part", "ended", "seconds", "tests passed / failed / skipped")]
-    for row in record["rows"]:
-        counts = row["record"] if row["command"].startswith("python -m pytest") else None
-        tests = ""
-        if counts:
-            tests = f"{counts['passed']} / {counts['failures'] + counts['errors']} / {counts['skipped']}"
-        cells.append((row["part"], row["ended"], f"{row['seconds']:.0f}", tests))
-    return records.aligned(cells)
-
-
-FIGURES = ("<!-- figures: begin -->\n", "<!-- figures: end -->\n")
-SUITE = records.Section("suite", ("<!-- suite: begin -->\n", "<!-- suite: end -->\n"), lines)
-
-
-def write_figures(readme: Path) -> None:
-    """Put a line for each measured step into the project's own README. Raises UserError."""
-    from step_tables import figures
-
-    found = records.gpus_first(records.records_of("throughput"))
-    missing = [] if any(record["kind"] == "cuda" for record in found) else ["NVIDIA GPUs: not measured.", ""]
-    records.put_between(FIGURES, "\n".join([*missing, *figures(found), ""]), readme)
-
-
-def _write_readme() -> None:
-    """Put every benchmark's records, those of suites too, into the READMEs."""
-    from convergence_tables import CONVERGENCE
-    from loaders import LOADER
-    from step_tables import THROUGHPUT
-
-    write_figures(ROOT / "README.md")
-    records.write_charts(CONVERGENCE)
-    for section in (SUITE, records.KERNELS, THROUGHPUT, LOADER, CONVERGENCE):
-        records.write_readme(section=section)
+def _build_record(out: Path, tiny: bool, seconds: float) -> None:
+    """Build the record in a process with a time limit; the lines are there in any case."""
+    command = [sys.executable, __file__, "--record", "--out", str(out)]
+    try:
+        subprocess.run(command, timeout=max(seconds, 1.0), check=True)
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+        print(f"The record was not built. {shlex.join(['python', *command[1:]])} builds it from the lines.", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,139 +1,331 @@
-"""benchmarks/gpu_suite.py: its parts on a CPU, being cut off, and the README that comes from its record."""
+"""benchmarks/gpu_suite.py: real parts on a CPU, kills, the time budget, and the record that is built from lines."""
 
 import json
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
-from launching import ROOT, python, run
+from launching import ROOT, Launched, python, run
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu_suite
 import record as records
+from gpu_suite import LINES, LOG, Part
+from journal import Journal, read_journal
 
 from fastdit.errors import UserError
 
+PATIENCE = 30.0
+
+
+def lines_of(folder: Path, what: str) -> list[dict]:
+    return [line for line in read_journal(folder / LINES) if line["what"] == what]
+
+
+# -- the real suite --
+
 
 @pytest.mark.launch
-def test_the_suite_on_a_cpu(tmp_path):
-    """Real parts, real record, and all sections of a README made from it."""
-    from convergence_tables import CONVERGENCE
+def test_a_killed_suite_goes_on_and_loses_nothing(tmp_path):
+    """SIGKILL comes between a part's two cases. The record of what was measured is built; the rest is added later."""
     from step_tables import THROUGHPUT
+    from suite_record import SUITE, suite_record
 
-    run(python("benchmarks/gpu_suite.py", "--tiny", "--out", tmp_path), tmp_path / "log").succeeded()
-    (path,) = tmp_path.glob("*.json")
+    out = tmp_path / "out"
+    command = python("benchmarks/gpu_suite.py", "--tiny", "--budget", 600, "--out", out)
+    with Launched(command, tmp_path / "first.log") as launched:
+        launched.until(lambda: bool(lines_of(out, "profile")), "the first profile")
+    first = lines_of(out, "profile")[0]
+    (row,) = suite_record(read_journal(out / LINES))["rows"]
+    assert (row["part"], row["ended"]) == ("steps", "the suite was killed")
+    assert row["record"]["rows"][0]["case"] == first["case"]
+    run(python("benchmarks/gpu_suite.py", "--record", "--out", out), tmp_path / "record.log").succeeded()
+
+    ended = run([*command, "--continue"], tmp_path / "second.log").succeeded()
+    assert "without a module: not run: no_such_module is not installed" in ended.text
+    assert [line for line in lines_of(out, "profile") if line["case"] == first["case"]] == [first], "measured once"
+    assert len([*out.iterdir()]) <= 8
+    (path,) = out.glob("*.json")
     record = json.loads(path.read_text())
     assert path.name.startswith(record["date"][:10])
     assert path.name.endswith(f"-{record['versions']['commit']}.json")
-    assert [row["part"] for row in record["rows"]] == [part.name for part in gpu_suite.TINY]
-    assert all(row["ended"] == "well" and 0 < row["seconds"] < row["limit"] for row in record["rows"])
-    tests, step, operations = (row["record"] for row in record["rows"])
-    assert tests["passed"] > 0
-    assert tests["failures"] == tests["errors"] == 0
-    assert {row["contender"] for row in step["rows"]} == {"dit", "eager"}
-    assert operations["benchmark"] == "kernels"
-    assert record.keys() == step.keys() == operations.keys()
+    rows = {row["part"]: row for row in record["rows"]}
+    assert list(rows) == [part.name for part in gpu_suite.TINY]
+    assert {row["ended"] for name, row in rows.items() if name != "without a module"} == {"well"}
+    assert len(rows["steps"]["record"]["rows"]) == 2
+    assert all(case["groups"] and case["kernels"] for case in rows["steps"]["record"]["rows"])
+    assert rows["kernel tests"]["record"]["passed"] > 0
+    assert rows["kernel tests"]["record"]["failed"] == 0
+    assert {row["contender"] for row in rows["S/4 against eager"]["record"]["rows"]} == {"dit", "eager"}
+    assert rows["operations"]["record"]["benchmark"] == "kernels"
+    log = (out / LOG).read_text()
+    assert all(f"=== {part.name}: " in log for part in gpu_suite.TINY if not part.needs)
 
     readme = tmp_path / "README.md"
-    readme.write_text("".join("".join(s.markers) for s in (gpu_suite.SUITE, records.KERNELS, THROUGHPUT, CONVERGENCE)))
-    for section in (gpu_suite.SUITE, records.KERNELS, THROUGHPUT, CONVERGENCE):
-        records.write_readme(tmp_path, readme, section)
+    readme.write_text("".join("".join(s.markers) for s in (SUITE, records.KERNELS, THROUGHPUT)))
+    for section in (SUITE, records.KERNELS, THROUGHPUT):
+        records.write_readme(out, readme, section)
     text = readme.read_text()
     assert text.count("Parts of a step, ms:") == 1
     assert text.count("| modulate ") == 3
-    assert f"| {tests['passed']} / 0 / {tests['skipped']} " in text
+    assert f"| {rows['kernel tests']['record']['passed']} / 0 / " in text
 
 
-def test_readme_comes_from_the_records(tmp_path):
-    copy = tmp_path / "README.md"
-    copy.write_text((ROOT / "benchmarks" / "README.md").read_text())
-    records.write_readme(records.RECORDS, copy, gpu_suite.SUITE)
-    assert copy.read_text() == (ROOT / "benchmarks" / "README.md").read_text()
+# -- the clock --
 
 
-def test_the_projects_readme_comes_from_the_records(tmp_path):
-    copy = tmp_path / "README.md"
-    copy.write_text((ROOT / "README.md").read_text())
-    gpu_suite.write_figures(copy)
-    assert copy.read_text() == (ROOT / "README.md").read_text()
+@pytest.fixture
+def quick(monkeypatch):
+    """Little time is kept for ending parts."""
+    for name, seconds in (("RESERVE", 0.0), ("GRACE", 0.5)):
+        monkeypatch.setattr(gpu_suite, name, seconds)
 
 
-def test_a_part_is_cut_off_and_its_record_kept():
-    """The command has a child and ignores SIGTERM: both are gone afterwards."""
-    stubborn = (
-        "import json, os, signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
-        "child = subprocess.Popen(['sleep', '60']);"
-        "open(sys.argv[sys.argv.index('--json') + 1], 'w').write(json.dumps({'pids': [os.getpid(), child.pid]}));"
-        "time.sleep(60)"
-    )
-    part = gpu_suite.Part("stubborn", f'-c "{stubborn}"', 9.0)
-    gpu_suite.GRACE, grace = 0.5, gpu_suite.GRACE
-    try:
-        row = gpu_suite._run(part, "cpu", 3.0)
-    finally:
-        gpu_suite.GRACE = grace
-    assert row["ended"] == "cut off after 3 s"
-    assert len(row["record"]["pids"]) == 2
-    end = time.monotonic() + 30  # a killed process takes its time to go
-    while (left := [pid for pid in row["record"]["pids"] if _lives(pid)]) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not left
+def script(name: str, code: str, limit: float = 60.0, **more) -> Part:
+    return Part(name, ("-c", code), limit, least=0.5, **more)
 
 
-def _lives(pid: int) -> bool:
-    """Not what waits for whoever inherited it."""
+def lives(pid: int) -> bool:
+    """Whether a process runs; a zombie that waits for whoever inherited it does not."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
 
-def test_a_failing_part_says_its_last_line():
-    row = gpu_suite._run(gpu_suite.Part("bad", "-c \"raise SystemExit('no such thing')\"", 9.0), "cpu", 9.0)
-    assert row["ended"] == "exit code 1: no such thing"
-    assert row["record"] is None
-    late = gpu_suite._run(gpu_suite.Part("late", "-c pass", 9.0), "cpu", 0.0)
-    assert late["ended"] == "not run: the budget was spent"
+STUBBORN = (
+    "import os, signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+    "child = subprocess.Popen(['sleep', '60']);"
+    "print('pids', os.getpid(), child.pid, flush=True); time.sleep(60)"
+)
 
 
-def test_counts_of_tests(tmp_path):
-    (tmp_path / "test_x.py").write_text(
-        "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\ndef test_c(): pytest.skip()\n"
+def pids_in(log: Path) -> list[int]:
+    return [int(word) for line in log.read_text().splitlines() if line.startswith("pids") for word in line.split()[1:]]
+
+
+def test_parts_end_inside_the_budget(tmp_path, quick):
+    """A part that ignores SIGTERM is killed with its child, and what comes after has no time left."""
+    parts = [script("short", "print('said')"), script("stubborn", STUBBORN), script("late", "pass")]
+    journal, began = Journal(tmp_path / LINES), time.monotonic()
+    results = gpu_suite._run_all(parts, journal, tmp_path / LOG, "cpu", began + 4)
+    assert time.monotonic() - began < 4 + 0.5 + 2
+    assert results == [True, False, False]
+    ended = {line["part"]: line["ended"] for line in journal.lines if line["what"] == "part ended"}
+    assert ended == {"short": "well", "stubborn": "cut off after 4 s", "late": "not run: the budget was spent"}
+    assert "said" in (tmp_path / LOG).read_text()
+    pids = pids_in(tmp_path / LOG)
+    assert len(pids) == 2
+    end = time.monotonic() + PATIENCE
+    while any(map(lives, pids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(map(lives, pids))
+
+
+def test_a_process_that_cannot_be_ended_does_not_hold_up_the_suite(quick, monkeypatch):
+    """Such a process waits in a driver; SIGKILL does not reach it."""
+    monkeypatch.setattr(gpu_suite, "PATIENCE", 0.2)
+
+    class Stuck:
+        pid = 0
+
+        def wait(self, patience: float):
+            time.sleep(patience)
+            raise subprocess.TimeoutExpired("x", patience)
+
+        def poll(self):
+            return None
+
+    sent = []
+    monkeypatch.setattr(gpu_suite.os, "killpg", lambda group, number: sent.append(number))
+    assert not gpu_suite._end(Stuck())
+    assert len(sent) == 2
+
+
+def test_parts_die_with_a_killed_suite(tmp_path):
+    """Its SIGKILL reaches no handler of the suite: Linux ends the part."""
+    code = (
+        "import sys, time; sys.path.insert(0, 'benchmarks'); import gpu_suite; from pathlib import Path;"
+        f"part = gpu_suite.Part('x', ('-c', {STUBBORN!r}), 60);"
+        f"gpu_suite._wait(part, part.argv(Path('x'), 'cpu'), 60, Path({str(tmp_path / LOG)!r}))"
     )
-    part = gpu_suite.Part("tests", f"-m pytest -q -p no:cacheprovider {tmp_path / 'test_x.py'}", 60.0)
-    row = gpu_suite._run(part, "cpu", 60.0)
-    assert row["ended"].startswith("exit code 1")
-    assert row["record"] == {"tests": 3, "failures": 1, "errors": 0, "skipped": 1, "passed": 1}
-    assert "1 / 1 / 1" in gpu_suite.lines({"rows": [row]})[-1]
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    end = time.monotonic() + PATIENCE
+    while not ((tmp_path / LOG).exists() and pids_in(tmp_path / LOG)) and time.monotonic() < end:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    part, child = pids_in(tmp_path / LOG)
+    while lives(part) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not lives(part)
+    psutil.Process(child).kill()
 
 
-def test_parts_and_refusals(monkeypatch):
-    assert [part.name for part in gpu_suite._chosen(gpu_suite.PARTS, "operations S, B,dit XL/2")] == [
-        "operations S, B", "dit XL/2",
+# -- going on --
+
+
+def test_going_on_repeats_what_failed_last(tmp_path, quick):
+    """Finished parts do not run again; those that were cut off or not run come before those that failed."""
+    parts = [script(name, f"print('ran {name}')") for name in ("failed", "finished", "cut", "new")]
+    journal = Journal(tmp_path / LINES)
+    for name, ended in (("failed", "exit code 1: x"), ("finished", "well"), ("cut", "cut off after 9 s")):
+        journal.write("part began", part=name, command="python")
+        journal.write("part ended", part=name, command="python", ended=ended, seconds=9.0)
+    results = gpu_suite._run_all(parts, journal, tmp_path / LOG, "cpu", time.monotonic() + 60)
+    assert results == [True] * 4
+    said = [line for line in (tmp_path / LOG).read_text().splitlines() if line.startswith("ran ")]
+    assert said == ["ran cut", "ran new", "ran failed"]
+
+
+def test_lines_come_from_another_folder(tmp_path):
+    """A second machine has only the file that was brought along."""
+    (tmp_path / "brought").mkdir()
+    Journal(tmp_path / "brought" / LINES).write("suite")
+    gpu_suite._bring(str(tmp_path / "brought"), tmp_path / LINES)
+    assert read_journal(tmp_path / LINES) == read_journal(tmp_path / "brought" / LINES)
+    with pytest.raises(UserError, match="is there already; give another --out"):
+        gpu_suite._bring(str(tmp_path / "brought"), tmp_path / LINES)
+    gpu_suite._bring("", tmp_path / LINES)
+    with pytest.raises(UserError, match="nothing/here holds no measurements; name the earlier call's"):
+        gpu_suite._bring("nothing/here", tmp_path / "x")
+
+
+def test_a_failing_part_keeps_its_log_and_its_last_line(tmp_path):
+    part = script("bad", "print('before'); raise SystemExit('no such thing')")
+    assert gpu_suite._wait(part, [sys.executable, *part.command], 30, tmp_path / LOG) == "exit code 1: no such thing"
+    assert (tmp_path / LOG).read_text().splitlines()[-2:] == ["before", "no such thing"]
+
+
+# -- tests as a part --
+
+TESTS = """
+import os, pathlib, signal, time
+import pytest
+
+@pytest.mark.parametrize("k", range(4))
+def test_good(k): pass
+def test_bad(): assert 1 == 2, "one is not two"
+def test_skipped(): pytest.skip("no reason")
+@pytest.fixture
+def broken(): raise ValueError("the fixture is broken")
+def test_error(broken): pass
+def test_slow():
+    time.sleep(0 if pathlib.Path("fast").exists() else 60)
+"""
+
+
+def run_tests(folder: Path, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "pytest", "-q", "-p", "journal_tests", "-p", "no:cacheprovider", "--journal",
+            str(folder / LINES), *flags, str(folder / "test_x.py")]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", [(), ("-n", "2")])
+def test_a_killed_test_run_keeps_every_outcome(tmp_path, flags, monkeypatch):
+    """Failing tests are named with their message, the one that was running too; only those run again."""
+    from suite_record import suite_lines, suite_record
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "benchmarks"))
+    (tmp_path / "test_x.py").write_text(TESTS)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    process = subprocess.Popen(run_tests(tmp_path, *flags), cwd=tmp_path, process_group=0, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while len(lines_of(tmp_path, "test")) < 7 and time.monotonic() < end:
+        time.sleep(0.05)
+    gpu_suite.os.killpg(process.pid, gpu_suite.signal.SIGKILL)
+    process.wait()
+
+    head = {"date": "2026-01-01", "device": "x", "kind": "cpu", "driver": "", "versions": {"commit": "c"}, "load": {}}
+    began = {"what": "part began", "part": "tests", "command": "python -m pytest"}
+    other = [{"what": "suite", "budget": 1, "command": "x"}, {"what": "record", "settings": {"dtype": "fp32"}, **head}]
+    record = suite_record([*other, began, *read_journal(tmp_path / LINES)])
+    found = record["rows"][0]["record"]
+    assert (found["passed"], found["skipped"], found["failed"]) == (4, 1, 2)
+    assert [name.rpartition("::")[2] for name in found["unfinished"]] == ["test_slow"]
+    text = "\n".join(suite_lines(record))
+    assert "test_bad`: AssertionError: one is not two" in text
+    assert "test_error`: ValueError: the fixture is broken" in text
+    assert "test_slow`: unfinished" in text
+    assert "| 4 / 2 / 1 " in text
+
+    (tmp_path / "fast").touch()
+    before = len(lines_of(tmp_path, "test"))
+    subprocess.run(run_tests(tmp_path, *flags), cwd=tmp_path, stdout=subprocess.DEVNULL, check=False)
+    again = [line["id"].rpartition("::")[2] for line in lines_of(tmp_path, "test")[before:]]
+    assert sorted(again) == ["test_bad", "test_error", "test_slow"]
+
+
+# -- what is shown --
+
+
+def test_readmes_come_from_the_records(tmp_path):
+    from suite_record import SUITE, write_figures
+
+    for name, write in (
+        ("benchmarks/README.md", lambda path: records.write_readme(records.RECORDS, path, SUITE)),
+        ("README.md", write_figures),
+    ):
+        copy = tmp_path / "README.md"
+        copy.write_text((ROOT / name).read_text())
+        write(copy)
+        assert copy.read_text() == (ROOT / name).read_text()
+
+
+def test_parts_and_refusals(monkeypatch, tmp_path):
+    names = "loader photos,S/2 against eager,compile,graphs,steps"
+    assert [part.name for part in gpu_suite._chosen(gpu_suite.PARTS, names)] == [
+        "loader photos", "S/2 against eager,compile,graphs", "steps",
     ]  # fmt: skip
-    with pytest.raises(UserError, match="--parts nothing: 'nothing' is unknown; choose of 'tests', "):
+    with pytest.raises(UserError, match="--parts nothing: 'nothing' is unknown; choose of 'steps', "):
         gpu_suite._chosen(gpu_suite.PARTS, "nothing")
-    monkeypatch.setattr(gpu_suite.torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="torch sees no CUDA device here; --tiny runs a small suite on the CPU"):
+    monkeypatch.setattr(gpu_suite, "GPU_DEVICE", tmp_path / "none")
+    monkeypatch.setattr(gpu_suite.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="no NVIDIA GPU; --tiny runs a small suite on the CPU"):
         gpu_suite._suite([])
+    (tmp_path / LINES).write_text("{}\n")
+    with pytest.raises(UserError, match="holds an earlier call's results; add --continue"):
+        gpu_suite._suite(["--tiny", "--out", str(tmp_path)])
+    monkeypatch.setattr(gpu_suite, "NEEDED", ("torch", "no_such_module.part"))
+    with pytest.raises(UserError, match=r"no_such_module\.part is not installed; docs/offline\.md"):
+        gpu_suite._suite(["--tiny"])
+
+
+def test_without_jsonargparse_one_line_says_so():
+    hidden = "import sys; sys.modules['jsonargparse'] = None; sys.path.insert(0, 'benchmarks'); import gpu_suite"
+    ended = subprocess.run([sys.executable, "-c", hidden], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert (
+        ended.stderr.strip()
+        == "error: jsonargparse is not installed; docs/offline.md tells how to install fastdit here"
+    )
 
 
 @pytest.mark.parametrize("part", gpu_suite.PARTS, ids=lambda part: part.name)
 def test_every_part_is_a_command_that_parses(part):
-    """The flags of each part are known to its benchmark; test files exist."""
-    script, *flags = part.command.split()
-    if script == "-m":
-        assert all((ROOT / name).is_file() for name in flags if name.startswith("tests/"))
-        return
+    """The flags of each part are known to its benchmark; test files exist; the limit leaves room for a start."""
+    import profile_steps
+    import rates
     import throughput
 
     import kernels
 
-    if "throughput" not in script:
-        kernels._parser().parse([*flags, "--device", "cpu"])
-        return
-    own, dotted = throughput._split([*flags, "--device", "cpu"])
-    args = throughput._parser().parse(own)
-    throughput._against(args.against)
-    throughput._config(args, dotted)
+    assert part.least < part.limit
+    script, *flags = part.command
+    if script == "-m":
+        paths = [word for word in flags if word.startswith("tests/")]
+        assert paths
+        assert all((ROOT / path).is_file() for path in paths)
+    elif "profile_steps" in script:
+        for text in flags:
+            profile_steps.Case.parse(text).config("cpu", "fp32", 32)
+    elif "throughput" in script:
+        own, dotted = throughput._split([*flags, "--device", "cpu"])
+        args = throughput._parser().parse(own)
+        throughput._against(args.against)
+        throughput._config(args, dotted)
+    else:
+        parser = {"rates": rates, "kernels": kernels}[Path(script).stem]._parser()
+        parser.parse([*flags, "--device", "cpu"])
