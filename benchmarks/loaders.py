@@ -1,23 +1,23 @@
-"""The loader benchmark: fastdit's loader (DALI; for latents memory too) and PyTorch's DataLoader, on the same samples,
-in turns in one process.
+"""The loader benchmark: fastdit's loader with DALI, or with latents in memory, and PyTorch's DataLoader.
 
-Both give the batches that training takes, on its device: float32 (b, C, H, W) and int64 labels. Nothing uses them, so
-what is measured is how fast they can come, and what they cost in processor time. The order, the flips and the latents'
-noise are those of fastdit's loader, so that both have the same work to do, batch by batch.
+They take turns in one process, and give the same samples as training takes them, on its device: float32 (b, C, H, W)
+and int64 labels. Nothing uses the batches, so the benchmark measures how fast they can come, and what they cost in
+processor time. For images the DataLoader is that of `--data.reader torch`. The order, the flips and the noise are the
+same, so that all have the same work to do, batch by batch.
 """
 
-import io
 import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import psutil
 import record as records
 import torch
-from PIL import Image, ImageOps
+from journal import Journal
 from record import Section, aligned
 from timing import Quantiles, quantiles
 from torch import Tensor
@@ -25,54 +25,39 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastdit.config import Config
 from fastdit.data import Source
+from fastdit.data.cache import Cache
 from fastdit.data.order import Order, noise_seed
+from fastdit.data.readers import ReaderName
+from fastdit.data.transfer import to_device
 from fastdit.engine import build
-from fastdit.errors import UserError
 
 OURS, THEIRS = "fastdit", "DataLoader"
+THREADS = "fastdit, threads"  # latents without DALI
 KEPT, KEPT_BY_HOST = "fastdit, kept", "fastdit, kept by host"  # latents in memory
+RAN = {OURS: "DALI", THREADS: "torch, threads", KEPT: "data.cache device", KEPT_BY_HOST: "data.cache cpu"}
 TURNS = 10
 SECONDS = 1.0  # a turn lasts at least so long: a worker's processor time is known to 10 ms
 MEASURES = ("images_per_s", "ratio", "cpu_s_per_1000")
 COLUMNS = ("loader", "ran", *(f"{measure}_{q}" for measure in MEASURES for q in ("p20", "p50", "p80")), "turns")
 
 
-class TorchSamples(Dataset):
-    """Samples of an image or latent source, each prepared by a worker as fastdit's loader does it.
+class LatentViews(Dataset):
+    """Views of a latent source, one at a time, as DataLoader's workers read them."""
 
-    Images: Pillow decodes, turns by EXIF, converts to `channels`, scales to cover `size` (bicubic), cuts the centre;
-    then mirrored, and float32 in [-1, 1]. Latents: the stored view's bytes, which the device unpacks.
-    """
-
-    def __init__(self, source: Source, size: tuple[int, int], channels: int):
-        self.source, self.size, self.channels = source, size, channels
+    def __init__(self, source: Source):
+        self.source = source
 
     def __getitem__(self, request: tuple[int, bool]) -> tuple[Tensor, int]:
+        """Return the stored view's bytes, which the device unpacks, and the label."""
         i, flip = request
-        prepared = self._latent(i, flip) if self.source.kind == "latent" else self._image(i, flip)
-        return prepared, int(self.source.labels[i])
-
-    def _latent(self, i: int, flip: bool) -> Tensor:
-        return torch.from_numpy(np.array(self.source.samples.view(i, flip)))
-
-    def _image(self, i: int, flip: bool) -> Tensor:
-        try:
-            image = ImageOps.exif_transpose(Image.open(io.BytesIO(self.source.read(i))))
-            image = image.convert("L" if self.channels == 1 else "RGB")
-        except OSError as error:
-            raise UserError(f"{self.source.where(i)}: Pillow cannot decode the image ({error}); replace it") from None
-        height, width = self.size
-        scale = max(height / image.height, width / image.width)
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        image = image.crop((left, top, left + width, top + height))
-        pixels = np.array(ImageOps.mirror(image) if flip else image).reshape(height, width, self.channels)
-        return torch.from_numpy(pixels).permute(2, 0, 1).float().sub_(127.5).div_(127.5)
+        return torch.from_numpy(np.array(self.source.samples.view(i, flip))), int(self.source.labels[i])
 
 
-class TorchLoader:
-    """An endless iterator of `(x, y)` from a DataLoader: `data.threads` forked workers that stay, two batches ahead for
-    each, and for a GPU pinned memory and copies that the host does not wait for."""
+class LatentWorkers:
+    """An endless iterator of `(x, y)` of latents from a DataLoader's forked workers, in fastdit's order.
+
+    fastdit's own reader without DALI takes threads for latents, so the processes of a usual DataLoader are here.
+    """
 
     def __init__(self, config: Config, source: Source, device: torch.device):
         data, self.source, self.device = config.data, source, device
@@ -80,11 +65,10 @@ class TorchLoader:
             torch.tensor(value, device=device).reshape(-1, 1, 1) for value in (data.latent_scale, data.latent_shift)
         )
         self.order = Order(source.n, config.batch, config.seed, flip=data.flip)
-        size = (data.size, data.size) if isinstance(data.size, int) else data.size
         self.generator, self.position = torch.Generator(device), 0
         self._batches = iter(
             DataLoader(
-                TorchSamples(source, size, data.channels),
+                LatentViews(source),
                 batch_sampler=self._requests(),
                 num_workers=data.threads,
                 pin_memory=device.type == "cuda",
@@ -100,24 +84,37 @@ class TorchLoader:
             position += self.order.stride
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        """Raises UserError for an image that Pillow cannot decode."""
-        try:
-            batch = next(self._batches)
-        except UserError as error:  # with the worker's traceback before its message
-            raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
-        x, y = (part.to(self.device, non_blocking=True) for part in batch)
-        if self.source.kind == "latent":
-            x, std = self.source.samples.form.unpack(x)
-            if std is not None:
-                self.generator.manual_seed(noise_seed(self.order.seed, self.position))
-                x = torch.empty_like(x).normal_(generator=self.generator).mul_(std).add_(x)
-            x = (x - self.shift).mul_(self.scale)
+        views, y = (to_device(part, self.device) for part in next(self._batches))
+        x, std = self.source.samples.form.unpack(views)
+        if std is not None:
+            self.generator.manual_seed(noise_seed(self.order.seed, self.position))
+            x = torch.empty_like(x).normal_(generator=self.generator).mul_(std).add_(x)
         self.position += self.order.stride
-        return x, y
+        return (x - self.shift).mul_(self.scale), y
 
     def close(self) -> None:
-        """Ends the workers."""
+        """End the workers."""
         self._batches = None
+
+
+def open_loaders(config: Config, source: Source, device: torch.device) -> dict:
+    """Return the loaders to compare, by name. They start at their first batch, DataLoader's at once.
+
+    DataLoader comes first: it forks its workers, which is better done before the others start threads.
+    """
+    options = {"batch": config.batch, "rank": 0, "world": 1, "device": device}
+
+    def loader(reader: ReaderName, cache: Cache = "none"):
+        settings = replace(config, data=replace(config.data, reader=reader))
+        return build.build_loader(settings, source, cache=cache, **options)
+
+    if source.kind == "image":
+        return {THEIRS: loader("torch"), OURS: loader("dali")}
+    loaders = {THEIRS: LatentWorkers(config, source, device), OURS: loader("dali"), THREADS: loader("torch")}
+    loaders[KEPT] = loader("dali", "device")
+    if device.type == "cuda":
+        loaders[KEPT_BY_HOST] = loader("dali", "cpu")
+    return loaders
 
 
 class Processors:
@@ -167,31 +164,44 @@ def take_turn(loader, config: Config, device: torch.device, processors: Processo
     return Taken(rate, spent / ((ahead + taken) * config.batch) * 1e3)
 
 
-def measure_loaders(config: Config, device: torch.device, turns: int | None, command: str) -> dict:
-    """The record. Raises UserError."""
+def measure_loaders(
+    config: Config, device: torch.device, turns: int | None, command: str, journal: Journal | None = None
+) -> dict:
+    """Measure all loaders, each turn a line of the journal as it ends, and return the record. Raises UserError."""
+    journal = journal or Journal()
     source = build.open_data(config)
     config = build.standardised(config, source)
     with ExitStack() as stack:
-        theirs = TorchLoader(config, source, device)  # forks its workers: before others start threads, which these lack
-        options = {"batch": config.batch, "rank": 0, "world": 1, "device": device}
-        loaders = {OURS: build.build_loader(config, source, **options)}
-        if source.kind == "latent":
-            places = {"device": KEPT} | ({"cpu": KEPT_BY_HOST} if device.type == "cuda" else {})
-            loaders |= {
-                name: build.build_loader(config, source, cache=place, **options) for place, name in places.items()
-            }
-        loaders[THEIRS] = theirs
+        loaders = open_loaders(config, source, device)
         for loader in loaders.values():
             stack.enter_context(closing(loader))
         firsts = {name: next(loader) for name, loader in loaders.items()}
-        record = records.start(command, device, _settings(config, source, firsts), LOADER.benchmark)
+        loaders[THEIRS] = loaders.pop(THEIRS)  # the last row
+        journal.write("record", **records.start(command, device, _settings(config, source, firsts), LOADER.benchmark))
         processors = Processors()
-        taken: dict[str, list[Taken]] = {name: [] for name in loaders}
         for turn in range(turns or TURNS):
             for name in list(loaders)[:: 1 if turn % 2 else -1]:
-                taken[name].append(take_turn(loaders[name], config, device, processors))
-    ran = {OURS: "DALI", KEPT: "data.cache device", KEPT_BY_HOST: "data.cache cpu", THEIRS: "torch, Pillow"}
-    record["rows"] = [_row(name, ran[name], taken[name], taken[THEIRS]) for name in loaders]
+                taken = take_turn(loaders[name], config, device, processors)
+                journal.write("turn", loader=name, turn=turn, **taken._asdict())
+    return loader_record(journal.lines)
+
+
+def loader_record(lines: list[dict]) -> dict:
+    """Return the record of the last run in a journal's lines: its rows are of the turns that every loader took."""
+    begin = max(place for place, line in enumerate(lines) if line["what"] == "record")
+    record = {key: value for key, value in lines[begin].items() if key not in ("what", "at")} | {"rows": []}
+    taken: dict[str, dict[int, Taken]] = {}
+    for line in lines[begin:]:
+        if line["what"] == "turn":
+            turn = Taken(line["images_per_s"], line["cpu_s_per_1000"])
+            taken.setdefault(line["loader"], {})[line["turn"]] = turn
+    kind = record["settings"]["kind"]
+    order = [name for name in (OURS, THREADS, KEPT, KEPT_BY_HOST, THEIRS) if name in taken]
+    whole = sorted(set.intersection(*(set(turns) for turns in taken.values()))) if THEIRS in taken else []
+    if whole:
+        turns = {name: [taken[name][turn] for turn in whole] for name in order}
+        ran = RAN | {THEIRS: "torch, Pillow" if kind == "image" else "torch"}
+        record["rows"] = [_row(name, ran[name], turns[name], turns[THEIRS]) for name in order]
     return record
 
 

@@ -115,7 +115,7 @@ def _benchmark(argv: list[str]) -> None:
     if args.loader_only:
         with at_hand(args.data) as source:
             config = replace(config, data=replace(config.data, source=source))
-            record = measure_loaders(config, ranks.device, args.steps, _command(argv))
+            record = measure_loaders(config, ranks.device, args.steps, _command(argv), Journal(args.journal))
         record["settings"]["data"] = args.data
         section = LOADER
     else:

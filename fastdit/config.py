@@ -39,7 +39,9 @@ class DataConfig:
         on_corrupt: an undecodable image stops the run, or is replaced by the next one and counted.
         convert: images with other than `channels` channels are made to fit (grey repeated, colour made grey,
             transparency dropped); else they stop the run.
-        threads: DALI's CPU threads per rank.
+        reader: library that reads files: dali (NVIDIA DALI), torch (its DataLoader with Pillow), or auto (DALI where
+            it is installed). Samples, their order and latents are the same; pixels differ by a few levels.
+        threads: DALI's CPU threads, or the DataLoader's workers, per rank.
         latent_scale: factor on latents after `latent_shift` is subtracted (SD VAE: 0.18215); one number, or one a
             channel.
         latent_shift: subtracted from latents; a number, or one a channel.
@@ -60,6 +62,7 @@ class DataConfig:
     flip: bool = True
     on_corrupt: Literal["stop", "skip"] = "stop"
     convert: bool = False
+    reader: Literal["auto", "dali", "torch"] = "auto"
     threads: int = 2
     latent_scale: float | tuple[float, ...] = 1.0
     latent_shift: float | tuple[float, ...] = 0.0

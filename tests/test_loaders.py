@@ -56,14 +56,12 @@ def config_of(source, size: int, channels: int, *flags: str):
 
 
 def batches(config, count: int) -> list[tuple[tuple, tuple]]:
-    """Of fastdit's loader and of the DataLoader."""
-    from loaders import TorchLoader
+    """Return batches of fastdit's loader with DALI and of the DataLoader."""
+    from loaders import OURS, THEIRS, open_loaders
 
-    source = build.open_data(config)
     with ExitStack() as stack:
-        theirs = stack.enter_context(closing(TorchLoader(config, source, CPU)))
-        ours = build.build_loader(config, source, batch=config.batch, rank=0, world=1, device=CPU)
-        stack.enter_context(closing(ours))
+        loaders = open_loaders(config, build.open_data(config), CPU)
+        theirs, ours = (stack.enter_context(closing(loaders[name])) for name in (THEIRS, OURS))
         return [(next(ours), next(theirs)) for _ in range(count)]
 
 
@@ -171,11 +169,11 @@ def test_rows(measured):
 
 
 def test_latents_are_kept_too(tmp_path):
-    from loaders import KEPT, OURS, THEIRS, measure_loaders
+    from loaders import KEPT, OURS, THEIRS, THREADS, measure_loaders
 
     latent_source(tmp_path, np.random.default_rng(0).normal(size=(7, 4, 4, 6, 6)).astype(np.float16))
     record = measure_loaders(config_of(tmp_path, 6, 4), CPU, 1, "command")
-    assert [row["loader"] for row in record["rows"]] == [OURS, KEPT, THEIRS]
+    assert [row["loader"] for row in record["rows"]] == [OURS, THREADS, KEPT, THEIRS]
     assert record["settings"]["difference"] == 0
 
 
@@ -207,13 +205,14 @@ def test_readme_comes_from_the_records(measured, tmp_path):
 
 
 def test_a_damaged_image_is_one_line(tmp_path):
-    from loaders import TorchLoader
+    from loaders import THEIRS, open_loaders
 
     (tmp_path / "a").mkdir()
     for i in range(3):
         (tmp_path / "a" / f"{i}.jpg").write_bytes(encode(picture(20, 20), "JPEG")[: 300 if i == 1 else None])
     config = config_of(tmp_path, 16, 3)
-    with closing(TorchLoader(config, build.open_data(config), CPU)) as loader, pytest.raises(UserError) as caught:
+    loaders = open_loaders(config, build.open_data(config), CPU)
+    with closing(loaders[THEIRS]) as loader, pytest.raises(UserError) as caught:
         next(loader)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path / "a" / "1.jpg"))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastdit.data.order import Request
 from fastdit.data.sources import Source
+from fastdit.data.transfer import to_device
 from fastdit.errors import UserError
 
 # Shares of memory that "auto" may fill, over all that is there: the rest is for weights, activations and page cache.
@@ -128,16 +129,16 @@ class HeldLatents:
         # They come owner by owner, from each in the order asked for.
         place = np.empty(len(taken), dtype=np.int64)
         place[np.argsort(wanted[own], kind="stable")] = np.arange(len(taken))
-        return taken[torch.from_numpy(place).to(self.device, non_blocking=True)]
+        return taken[to_device(place, self.device)]
 
     def _rows(self, request: Request) -> Tensor:
         """Views of samples held here, on the device."""
         local = (request.ids - self.rank * self.each) * self.n_views + (request.flips if self.n_views == 2 else 0)
-        index = torch.from_numpy(local).to(self.views.device, non_blocking=True)
+        index = to_device(local, self.views.device)
         if not self.pinned:
             return self.views.index_select(0, index)
         out = torch.empty(len(local), self.views.shape[1], dtype=torch.uint8, pin_memory=True)
-        return torch.index_select(self.views, 0, index, out=out).to(self.device, non_blocking=True)
+        return to_device(torch.index_select(self.views, 0, index, out=out), self.device)
 
 
 def _chosen(request: Request, here: np.ndarray) -> Request:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from fastdit.data.latents import LatentSamples, read_header
 from fastdit.data.order import BatchFailed, Request
-from fastdit.data.pipeline import ImageReader, undecodable
+from fastdit.data.readers import choose_backend, find_corrupt
 from fastdit.data.shards import Report, ShardSamples
 from fastdit.data.sources import Source
 from fastdit.errors import UserError
@@ -19,26 +19,19 @@ _BATCH = 32
 _CHANNELS = ((1, "grey"), (2, "grey with alpha"), (3, "colour"), (4, "with alpha, or CMYK"))
 
 
-class _Shapes(ImageReader):
-    """Decodes images, and gives their files' height, width and channels, (b, 3)."""
-
-    def _tensor(self, request: Request, images, shapes) -> np.ndarray:
-        return np.asarray(shapes.as_array())
-
-
 def check_images(source: Source, threads: int, report: Report) -> str:
-    """Decodes every image as training does, on the CPU: a GPU leaves to it what it cannot decode. Returns a summary."""
+    """Decode every image as training does, on the CPU: a GPU leaves to it what it cannot decode. Return a summary."""
+    backend = choose_backend("auto")
     options = {"batch": _BATCH, "device": torch.device("cpu"), "threads": threads, "prefetch": 2}
     options |= {"size": (8, 8), "channels": 3, "convert": True}
     shapes, bad = [np.empty((0, 3), dtype=np.int64)], 0
-    with _progress(source.n, "decoding") as bar, closing(_Shapes(source, _requests(source.n), **options)) as reader:
+    reader = backend.module.ShapeReader(source, _requests(source.n), **options)
+    with _progress(source.n, "decoding") as bar, closing(reader):
         for request in _requests(source.n):
             try:
                 shapes.append(next(reader)[1])
             except BatchFailed as failure:
-                corrupt = undecodable(source, failure.request.ids, **options)
-                if not corrupt:  # not the data's fault: out of memory, say
-                    raise
+                corrupt = find_corrupt(failure, source, backend, options)
                 bad += len(corrupt)
                 for i in corrupt:
                     report(UserError(f"{source.where(i)}: the image is corrupt and cannot be decoded; replace it"))
@@ -50,7 +43,8 @@ def check_images(source: Source, threads: int, report: Report) -> str:
     by_area = shapes[np.argsort(shapes[:, 0] * shapes[:, 1], kind="stable"), :2]
     (h, w), (height, width) = by_area[0], by_area[-1]
     extents = f"{h} x {w}" if (h, w) == (height, width) else f"{h} x {w} to {height} x {width}"
-    return f"{source.n - bad} images decode ({kinds}; {extents} pixels)"
+    by = " by Pillow" if backend.name == "torch" else ""
+    return f"{source.n - bad} images decode{by} ({kinds}; {extents} pixels)"
 
 
 def _requests(n: int) -> Iterator[Request]:

@@ -1,10 +1,11 @@
 """The loader: an endless, exactly resumable stream of batches on the device.
 
-    order.py (which samples) -> pipeline.py (DALI prepares them ahead) -> Loader (position, labels, noise)
+    order.py (which samples) -> pipeline.py (DALI prepares them ahead)       -> Loader (position, labels, noise)
+                             or torch_reader.py (DataLoader with Pillow does)
                              or cache.py (latents in memory)
 
 Its state is the position in the global stream of samples, the same on every rank and for any number of ranks,
-and the samples found corrupt. What DALI has prefetched is no part of it.
+and the samples found corrupt. What a reader has prefetched is no part of it.
 """
 
 import logging
@@ -17,8 +18,10 @@ import torch.distributed as dist
 
 from fastdit.data.cache import HeldLatents, HeldReader
 from fastdit.data.order import BatchFailed, Order, Request, noise_seed
+from fastdit.data.readers import Backend, ReaderName, choose_backend, find_corrupt
 from fastdit.data.sources import Source
 from fastdit.data.synthetic import SyntheticReader
+from fastdit.data.transfer import to_device
 from fastdit.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -49,6 +52,7 @@ def make_loader(
     prefetch: int = 2,
     on_corrupt: Literal["stop", "skip"] = "stop",
     convert: bool = False,
+    reader: ReaderName = "auto",
     latent_scale: float | Sequence[float] = 1.0,
     latent_shift: float | Sequence[float] = 0.0,
     cache: Literal["none", "cpu", "device"] = "none",
@@ -62,8 +66,10 @@ def make_loader(
     - Latents: `(mean + std * noise - latent_shift) * latent_scale`, the noise drawn anew at every read; scale and
       shift are one number, or one a channel; `size` and `channels` must be the stored ones.
     - flip: half of the samples, others in each epoch, are mirrored. Latents need stored mirrored posteriors.
-    - threads: DALI's CPU threads. prefetch: batches prepared ahead.
-    - cache: where latents are kept, read once: "device", "cpu" (the host), or "none" (DALI reads them anew). What is
+    - reader: "dali" reads files with NVIDIA DALI, "torch" with torch's DataLoader and Pillow, "auto" with DALI where it
+      can be imported. Order, flips and latents are the same; pixels differ by a few levels (see pillow_images.py).
+    - threads: DALI's CPU threads, or DataLoader's workers. prefetch: batches prepared ahead.
+    - cache: where latents are kept, read once: "device", "cpu" (the host), or "none" (read anew each time). What is
       yielded is the same, to the bit. With a `group`, the process group of all ranks, each keeps its share and every
       batch is a collective.
     - on_corrupt: an image that cannot be decoded raises UserError ("stop"), or the next good id takes its
@@ -85,13 +91,15 @@ def make_loader(
     if source.kind == "image":
         options |= {"size": size, "channels": channels, "convert": convert}
     order = Order(source.n, batch, seed, rank, world, shuffle, flip)
-    held = None
+    held = backend = None
     if cache != "none":
         if source.kind != "latent" or (group and (dist.get_rank(group), dist.get_world_size(group)) != (rank, world)):
             raise ValueError(f"no {cache=} for {source.kind}s, {rank=}, {world=}, {group=}")
         held = HeldLatents(source, cache, device, group)
+    elif source.kind != "synthetic":
+        backend = choose_backend(reader)
     affine = tuple(_per_channel(value, channels, device) for value in (latent_scale, latent_shift))
-    return Loader(source, order, options, on_corrupt == "skip", held, affine)
+    return Loader(source, order, options, on_corrupt == "skip", held, backend, affine)
 
 
 def _per_channel(value: float | Sequence[float], channels: int, device: torch.device) -> torch.Tensor:
@@ -130,14 +138,16 @@ class Loader:
         options: dict[str, Any],
         skip_corrupt: bool,
         held: HeldLatents | None,
+        backend: Backend | None,
         affine: tuple[torch.Tensor, torch.Tensor],
     ):
         """`options` are the reader's: batch, device, threads, prefetch, and for images size, channels and convert.
 
-        held: latents in memory, if they are. affine: scale and shift of latents, (C, 1, 1) each.
+        held: latents in memory, if they are. backend: what reads files, if anything does. affine: scale and shift of
+        latents, (C, 1, 1) each.
         """
         self.source, self.order, self.position, self.held = source, order, 0, held
-        self._options, self._skip_corrupt = options, skip_corrupt
+        self._options, self._skip_corrupt, self._backend = options, skip_corrupt, backend
         self._scale, self._shift = affine
         self._corrupt: set[int] = set()
         self._reader: Reader | None = None
@@ -153,6 +163,11 @@ class Loader:
         """How many corrupt samples this rank has met and replaced."""
         return len(self._corrupt)
 
+    @property
+    def reading(self) -> str | None:
+        """How files are read, in words for the start of a run; None where none are."""
+        return self._backend and self._backend.describe(self.source.kind, self._options["threads"])
+
     def __iter__(self) -> "Loader":
         return self
 
@@ -166,9 +181,12 @@ class Loader:
                 break
             except BatchFailed as failure:
                 self._set_aside(failure)
+            except UserError:
+                self.close()  # or the reader would go on with the batch after this one
+                raise
         if self.source.kind == "latent":
             x = self._draw(request, x)
-        y = torch.from_numpy(self.source.labels[request.ids]).to(x.device, non_blocking=True)
+        y = to_device(self.source.labels[request.ids], x.device)
         self.position += self.order.stride
         return x, y
 
@@ -203,9 +221,8 @@ class Loader:
         if self.source.kind == "synthetic":
             return SyntheticReader(self.source.samples, self._requests(self.order), self._options["device"])
         if self.held is None:
-            from fastdit.data import pipeline  # imports DALI: not for who does without
-
-            reader = pipeline.ImageReader if self.source.kind == "image" else pipeline.LatentReader
+            readers = self._backend.module
+            reader = readers.ImageReader if self.source.kind == "image" else readers.LatentReader
             return reader(self.source, self._requests(self.order), **self._options)
         if self.held.group is None:
             return HeldReader(self.held, ([request] for request in self._requests(self.order)), 0)
@@ -229,13 +246,10 @@ class Loader:
 
     def _set_aside(self, failure: BatchFailed) -> None:
         """Finds the failed batch's corrupt images; stops, or excludes them and starts again at that batch."""
-        from fastdit.data.pipeline import undecodable
-
         self.close()
-        is_image = self.source.kind == "image"
-        corrupt = undecodable(self.source, failure.request.ids, **self._options) if is_image else []
-        if not corrupt:  # not the data's fault: out of memory, say
+        if self.source.kind != "image":
             raise failure
+        corrupt = find_corrupt(failure, self.source, self._backend, self._options)
         for i in corrupt:
             what = f"{self.source.where(i)}: the image (sample {i}) is corrupt and cannot be decoded"
             if not self._skip_corrupt:

@@ -34,11 +34,14 @@ class Request:
 
 
 class BatchFailed(RuntimeError):
-    """The batch of `request` could not be prepared; those after it can still be had."""
+    """The batch of `request` could not be prepared; those after it can still be had.
 
-    def __init__(self, request: Request):
+    corrupt: ids of its images that cannot be decoded; None where the reader does not know.
+    """
+
+    def __init__(self, request: Request, corrupt: list[int] | None = None):
         super().__init__(f"the batch at position {request.position} failed")
-        self.request = request
+        self.request, self.corrupt = request, corrupt
 
 
 @dataclass(frozen=True)

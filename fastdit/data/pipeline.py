@@ -12,17 +12,15 @@ from collections.abc import Iterable
 from contextlib import closing
 
 import numpy as np
+import nvidia.nvimgcodec as nvimgcodec
 import torch
-from nvidia import nvimgcodec
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.data_node import DataNode
 
+from fastdit.data.image_rules import MOST_PIXELS, wrong_channels
 from fastdit.data.order import BatchFailed, Request
 from fastdit.data.sources import Source
-from fastdit.errors import UserError
 
-_KINDS = {1: "grey", 2: "grey and alpha", 3: "colour", 4: "colour and alpha, or CMYK"}
-_MOST_PIXELS = 1 << 28  # two damaged bytes of a JPEG can make it 4 billion, which takes minutes and 12 GB
 _PIXEL = np.frombuffer(b"P5 1 1 255\n\0", dtype=np.uint8)  # a whole image
 
 
@@ -164,11 +162,7 @@ class ImageReader(DaliReader):
         channels = np.asarray(shapes.as_array())[:, 2]
         wrong = np.flatnonzero(channels != self.channels)
         if len(wrong) and not self.convert:
-            where, found = self.source.where(request.ids[wrong[0]]), int(channels[wrong[0]])
-            raise UserError(
-                f"{where}: {found} channels ({_KINDS[found]}) where the model takes {self.channels}; "
-                f"convert it to plain {_KINDS[self.channels]}, or set data.convert to true"
-            )
+            raise wrong_channels(self.source, request.ids[wrong[0]], int(channels[wrong[0]]), self.channels)
         return torch.from_dlpack(images.as_tensor())
 
 
@@ -176,9 +170,16 @@ def _parses(image: np.ndarray) -> bool:
     """Whether the decoder's library finds an image's kind and extents: a few microseconds each."""
     try:
         found = nvimgcodec.CodeStream(image)
-        return found.height * found.width <= _MOST_PIXELS
+        return found.height * found.width <= MOST_PIXELS
     except RuntimeError:
         return False
+
+
+class ShapeReader(ImageReader):
+    """Decodes images, and returns the height, width and channels of their files, (b, 3)."""
+
+    def _tensor(self, request: Request, images, shapes) -> np.ndarray:
+        return np.asarray(shapes.as_array())
 
 
 class LatentReader(DaliReader):

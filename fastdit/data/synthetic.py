@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from fastdit.data.order import Request
+from fastdit.data.transfer import to_device
 from fastdit.errors import UserError
 
 _DEFAULT = "synthetic:3x64x64:10:10000"
@@ -53,8 +54,8 @@ class SyntheticReader:
 
     def __next__(self) -> tuple[Request, torch.Tensor]:
         request = next(self._requests)
-        ids = torch.from_numpy(request.ids % len(self._pool)).to(self._device, non_blocking=True)
-        flips = torch.from_numpy(request.flips).to(self._device, non_blocking=True)
+        ids = to_device(request.ids % len(self._pool), self._device)
+        flips = to_device(request.flips, self._device)
         x = self._pool[ids]
         return request, torch.where(flips[:, None, None, None], x.flip(-1), x)
 

@@ -228,6 +228,7 @@ def build_loader(
         threads=data.threads,
         on_corrupt=data.on_corrupt,
         convert=data.convert,
+        reader=data.reader,
         latent_scale=data.latent_scale,
         latent_shift=data.latent_shift,
         cache=kept,

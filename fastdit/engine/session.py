@@ -112,6 +112,8 @@ class Session:
         source = f"{self.source.n:,} samples of {self.source.path} as {shape.channels}x{shape.height}x{shape.width}"
         if held := self.run.loader.held:
             source += f" ({held.bytes / 1e9:.3g} GB {'a rank ' if held.group else ''}kept on {held.views.device.type})"
+        if reading := self.run.loader.reading:
+            source += f", {reading}"
         optimizer = "optimizer: apex" if config.optimizer == "apex" else describe_optimizer(runtime.device)
         batch = f"{agreed.batch} = {agreed.micro_batch} x {agreed.accumulation} accumulated x {runtime.world} ranks"
         return (

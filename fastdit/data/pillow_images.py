@@ -1,0 +1,93 @@
+"""Decoding with Pillow: the same images are accepted, and give the same geometry, as with DALI (see pipeline.py).
+
+    file -> decode -> turn by EXIF -> grey or RGB -> scale to cover -> crop the center -> mirror -> uint8 (C, H, W)
+
+Pixels equal DALI's where a lossless image is not scaled. Elsewhere they differ by a few levels: decoders round JPEG's
+transform in their own way, and at the border of a scaled image DALI repeats the edge where Pillow renormalizes.
+"""
+
+import io
+import math
+import zlib
+
+import numpy as np
+from PIL import Image
+
+from fastdit.data.image_rules import MOST_PIXELS
+
+# DALI's formats that Pillow reads. An open list would start Ghostscript for a PostScript file.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
+_GREY_16_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+# A palette counts as RGB, with or without a transparent color.
+_CHANNELS = {"1": 1, "L": 1, "F": 1, "LA": 2, "La": 2, "P": 3, **dict.fromkeys(_GREY_16_BITS, 1)}
+_CHANNELS |= {"RGB": 3, "YCbCr": 3, "LAB": 3, "HSV": 3, "PA": 4, "RGBA": 4, "RGBa": 4, "RGBX": 4, "CMYK": 4}
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode(file: np.ndarray) -> tuple[Image.Image, int]:
+    """Return the upright image of an encoded file, uint8 (size,), and the number of channels that the file has.
+
+    Raises exceptions of many kinds for a file that is not a whole image.
+    """
+    encoded = file.tobytes()
+    image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError("too many pixels")
+    if image.format == "PNG":
+        _check_png(encoded)
+    image.load()
+    channels = _CHANNELS[image.mode]
+    if image.mode in _GREY_16_BITS:  # Pillow's own conversion clips at 255
+        levels = np.asarray(image).astype(np.int64)
+        image_8_bits = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
+        return _upright(image_8_bits, image), channels
+    return _upright(image, image), channels
+
+
+def _check_png(encoded: bytes) -> None:
+    """Raise ValueError where image data are damaged or the end is missing: Pillow accepts that, DALI refuses it."""
+    start, kind = 8, b""
+    while kind != b"IEND":
+        length, kind = int.from_bytes(encoded[start : start + 4], "big"), encoded[start + 4 : start + 8]
+        end = start + 12 + length
+        if end > len(encoded):
+            raise ValueError("truncated")
+        checksum = int.from_bytes(encoded[end - 4 : end], "big")
+        if kind == b"IDAT" and zlib.crc32(memoryview(encoded)[start + 4 : end - 4]) != checksum:
+            raise ValueError("damaged image data")
+        start = end
+
+
+def _upright(image: Image.Image, opened: Image.Image) -> Image.Image:
+    """Return `image` turned as the EXIF tags of the file, `opened`, ask for."""
+    for name in ("xmp", "XML:com.adobe.xmp"):  # Pillow would take the orientation from there too; DALI does not
+        opened.info.pop(name, None)
+    try:
+        turn = _TURNS.get(opened.getexif().get(_ORIENTATION))
+    except Exception:  # damaged tags make a parser of tags fail in many ways; the pixels are whole
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def fit(image: Image.Image, size: tuple[int, int], channels: int) -> np.ndarray:
+    """Return the center of `image`, scaled until it just covers `size`: uint8 (channels, *size), maybe a view."""
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode != mode:
+        image = image.convert(mode)
+    # DALI computes extents in float32 and rounds halves up; other arithmetic gives another extent for some images.
+    height, width = size
+    scale = np.float32(max(height / image.height, width / image.width))
+    covering = tuple(math.floor(np.float32(extent) * scale + np.float32(0.5)) for extent in image.size)
+    image = image.resize(covering, Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)))
+    return pixels.reshape(height, width, channels).transpose(2, 0, 1)

@@ -1,0 +1,70 @@
+"""The choice between the two libraries that read files: NVIDIA DALI, or a torch DataLoader with Pillow.
+
+Both `pipeline` (DALI) and `torch_reader` have ImageReader, ShapeReader and LatentReader with the same arguments.
+"""
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+from fastdit.data.order import BatchFailed
+from fastdit.data.sources import Source
+from fastdit.errors import UserError
+
+ReaderName = Literal["auto", "dali", "torch"]
+_INSTALL = "pip install nvidia-dali-cuda130 nvidia-nvimgcodec-cu13"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A module of readers. `instead` says why it stands in for DALI, where nobody asked for it."""
+
+    name: Literal["dali", "torch"]
+    module: ModuleType
+    instead: str | None = None
+
+    def describe(self, kind: Literal["image", "latent"], threads: int) -> str:
+        """Return how samples of that kind are read, in words for the start of a run."""
+        if self.name == "dali":
+            return "read by DALI"
+        workers = f"{threads} {'worker' if kind == 'image' else 'thread'}{'s' if threads > 1 else ''}"
+        how = f"torch DataLoader with Pillow, {workers}" if kind == "image" else workers
+        return f"read by {how}" + (f" ({self.instead})" if self.instead else "")
+
+
+def choose_backend(reader: ReaderName) -> Backend:
+    """Return the module that reads files: "auto" takes DALI where it can be imported.
+
+    Raises UserError where "dali" is asked for and cannot be imported.
+    """
+    if reader not in ("auto", "dali", "torch"):
+        raise ValueError(f"{reader=} is none of 'auto', 'dali' and 'torch'")
+    missing = None
+    if reader != "torch":
+        try:
+            return Backend("dali", importlib.import_module("fastdit.data.pipeline"))
+        except ModuleNotFoundError as error:
+            if not (error.name or "").startswith("nvidia"):
+                raise
+            part = "" if error.name in ("nvidia", "nvidia.dali") else f"'s {error.name.removeprefix('nvidia.')}"
+            missing = f"NVIDIA DALI{part} is not installed"
+        except (ImportError, OSError) as error:  # installed, but a library that it needs is not
+            missing = f"NVIDIA DALI cannot be imported: {str(error).splitlines()[0][:120]}"
+    if reader == "dali":
+        raise UserError(f"data.reader: {missing}; {_INSTALL}, or set --data.reader torch")
+    return Backend("torch", importlib.import_module("fastdit.data.torch_reader"), missing)
+
+
+def find_corrupt(failure: BatchFailed, source: Source, backend: Backend, options: dict[str, Any]) -> list[int]:
+    """Return the ids of the failed batch's images that cannot be decoded.
+
+    options: those of the ImageReader that failed. Raises the failure itself where no image is to blame (but memory,
+    say).
+    """
+    corrupt = failure.corrupt
+    if corrupt is None:
+        corrupt = backend.module.undecodable(source, failure.request.ids, **options)
+    if not corrupt:
+        raise failure
+    return corrupt

@@ -1,0 +1,299 @@
+"""Readers without DALI. They give the same samples in the same order as pipeline.py's, at a higher cost.
+
+    images     data.threads worker processes of a torch DataLoader decode whole batches with Pillow, into memory that
+               they share with this process; the device makes floats of the bytes
+    latents    data.threads threads gather views out of the memory maps
+
+A worker sends only a short note about each batch through DataLoader's queue. A pipe writes such a note in one piece, so
+a worker that is killed leaves no half-written message, at which this process would wait for ever.
+"""
+
+import gc
+import mmap
+import os
+import signal
+import threading
+import traceback
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile
+from torch.utils.data import DataLoader, Dataset
+
+from fastdit.data.image_rules import wrong_channels
+from fastdit.data.order import BatchFailed, Request
+from fastdit.data.pillow_images import decode, fit
+from fastdit.data.sources import Source
+from fastdit.data.transfer import to_device
+from fastdit.errors import UserError
+
+# Workers are forked. They start within 0.1 s and inherit the listing of the data, where a fork server first imports
+# torch (1 to 3 s), receives the listing by pickle, and leaves named semaphores behind when a command ends by os._exit.
+# A fork is unsafe for a child that uses CUDA, or takes a lock that another thread of the parent held. These children
+# call only Pillow, numpy and DataLoader's loop, as the workers of every PyTorch program do on Linux.
+_START_METHOD = "fork"
+_WATCH_SECONDS = 0.5  # how often a worker looks whether its parent lives
+
+
+class Job(NamedTuple):
+    """A batch that a worker prepares: which part of the shared memory to fill, sample ids, and which are mirrored."""
+
+    slot: int
+    ids: np.ndarray
+    flips: np.ndarray
+
+
+@dataclass
+class Note:
+    """What a worker reports about a batch. Where everything is empty, the batch is in its slot.
+
+    corrupt: ids of the images that cannot be decoded. wrong: id and number of channels of the first image that does not
+    fit. error: a UserError's text. crash: the traceback of any other exception. shapes: of the files, if asked for.
+    """
+
+    corrupt: list[int] = field(default_factory=list)
+    wrong: tuple[int, int] | None = None
+    error: str | None = None
+    crash: str | None = None
+    shapes: np.ndarray | None = None
+
+
+class BatchDecoder(Dataset):
+    """Decodes batches of images within a worker.
+
+    slots: shared memory, uint8 (slots, batch, channels, height, width). shapes: whether to report the files' shapes.
+    """
+
+    def __init__(self, source: Source, slots: np.ndarray, convert: bool, shapes: bool = False):
+        self.source, self.slots, self.convert, self.shapes = source, slots, convert, shapes
+        self.parent = os.getpid()
+
+    def __getitem__(self, job: Job) -> Note:
+        """Fill a slot. Never raises: DataLoader would wrap the exception's text."""
+        try:
+            return self._decode(job)
+        except UserError as error:
+            return Note(error=str(error))
+        except MemoryError:
+            return Note(error="data.threads: no memory is left to decode an image; lower --data.threads or the batch")
+        except Exception:
+            return Note(crash=traceback.format_exc()[-3000:])  # a pipe takes 4096 bytes in one piece
+
+    def _decode(self, job: Job) -> Note:
+        _, _, channels, *size = self.slots.shape
+        note, shapes = Note(), []
+        for pixels, i, flip in zip(self.slots[job.slot], job.ids.tolist(), job.flips.tolist()):
+            file = self.source.read(i)
+            try:
+                image, found = decode(file)
+                prepared = fit(image, tuple(size), channels)
+            except MemoryError:
+                raise
+            except Exception:  # a damaged file makes Pillow's parsers fail in many ways
+                note.corrupt.append(i)
+                continue
+            pixels[...] = prepared[..., ::-1] if flip else prepared
+            shapes.append((image.height, image.width, found))
+            if found != channels and not self.convert and note.wrong is None:
+                note.wrong = i, found
+        if self.shapes:
+            note.shapes = np.array(shapes, dtype=np.int64).reshape(-1, 3)
+        return note
+
+
+class ImageReader:
+    """Iterates over `(request, x)` in the order of `requests`: x float32 (b, channels, *size) in [-1, 1].
+
+    Arguments and results are those of pipeline.ImageReader. `threads` is the number of workers. They prepare one batch
+    each, and `prefetch` more.
+    """
+
+    _shapes = False
+
+    def __init__(
+        self,
+        source: Source,
+        requests: Iterable[Request],
+        *,
+        batch: int,
+        device: torch.device,
+        threads: int,
+        prefetch: int,
+        size: tuple[int, int],
+        channels: int,
+        convert: bool = False,
+    ):
+        self.source, self.device, self.channels = source, device, channels
+        self._in_flight: deque[tuple[Request, int]] = deque()
+        # One more slot than batches under way: DataLoader gives out the next job before it returns a batch.
+        ahead = 1 + -(-prefetch // threads)
+        self._slots = shared_array((ahead * threads + 1, batch, channels, *size))
+        decoder = BatchDecoder(source, self._slots, convert, self._shapes)
+        self._notes: Iterator[Note] | None = start_workers(decoder, self._jobs(iter(requests)), threads, ahead)
+
+    def __next__(self) -> tuple[Request, torch.Tensor]:
+        """Return the next batch. Raises BatchFailed where images are corrupt, and UserError."""
+        if self._notes is None:
+            raise StopIteration
+        note = next_note(self._notes)
+        if note is None:
+            self.close()
+            raise UserError(
+                "data.threads: a process that decodes images ended unexpectedly, perhaps killed for lack of memory; "
+                "lower --data.threads or the batch, and go on with --resume"
+            )
+        request, slot = self._in_flight.popleft()
+        if note.crash:
+            raise RuntimeError(f"a worker failed at the batch at position {request.position}:\n{note.crash}")
+        if note.error:
+            raise UserError(note.error)
+        if note.corrupt:
+            raise BatchFailed(request, note.corrupt)
+        if note.wrong:
+            raise wrong_channels(self.source, *note.wrong, self.channels)
+        return request, self._result(self._slots[slot, : len(request.ids)], note)
+
+    def _result(self, pixels: np.ndarray, note: Note) -> torch.Tensor:
+        # The slot is free again when this returns: `float` and the pinned copy are copies. The factor is DALI's.
+        return to_device(pixels, self.device).float().sub_(127.5).mul_(1 / 127.5)
+
+    def close(self) -> None:
+        """End the workers. Tensors given out stay valid."""
+        self._notes = None  # the end of DataLoader's iterator ends its workers
+        self._in_flight.clear()
+
+    def _jobs(self, requests: Iterator[Request]) -> Iterator[Job]:
+        """Yield the workers' jobs; DataLoader asks for the next one whenever a worker may begin it."""
+        for k, request in enumerate(requests):
+            slot = k % len(self._slots)
+            self._in_flight.append((request, slot))
+            yield Job(slot, request.ids, request.flips)
+
+
+class ShapeReader(ImageReader):
+    """Decodes images, and returns the height, width and channels of their files, (b, 3)."""
+
+    _shapes = True
+
+    def _result(self, pixels: np.ndarray, note: Note) -> np.ndarray:
+        return note.shapes
+
+
+class LatentReader:
+    """Iterates over `(request, views)` as pipeline.LatentReader does: views' bytes, uint8 (b, form.view_bytes).
+
+    Threads do what worker processes would: the work is copying, which numpy does without the interpreter's lock. 1000
+    latents of 16 kB take threads 0.02 s of processor time, and DataLoader's processes 0.06 s (AMD EPYC, 2 of each).
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        requests: Iterable[Request],
+        *,
+        batch: int,
+        device: torch.device,
+        threads: int,
+        prefetch: int,
+    ):
+        self._samples, self._requests, self._device = source.samples, iter(requests), device
+        self._ahead: deque[tuple[Request, Future]] = deque()
+        self._pool = ThreadPoolExecutor(threads, "fastdit-latents")
+        for _ in range(prefetch + 1):
+            self._submit()
+
+    def __next__(self) -> tuple[Request, torch.Tensor]:
+        if not self._ahead:
+            raise StopIteration
+        request, gathered = self._ahead.popleft()
+        self._submit()
+        return request, to_device(gathered.result(), self._device)
+
+    def close(self) -> None:
+        """End the threads. Tensors given out stay valid."""
+        self._ahead.clear()
+        self._pool.shutdown(cancel_futures=True)
+
+    def _submit(self) -> None:
+        if (request := next(self._requests, None)) is not None:
+            self._ahead.append((request, self._pool.submit(self._gather, request)))
+
+    def _gather(self, request: Request) -> torch.Tensor:
+        """Copy a batch out of the memory maps, into pinned memory where a GPU takes it from there."""
+        views = [self._samples.view(i, flip) for i, flip in zip(request.ids.tolist(), request.flips.tolist())]
+        gathered = torch.empty(len(views), len(views[0]), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        np.stack(views, out=gathered.numpy())
+        return gathered
+
+
+def shared_array(shape: tuple[int, ...]) -> np.ndarray:
+    """Return uint8 memory that forked processes share with this one.
+
+    It is no file of /dev/shm, of which a container has 64 MB unless told otherwise.
+    """
+    return np.frombuffer(mmap.mmap(-1, int(np.prod(shape, dtype=np.int64))), dtype=np.uint8).reshape(shape)
+
+
+def start_workers(dataset: BatchDecoder, jobs: Iterator[Job], workers: int, ahead: int) -> Iterator[Note]:
+    """Start a DataLoader's workers, which begin at once, and return the iterator over their notes."""
+    Image.init()  # loads Pillow's plugins here: after a fork an import may wait for a lock that nobody gives back
+    on_child_end = signal.getsignal(signal.SIGCHLD)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about more workers than cores, and about forks beside threads
+        notes = iter(
+            DataLoader(
+                dataset,
+                sampler=jobs,
+                batch_size=None,
+                num_workers=workers,
+                collate_fn=_unchanged,
+                worker_init_fn=_start_worker,
+                multiprocessing_context=_START_METHOD,
+                prefetch_factor=ahead,
+                generator=torch.Generator(),  # or DataLoader draws a number from torch's global one
+            )
+        )
+    # DataLoader's handler raises at a worker's death wherever this process is, in the middle of a step. `next_note`
+    # finds out within 5 s, where it can be told in one line.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, on_child_end or signal.SIG_DFL)
+    return notes
+
+
+def next_note(notes: Iterator[Note]) -> Note | None:
+    """Return the next batch's note; None where a worker has died. Raises StopIteration at the end."""
+    try:
+        return next(notes)
+    except RuntimeError:  # of DataLoader itself: a BatchDecoder raises nothing
+        return None
+
+
+def _unchanged(note: Note) -> Note:
+    return note
+
+
+def _start_worker(_: int) -> None:
+    """Prepare a worker process: what ends it, and settings that are its own."""
+    gc.freeze()  # never destroys here what the parent owns: a destructor may join threads that this process lacks
+    # Ctrl-C and a launcher's SIGTERM may reach every process, while the parent still has a checkpoint to save.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    parent = torch.utils.data.get_worker_info().dataset.parent
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    warnings.simplefilter("ignore")
+    Image.MAX_IMAGE_PIXELS = None  # MOST_PIXELS is checked instead
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+def _end_with(parent: int) -> None:
+    """End this process when process `parent` asks for it (Python does as it exits) or is no more."""
+    while os.getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGINT, signal.SIGTERM}, _WATCH_SECONDS)
+        if received and received.si_signo == signal.SIGTERM and received.si_pid == parent:
+            break
+    os._exit(1)
