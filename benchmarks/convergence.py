@@ -136,7 +136,13 @@ def _contenders(args) -> dict[str, str]:
         if name not in SETS:
             raise UserError(f"--set {name}: unknown; choose of {', '.join(SETS)}")
         contenders |= SETS[name]
-    for text in args.contender:
+    return contenders | read_contenders(args.contender)
+
+
+def read_contenders(texts: list[str]) -> dict[str, str]:
+    """Return flags of fastdit/train.py by name from texts NAME=FLAGS. Raises UserError."""
+    contenders = {}
+    for text in texts:
         name, separator, flags = text.partition("=")
         if not separator:
             raise UserError(f"--contender {text}: give NAME=FLAGS")

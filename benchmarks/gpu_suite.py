@@ -57,6 +57,8 @@ class Part:
         limit: seconds after which it is cut off.
         least: seconds below which it is not worth starting.
         needs: modules without which it cannot run.
+        paced: it takes --budget, the seconds granted, and stops by itself when the next run does not fit in them. Its
+            last "timed plan" line names what remains.
     """
 
     name: str
@@ -64,14 +66,22 @@ class Part:
     limit: float
     least: float = 20.0
     needs: tuple[str, ...] = ()
+    paced: bool = False
 
     @property
     def tests(self) -> bool:
         return self.command[:2] == ("-m", "pytest")
 
-    def argv(self, journal: Path, device: str) -> list[str]:
-        own = ["-p", "journal_tests", "--journal", str(journal)]
-        return [sys.executable, *self.command, *(own if self.tests else [*own[2:], "--device", device])]
+    def argv(self, journal: Path, device: str, limit: float) -> list[str]:
+        """Return the command with the flags that all parts take, for `limit` seconds."""
+        own = ["--journal", str(journal)]
+        if self.tests:
+            own = ["-p", "journal_tests", *own]
+        else:
+            own += ["--device", device]
+        if self.paced:
+            own += ["--budget", f"{limit - GRACE:.0f}"]
+        return [sys.executable, *self.command, *own]
 
 
 def _tests(name: str, files: tuple[str, ...], limit: float, *flags: str) -> Part:
@@ -96,7 +106,8 @@ def _loader(data: str, size: int, channels: int, batch: int) -> Part:
     )
 
 
-# Batch 256 is the published setting. XL/2 in plain PyTorch fits 80 GB at 64 only.
+# Batch 256 is the published setting. XL/2 in plain PyTorch fits 80 GB at 64 only. The convergence part takes what time
+# there is, about 570 s in all; the parts behind it wait for a call in which it ends.
 PARTS = (
     _profile("steps", 120, "S/2 dit 256", "B/2 dit 256", "XL/2 dit 256"),
     Part("rates", ("benchmarks/rates.py", "--batch", "256"), 100),
@@ -108,6 +119,7 @@ PARTS = (
     _against("XL/2", 64, "eager,compile", 220, 60.0),
     _tests("run tests", RUN_TESTS, 110, "-n", "4", "-m", "gpu"),
     _profile("other batches", 70, "S/2 dit 1024", "S/2 dit 256 graphs", "B/2 dit 256 graphs", "XL/2 dit 32"),
+    Part("convergence", ("benchmarks/timed_runs.py",), 600, 120.0, paced=True),
     Part("launch options", ("benchmarks/rates.py", "--batch", "256", "--sweep"), 100),
     _loader("latents", 32, 4, 256),
     _loader("photos", 256, 3, 128),
@@ -120,6 +132,37 @@ TINY = (
     _tests("kernel tests", ("tokens",), 90, "-n", "2", "-k", "1-"),
     _against("S/4", 2, "eager", 120, more=f"--size 16 {_TINY}"),
     Part("operations", ("benchmarks/kernels.py", "--quick", "--sizes", "S", "--ops", "adaln"), 60),
+    Part(
+        "convergence",
+        (
+            "benchmarks/timed_runs.py",
+            "--patch",
+            "7",
+            "--batch",
+            "8",
+            f"--common={_TINY}",
+            "--rates",
+            "1e-3,4e-3",
+            "--rate_seconds",
+            "0.3",
+            "--contenders",
+            "sd_dit",
+            "--seconds",
+            "0.5",
+            "--seeds",
+            "0",
+            "--samples",
+            "16",
+            "--rate_samples",
+            "16",
+            "--sample_steps",
+            "2",
+            "--threads",
+            "1",
+        ),
+        200,
+        paced=True,
+    ),
     Part("without a module", ("-c", "pass"), 10, needs=("no_such_module",)),
 )
 
@@ -247,12 +290,21 @@ def _run_all(parts: list[Part], journal: Journal, log: Path, device: str, end: f
             ended = "not run: the budget was spent"
         else:
             journal.write("part began", part=part.name, command=f"python {_shown(part)}", limit=round(limit, 1))
-            ended = _wait(part, part.argv(journal.path, device), limit, log)
+            ended = _wait(part, part.argv(journal.path, device, limit), limit, log)
+            if ended == WELL and part.paced:
+                ended = _remaining(journal.path)
         seconds = round(time.monotonic() - begun, 1)
         journal.write("part ended", part=part.name, command=f"python {_shown(part)}", ended=ended, seconds=seconds)
         print(f"{part.name}: {ended}, {seconds:.0f} s", flush=True)
         results.append(ended == WELL or bool(missing))
     return results
+
+
+def _remaining(lines: Path) -> str:
+    """Return how a part that paces itself has ended: WELL once its plan is finished."""
+    plans = [line for line in read_journal(lines) if line["what"] == "timed plan"]
+    remaining = plans[-1]["remaining"] if plans else []
+    return f"unfinished: {len(remaining)} runs remain" if remaining else WELL
 
 
 def _wait(part: Part, command: list[str], limit: float, log: Path) -> str:

@@ -7,16 +7,17 @@ import record as records
 from convergence_tables import CONVERGENCE
 from gpu_suite import LINES, ROOT
 from journal import read_journal
-from loaders import LOADER
+from loaders import LOADER, loader_record
 from profile_steps import PROFILE, profile_record
 from rates import RATES, rates_record
 from step_record import step_record
 from step_tables import THROUGHPUT, figures
+from timed_tables import TIMED, timed_record
 
 from fastdit.errors import UserError
 from kernels import kernels_record
 
-BUILDERS = {"profile": profile_record, "kernels": kernels_record, "rates": rates_record}
+BUILDERS = {"profile": profile_record, "kernels": kernels_record, "rates": rates_record, "timed runs": timed_record}
 SHOWN = 20  # failing tests named in the table
 FIGURES = ("<!-- figures: begin -->\n", "<!-- figures: end -->\n")
 
@@ -84,10 +85,8 @@ def _part_record(lines: list[dict]) -> dict | None:
     benchmark = lines[heads[0]]["benchmark"]
     if benchmark in BUILDERS:  # goes on where it was cut off, so all attempts together are one record
         return BUILDERS[benchmark](lines)
-    if benchmark == "loader":
-        head = {key: value for key, value in lines[heads[-1]].items() if key not in ("what", "at")}
-        return head
-    attempts = [step_record(lines[begin:end]) for begin, end in zip(heads, [*heads[1:], len(lines)])]
+    build = loader_record if benchmark == "loader" else step_record
+    attempts = [build(lines[begin:end]) for begin, end in zip(heads, [*heads[1:], len(lines)])]
     return max(attempts, key=lambda record: len(record["rows"]))
 
 
@@ -132,7 +131,7 @@ def _reason(failure: dict) -> str:
 
 
 SUITE = records.Section("suite", ("<!-- suite: begin -->\n", "<!-- suite: end -->\n"), suite_lines)
-_SECTIONS = {section.benchmark: section for section in (records.KERNELS, THROUGHPUT, LOADER, PROFILE, RATES)}
+_SECTIONS = {section.benchmark: section for section in (records.KERNELS, THROUGHPUT, LOADER, PROFILE, RATES, TIMED)}
 
 
 def write_readmes() -> None:

@@ -150,7 +150,7 @@ def test_parts_die_with_a_killed_suite(tmp_path):
     code = (
         "import sys, time; sys.path.insert(0, 'benchmarks'); import gpu_suite; from pathlib import Path;"
         f"part = gpu_suite.Part('x', ('-c', {STUBBORN!r}), 60);"
-        f"gpu_suite._wait(part, part.argv(Path('x'), 'cpu'), 60, Path({str(tmp_path / LOG)!r}))"
+        f"gpu_suite._wait(part, part.argv(Path('x'), 'cpu', 60), 60, Path({str(tmp_path / LOG)!r}))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     end = time.monotonic() + PATIENCE
@@ -179,6 +179,21 @@ def test_going_on_repeats_what_failed_last(tmp_path, quick):
     assert results == [True] * 4
     said = [line for line in (tmp_path / LOG).read_text().splitlines() if line.startswith("ran ")]
     assert said == ["ran cut", "ran new", "ran failed"]
+
+
+def test_a_plan_with_runs_left_is_not_finished(tmp_path, quick):
+    """The command ends well when its time is spent; what it says remains is done by the next call."""
+    code = (
+        "import sys; sys.path.insert(0, 'benchmarks'); from journal import Journal; flags = sys.argv;"
+        "journal = Journal(flags[flags.index('--journal') + 1]); print('granted', flags[flags.index('--budget') + 1]);"
+        "left = [] if any(line['what'] == 'timed plan' for line in journal.lines) else ['one', 'two'];"
+        "journal.write('timed plan', remaining=left)"
+    )
+    part, journal = script("plan", code, limit=20.0, paced=True), Journal(tmp_path / LINES)
+    for result in (False, True):
+        assert gpu_suite._run_all([part], journal, tmp_path / LOG, "cpu", time.monotonic() + 60) == [result]
+    assert [line["ended"] for line in lines_of(tmp_path, "part ended")] == ["unfinished: 2 runs remain", "well"]
+    assert "granted 20" in (tmp_path / LOG).read_text()
 
 
 def test_lines_come_from_another_folder(tmp_path):
@@ -309,6 +324,7 @@ def test_every_part_is_a_command_that_parses(part):
     import profile_steps
     import rates
     import throughput
+    import timed_runs
 
     import kernels
 
@@ -327,5 +343,5 @@ def test_every_part_is_a_command_that_parses(part):
         throughput._against(args.against)
         throughput._config(args, dotted)
     else:
-        parser = {"rates": rates, "kernels": kernels}[Path(script).stem]._parser()
+        parser = {"rates": rates, "kernels": kernels, "timed_runs": timed_runs}[Path(script).stem]._parser()
         parser.parse([*flags, "--device", "cpu"])

@@ -1,0 +1,227 @@
+"""Judge a timed run: `JUDGES` is a list of functions of a run's EMA weights and samples.
+
+A judge is called with a `Sampled` run and the `Reference`, and returns figures by name. A figure is a dict with the
+`value`, `n` (the samples or images that it is made of) and, where real images can stand in the samples' place, `floor`:
+the same figure of other real images. A judge of samples returns one such dict for each guidance scale. A judge that
+does not apply returns {name: {"skipped": reason}}.
+
+    loss          denoising loss on the first images of the reference with fixed noise; all patches are visible
+    FD-PCA        Frechet distance of pixels (ours): needs no network and no labels. Images are projected on the 64
+                  principal components of the reference, each divided by its standard deviation there, so that details
+                  count as much as overall brightness. It compares two normal distributions in 64 dimensions.
+    FD-lite0      Frechet distance, and KID-lite0 the kernel distance, of the features of EfficientNet-lite0
+    agreement     share of samples that the nearest images of the reference put in the class that was asked for
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from convergence_judge import LOSS_IMAGES
+from convergence_judge import loss as denoising_loss
+from timed_data import Data, read_samples
+from torch import Tensor, nn
+
+from fastdit.config import Config
+from fastdit.engine import build, drawing
+from fastdit.engine.evaluation import JUDGED_PIXELS
+from fastdit.errors import UserError
+from fastdit.metrics.class_agreement import class_agreement
+from fastdit.metrics.feature_nets import feature_net
+from fastdit.metrics.moments import Moments, frechet_distance
+from fastdit.metrics.summary import Collector, Summary, compare
+from fastdit.models.dit import Block, block_products
+
+COMPONENTS = 64
+AT_ONCE = 500  # images that the feature network sees at once on a GPU, and 50 on a CPU
+COUNTED_RATE = {"cuda": 200e12, "cpu": 20e9}  # FLOP/s by which the time of sampling is estimated before it is measured
+
+Figures = dict[str, dict]
+
+
+@dataclass
+class Reference:
+    """Real images that samples are compared with, and other real images for the floors.
+
+    Args:
+        images, others: (n, C, H, W) on the device, as the network sees them; both come from the training data.
+        labels, other_labels: their classes (n,).
+        pictures: whether they are images with values in [-1, 1].
+        classes: number of classes.
+        checksum: of all training data, from which they were taken.
+    """
+
+    images: Tensor
+    labels: Tensor
+    others: Tensor
+    other_labels: Tensor
+    pictures: bool
+    classes: int
+    checksum: int
+    _made: dict[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, data: Data, config: Config, count: int, device: torch.device) -> "Reference":
+        """Read `count` images and as many others; where the data has fewer than that, half of it each."""
+        count = min(count, data.n // 2)
+        if count < 4:
+            raise UserError(f"--data {data.name}: has {data.n} samples; the least is 8")
+        images, labels, checksum = read_samples(data, config.data, 2 * count, device)
+        # Latents are pictures where they were made here, or where the user says that the autoencoder is the identity.
+        plain = (config.data.latent_scale, config.data.latent_shift) == (1.0, 0.0)
+        pictures = plain and (data.pictures or config.data.autoencoder == "identity")
+        halves = images[:count], labels[:count], images[count:], labels[count:]
+        return cls(*halves, pictures=pictures, classes=data.classes, checksum=checksum)
+
+    def once(self, name: str, make: Callable[[], object]) -> object:
+        """Return make(), which is called the first time only: statistics of the reference serve all runs."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What the judges see of a run.
+
+    Args:
+        network: with the EMA weights, in eval mode, in the dtype of the training.
+        config: the run's.
+        samples: by guidance scale, (n, C, H, W) on the device; pictures are rounded to 8-bit levels.
+        labels: classes (n,) that were asked for.
+        nonfinite: samples that are not all numbers.
+    """
+
+    network: nn.Module
+    config: Config
+    samples: dict[str, Tensor]
+    labels: Tensor
+    nonfinite: int
+
+
+def draw(network: nn.Module, config: Config, reference: Reference, n: int, scales: list[float]) -> Sampled:
+    """Draw n samples, balanced over the classes, at each guidance scale. Sample i has the same noise in every run."""
+    device, nonfinite, samples = reference.images.device, 0, {}
+    shape = build.Shape(*reference.images.shape[1:], reference.classes)
+    labels = drawing.balanced_labels(n, range(shape.classes))
+    for scale in scales:
+        settings = replace(config.sample, guidance=scale)
+        options = {"indices": range(n), "seed": 0, "device": device}
+        x = drawing.draw(network, build.build_noise(config), settings, shape, labels, **options)
+        nonfinite += int((~x.isfinite()).flatten(1).any(1).sum())
+        x = x.nan_to_num(0, 1, -1).to(device)
+        samples[f"{scale:g}"] = ((x.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1 if reference.pictures else x
+    return Sampled(network, config, samples, torch.from_numpy(labels).to(device), nonfinite)
+
+
+def count_sampling(network: nn.Module, config: Config, n: int, scales: list[float]) -> float:
+    """Return the FLOPs of drawing n samples at each scale: the matrix products of all blocks.
+
+    Guidance doubles the network's calls. Heun's method calls it twice a step but the last.
+    """
+    sampler = config.sample.sampler or build.build_noise(config).samplers[0]
+    calls = 2 * config.sample.steps - 1 if sampler == "heun" else config.sample.steps
+    size = config.data.size
+    height, width = (size, size) if isinstance(size, int) else size
+    tokens = height * width // config.model.patch**2
+    blocks = [module for module in network.modules() if isinstance(module, Block)]
+    once = sum(2 * block_products(tokens, block.proj.in_features, block.fc2.in_features) for block in blocks)
+    return float(once * calls * n * sum(1 if scale == 1 else 2 for scale in scales))
+
+
+def judge_run(run: Sampled, reference: Reference) -> Figures:
+    """Return the figures of all judges."""
+    figures: Figures = {}
+    for judge in JUDGES:
+        figures |= judge(run, reference)
+    return figures
+
+
+def _by_scale(run: Sampled, figure: Callable[[Tensor], dict]) -> dict[str, dict]:
+    return {scale: figure(x) for scale, x in run.samples.items()}
+
+
+def judge_loss(run: Sampled, reference: Reference) -> Figures:
+    """Compute the denoising loss of the EMA weights."""
+    images, labels = reference.images[:LOSS_IMAGES], reference.labels[:LOSS_IMAGES]
+    value = denoising_loss(run.network, build.build_noise(run.config), images, labels)
+    return {"loss": {"value": value, "n": len(images)}}
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The reference in its own principal components: what FD-PCA compares with."""
+
+    mean: Tensor  # (d,)
+    basis: Tensor  # (d, k): components divided by their standard deviations
+    moments: Moments
+
+    @classmethod
+    def of(cls, images: Tensor) -> "Pixels":
+        flat = images.flatten(1).double()
+        moments = Moments.of(flat)
+        values, vectors = torch.linalg.eigh(moments.covariance)
+        # Components that the images do not have (fewer images than pixels, constant pixels) cannot be divided by.
+        count = min(COMPONENTS, int((values > values[-1] * 1e-9).sum()))
+        basis = vectors[:, -count:] / values[-count:].sqrt()
+        return cls(moments.mean, basis, Moments.of((flat - moments.mean) @ basis))
+
+    def distance(self, images: Tensor) -> float:
+        return frechet_distance(Moments.of((images.flatten(1).double() - self.mean) @ self.basis), self.moments)
+
+
+def judge_pixels(run: Sampled, reference: Reference) -> Figures:
+    """Compute FD-PCA."""
+    pixels = reference.once("pixels", lambda: Pixels.of(reference.images))
+    floor = reference.once("pixels' floor", lambda: pixels.distance(reference.others))
+    return {"FD-PCA": _by_scale(run, lambda x: _figure(pixels.distance(x), len(x), reference, floor))}
+
+
+def judge_features(run: Sampled, reference: Reference) -> Figures:
+    """Compute FD-lite0 and KID-lite0, where the package with the network is installed."""
+    if not reference.pictures:
+        return {"FD-lite0": {"skipped": "latents are no pictures; they are not decoded here"}}
+    if run.config.data.channels not in (1, 3):
+        return {"FD-lite0": {"skipped": f"pictures of {run.config.data.channels} channels"}}
+    try:
+        net = reference.once("net", lambda: feature_net("lite0", None, reference.images.device))
+    except UserError as error:
+        return {"FD-lite0": {"skipped": str(error)}}
+
+    real = reference.once("features", lambda: _summary(net, reference.images))
+    floors = reference.once("features' floor", lambda: compare(_summary(net, reference.others), real))
+    found = {scale: compare(_summary(net, x), real) for scale, x in run.samples.items()}
+    count = len(run.labels)
+    return {
+        title: {scale: _figure(values[name], count, reference, floors[name]) for scale, values in found.items()}
+        for title, name in (("FD-lite0", "frechet"), ("KID-lite0", "kernel"))
+    }
+
+
+def _summary(net, images: Tensor) -> Summary:
+    """Return the features' statistics of pictures (n, C, H, W) in [-1, 1]."""
+    collected = Collector(len(images), len(images))
+    batch = AT_ONCE if images.device.type == "cuda" else AT_ONCE // 10
+    for ids in np.array_split(np.arange(len(images)), math.ceil(len(images) / batch)):
+        levels = ((images[ids[0] : ids[-1] + 1] + 1) * 127.5).round().to(torch.uint8)
+        collected.add(net(levels), ids)
+    return collected.summary()
+
+
+def judge_agreement(run: Sampled, reference: Reference) -> Figures:
+    """Compute class agreement by the nearest images of the reference, for small pictures."""
+    if not reference.pictures or reference.classes < 2 or reference.images[0].numel() > JUDGED_PIXELS:
+        return {"agreement": {"skipped": "for small pictures of several classes only"}}
+    known = reference.images, reference.labels
+    floor = reference.once("agreement", lambda: class_agreement(reference.others, reference.other_labels, *known))
+    shares = _by_scale(run, lambda x: _figure(class_agreement(x, run.labels, *known), len(x), reference, floor))
+    return {"agreement": shares}
+
+
+def _figure(value: float, n: int, reference: Reference, floor: float) -> dict:
+    return {"value": value, "floor": floor, "n": n, "n_real": len(reference.images), "n_floor": len(reference.others)}
+
+
+JUDGES: list[Callable[[Sampled, Reference], Figures]] = [judge_loss, judge_pixels, judge_features, judge_agreement]

@@ -1,0 +1,43 @@
+"""A program of tests/test_timed_runs.py: trains a fresh session as benchmarks/timed_runs.py does, after another one was
+priced, and one by the training loop, and says whether the two end with the same weights, to the bit."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from timed_training import SilentRuntime, price_run, train
+
+from fastdit.config import parse
+from fastdit.engine import runtime
+
+
+def main(argv: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        config = parse([*argv, "--out", folder])
+        ranks = runtime.start(config)
+        from fastdit.engine import loop
+        from fastdit.engine.session import Session
+        from fastdit.engine.weights import ema_state
+
+        price_run(Session(config, SilentRuntime.like(ranks)), 0.01)
+        timed, plain = Session(config, SilentRuntime.like(ranks)), Session(config, ranks)
+        notes = []
+        trained = train(timed, 2, lambda *note: notes.append(note))
+        assert loop.train(plain.run, 0, lambda step: None)
+        states = []
+        for run in (timed.run, plain.run):
+            module = run.engine.module
+            average = ema_state(run.engine, module, "cpu")
+            states.append([*module.parameters(), *average.values(), *run.method.psi.parameters()])
+        assert [step for step, *_ in notes] == [(config.steps + 1) // 2, config.steps]
+        assert notes[-1][1] <= trained.seconds
+        assert not trained.diverged
+        assert all(x["loss"] > 0 for *_, x in notes)
+        print("equal" if all(map(torch.equal, *states)) else "different")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
