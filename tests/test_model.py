@@ -154,12 +154,13 @@ def test_null_class():
 
 
 def test_a_sample_does_not_depend_on_its_batch():
+    """Compare with the sample alone. Each result may be 1e-5 from the fp64 one: products order sums by shape."""
     model = make_model()
     x, t, y = make_batch(model, batch=4)
     out, order = model(x, t, y), torch.tensor([2, 0, 3, 1])
-    torch.testing.assert_close(model(x[order], t[order], y[order]), out[order], rtol=0, atol=2e-6)
+    torch.testing.assert_close(model(x[order], t[order], y[order]), out[order], rtol=0, atol=2e-5)
     alone = torch.cat([model(x[i : i + 1], t[i : i + 1], y[i : i + 1]) for i in range(4)])
-    torch.testing.assert_close(alone, out, rtol=0, atol=2e-6)
+    torch.testing.assert_close(alone, out, rtol=0, atol=2e-5)
 
 
 def test_bf16_weights():
@@ -184,12 +185,15 @@ def test_time_features_stay_fp32_under_bf16():
 
 
 def test_compiled_equals_eager():
-    """In one graph, with the real compiler (needs a C++ compiler); one block, for it is slow."""
+    """Compile to one graph with the real compiler (needs a C++ compiler); one block, for it is slow.
+
+    Each result may be 1e-5 from the fp64 one: the compiler and torch's own kernels order sums differently.
+    """
     model = make_model(depth=1)
     batch = make_batch(model)
     compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(*batch), model(*batch), rtol=0, atol=1e-5)
+        torch.testing.assert_close(compiled(*batch), model(*batch), rtol=0, atol=2e-5)
 
 
 def test_traced_gradients_equal_eager_ones():

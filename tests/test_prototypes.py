@@ -11,6 +11,9 @@ from fastdit.kernels import prototype_loss
 from fastdit.kernels.prototypes import CENTERINGS
 
 MODULE = sys.modules["fastdit.kernels.prototypes"]
+# Another order of an fp32 computation's sums, which a CPU's matrix products choose by shape and place, gives another
+# result within `assert_exact`'s tolerance of the exact one. Two such results are at most twice as far apart.
+REORDERED = 2e-5
 TEMPERATURES = {"student_temperature": 0.1, "teacher_temperature": 0.05}
 
 
@@ -115,7 +118,7 @@ def test_chunks_do_not_matter(implementation):
     for chunk in (1, 8, 1000):
         parts = run(inputs, chunk=chunk, centering="sinkhorn", implementation=implementation)
         for a, b in zip(parts, whole):
-            assert_exact(a, b.double(), 5e-6)
+            assert_exact(a, b.double(), REORDERED)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -127,7 +130,7 @@ def test_a_token_does_not_depend_on_its_neighbours(implementation):
     moved = run([student[order], teacher[order], vs, vt, weight[order], center], chunk=7, implementation=implementation)
     assert torch.equal(moved[2], plain[2])
     for a, b in zip((moved[0], moved[5], moved[6]), (plain[0], plain[5][order], plain[6])):
-        assert_exact(a, b.double(), 1e-6)
+        assert_exact(a, b.double(), REORDERED)
 
 
 def test_ranks_joined_by_the_hook_equal_one():
@@ -155,7 +158,7 @@ def test_ranks_joined_by_the_hook_equal_one():
     together = prototype_loss(student, teacher, vs, vt, centering="sinkhorn", **TEMPERATURES)
     for name in ("loss", "teacher_entropy", "kl", "teacher_mean"):
         a, b = (getattr(result, name).double() for result in results)
-        assert_exact((a + b) / 2, getattr(together, name).double(), 1e-6)
+        assert_exact((a + b) / 2, getattr(together, name).double(), REORDERED)
     assert torch.equal(results[0].wins + results[1].wins, together.wins)
     assert together.usage == (together.wins > 0).sum() / 37
 
@@ -204,7 +207,7 @@ def test_strided_expanded_and_upstream(implementation):
     expected = run(inputs, implementation=implementation, upstream=3.0)
     strided = [x.T.contiguous().T if x.dim() == 2 else torch.stack([x, x], 1)[:, 0] for x in inputs]
     for a, b in zip(run(strided, implementation=implementation, upstream=3.0), expected):
-        assert_exact(a, b.double(), 1e-6)
+        assert_exact(a, b.double(), REORDERED)
     assert_exact(expected[5], 3 * run_naive(inputs)[5])
     student, teacher, vs, vt, _, center = inputs
     flat = [student[:1].expand(9, -1), teacher[:1].expand(9, -1), vs, vt, inputs[4][:1].expand(9), center]

@@ -30,6 +30,13 @@ def matrices(net: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def weights_in_use(net: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return every module's weight and bias in fp64. Weights with a spectral norm are divided by it."""
+    parts = [(name, module, part) for name, module in net.named_modules() for part in ("weight", "bias")]
+    found = {f"{name}.{part}": getattr(module, part, None) for name, module, part in parts}
+    return {name: value.detach().double() for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
 def power_state(net: torch.nn.Module) -> list[torch.Tensor]:
     return [value.clone() for name, value in net.named_buffers() if name.endswith(("_u", "_v"))]
 
@@ -39,6 +46,27 @@ def one_line(call, *args) -> str:
         call(*args)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+# Tolerances in bf16. Autocast stores activations and weights of products in bf16. Products of two such values are exact
+# in fp32, and their sums are fp32, whose unit roundoff is 2^16 times smaller than bf16's. So on every CPU the error is
+# that of storing, and the fp64 transcriptions below, when they round the same tensors, have the same roundings. How a
+# CPU orders its sums only decides which way a few of them go. The tests allow twice the transcription's error.
+
+
+def bf16(x: torch.Tensor) -> torch.Tensor:
+    """Round to bf16, keeping the dtype."""
+    return x.bfloat16().to(x.dtype)
+
+
+def exactly(x: torch.Tensor) -> torch.Tensor:
+    """Return x itself: round nothing."""
+    return x
+
+
+def assert_as_good_as_bf16(got: torch.Tensor, rounded: torch.Tensor, exact: torch.Tensor) -> None:
+    """Demand at most twice the error of `rounded`, in the norm of all features, and some error."""
+    assert 0 < (got.double() - exact).norm() <= 2 * (rounded - exact).norm()
 
 
 # -- the function --
@@ -53,25 +81,30 @@ def halved(x: torch.Tensor) -> torch.Tensor:
     return torch.stack(squares, 2).unflatten(2, (rows, cols))
 
 
-def transcription(w: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """LatentResNet, in the dtype of its arguments."""
+def transcription(w: dict[str, torch.Tensor], x: torch.Tensor, stored=exactly) -> torch.Tensor:
+    """Compute LatentResNet's features in the dtype of its arguments, all but the head's tensors as `stored`."""
 
     def act(name: str, x: torch.Tensor) -> torch.Tensor:
         groups = x.reshape(x.shape[0], -1, 16 * x.shape[2] * x.shape[3])
         centred = groups - groups.mean(2, keepdim=True)
         normed = (centred / (centred.square().mean(2, keepdim=True) + 1e-5).sqrt()).reshape(x.shape)
-        y = normed * w[f"{name}.weight"][:, None, None] + w[f"{name}.bias"][:, None, None]
-        return y / (1 + (-y).exp())
+        scale, shift = (stored(w[f"{name}.{part}"])[:, None, None] for part in ("weight", "bias"))
+        y = stored(normed * scale + shift)
+        return stored(y / (1 + (-y).exp()))
+
+    def conv(name: str, x: torch.Tensor) -> torch.Tensor:
+        weight = stored(w[f"{name}.weight"])
+        return stored(F.conv2d(x, weight, padding=weight.shape[-1] // 2))
 
     def block(i: int, x: torch.Tensor) -> torch.Tensor:
-        y = F.conv2d(act(f"blocks.{i}.norm1", x), w[f"blocks.{i}.conv1.weight"], padding=1)
-        y = F.conv2d(act(f"blocks.{i}.norm2", y), w[f"blocks.{i}.conv2.weight"], padding=1)
-        return y + (F.conv2d(x, w[f"blocks.{i}.skip.weight"]) if f"blocks.{i}.skip.weight" in w else x)
+        y = conv(f"blocks.{i}.conv1", act(f"blocks.{i}.norm1", x))
+        y = conv(f"blocks.{i}.conv2", act(f"blocks.{i}.norm2", y))
+        return stored(y + (conv(f"blocks.{i}.skip", x) if f"blocks.{i}.skip.weight" in w else x))
 
-    x, last = F.conv2d(x, w["stem.weight"], padding=1), 3
+    x, last = conv("stem", stored(x)), 3
     order = [0, 1, 2, last]
     while order:
-        x = halved(x) if min(x.shape[2:]) > 4 else x
+        x = stored(halved(x)) if min(x.shape[2:]) > 4 else x
         x = block(order.pop(0), x)
         if not order and min(x.shape[2:]) > 4:
             order = [last]
@@ -149,7 +182,7 @@ def test_channels_last():
 
 @pytest.mark.parametrize("spectral_norm", [False, True])
 def test_autocast(spectral_norm):
-    """Activations in bf16, norms included; fp32 features, near enough. Spectral norms survive it."""
+    """Check dtypes, the features' error, and that spectral norms survive: activations are bf16, features fp32."""
     net, x = LatentResNet(**SMALL, spectral_norm=spectral_norm).eval(), noise(3, 3, 16, 16).requires_grad_()
     seen = []
     for module in (net.blocks[1].norm1, net.blocks[3].norm2, net.norm):
@@ -165,8 +198,9 @@ def test_autocast(spectral_norm):
     assert seen == [(torch.bfloat16, torch.bfloat16)] * 3
     assert features.dtype == torch.float32
     assert (features != features.bfloat16().float()).any(), "the head is not rounded"
-    exact = net(x)
-    assert (features - exact).norm() < 0.03 * exact.norm()
+    w = weights_in_use(net)
+    exact, rounded = (transcription(w, x.detach().double(), stored) for stored in (exactly, bf16))
+    assert_as_good_as_bf16(features.detach(), rounded, exact)
     assert x.grad.isfinite().all()
     net.train()
     with torch.autocast("cpu", torch.bfloat16):
@@ -362,20 +396,22 @@ def resnet18_weights() -> dict[str, torch.Tensor]:
     return state | {"fc.weight": noise(1000, 512), "fc.bias": noise(1000)}
 
 
-def resnet18(w: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Features of images in [-1, 1], in fp64."""
+def resnet18(w: dict[str, torch.Tensor], x: torch.Tensor, stored=exactly) -> torch.Tensor:
+    """Compute the features of images in [-1, 1] in fp64, with weights of products and all activations as `stored`."""
     w, colour = {name: value.double() for name, value in w.items()}, torch.float64
     mean, std = torch.tensor([0.485, 0.456, 0.406], dtype=colour), torch.tensor([0.229, 0.224, 0.225], dtype=colour)
 
     def conv(name: str, x: torch.Tensor, stride: int = 1) -> torch.Tensor:
-        return F.conv2d(x, w[f"{name}.weight"], stride=stride, padding=w[f"{name}.weight"].shape[-1] // 2)
+        weight = stored(w[f"{name}.weight"])
+        return stored(F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2))
 
     def norm(name: str, x: torch.Tensor) -> torch.Tensor:
         slope = w[f"{name}.weight"] / (w[f"{name}.running_var"] + 1e-5).sqrt()
-        return x * slope[:, None, None] + (w[f"{name}.bias"] - w[f"{name}.running_mean"] * slope)[:, None, None]
+        shift = w[f"{name}.bias"] - w[f"{name}.running_mean"] * slope
+        return stored(x * slope[:, None, None] + shift[:, None, None])
 
     x = (x.double().expand(-1, 3, -1, -1) + 1) / 2
-    x = (x - mean[:, None, None]) / std[:, None, None]
+    x = stored((x - mean[:, None, None]) / std[:, None, None])
     x = F.max_pool2d(norm("bn1", conv("conv1", x, 2)).relu(), 3, 2, 1)
     for layer in range(1, 5):
         for i in range(2):
@@ -384,7 +420,7 @@ def resnet18(w: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
             y = norm(f"{name}.bn2", conv(f"{name}.conv2", y))
             if stride == 2:
                 x = norm(f"{name}.downsample.1", conv(f"{name}.downsample.0", x, 2))
-            x = (x + y).relu()
+            x = stored(x + y).relu()
     return x.mean((2, 3))
 
 
@@ -400,17 +436,19 @@ def path(weights, tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(("channels", "size"), [(3, (32, 32)), (3, (45, 61)), (1, (33, 32))])
+# The last layers of 33 rows and 32 columns are 2x1: where torch 2.13's strided convolution fails on CPUs with AMX.
+@pytest.mark.parametrize(("channels", "size"), [(3, (32, 32)), (3, (45, 61)), (1, (33, 32)), (3, (70, 32))])
 def test_resnet18(path, weights, channels, size):
     x = noise(3, channels, *size).tanh()
     net = ImageResNet(path)
     features = net(x)
     assert (features.shape, features.dtype, net.features) == ((3, 512), torch.float32, 512)
-    torch.testing.assert_close(features.double(), resnet18(weights, x), rtol=1e-5, atol=1e-5)
+    exact = resnet18(weights, x)
+    torch.testing.assert_close(features.double(), exact, rtol=1e-5, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         rough = net(x)
     assert rough.dtype == torch.float32
-    assert 0 < (rough - features).norm() < 0.03 * features.norm()
+    assert_as_good_as_bf16(rough, resnet18(weights, x, bf16), exact)
 
 
 def test_resnet18_is_torchvisions(path, weights):

@@ -67,8 +67,8 @@ class BasicBlock(nn.Module):
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
         stride = 1 if before == after else 2
-        self.conv1, self.bn1 = nn.Conv2d(before, after, 3, stride, padding=1, bias=False), FrozenNorm(after)
-        self.conv2, self.bn2 = nn.Conv2d(after, after, 3, padding=1, bias=False), FrozenNorm(after)
+        self.conv1, self.bn1 = Conv3x3(before, after, stride), FrozenNorm(after)
+        self.conv2, self.bn2 = Conv3x3(after, after), FrozenNorm(after)
         self.downsample = None
         if stride == 2:
             self.downsample = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), FrozenNorm(after))
@@ -76,6 +76,25 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class Conv3x3(nn.Conv2d):
+    """Convolve with a 3x3 kernel and padding 1, correctly also where the output is one column wide.
+
+    oneDNN 3.12, the CPU library of PyTorch 2.13, reads uninitialized memory in a bf16 convolution on CPUs with AMX when
+    the stride is above 1 and the output has one column and several rows (https://github.com/pytorch/pytorch/pull/188426
+    reports the same of conv3d). Images of 32 columns and more rows come to such a grid in the last layer.
+    """
+
+    def __init__(self, before: int, after: int, stride: int = 1) -> None:
+        super().__init__(before, after, 3, stride, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stride = self.stride[0]
+        if stride > 1 and x.shape[3] <= stride and x.shape[2] > stride:
+            # More zeros on the right give the output a second column and leave the first one as it was.
+            return super().forward(F.pad(x, (0, stride)))[..., :1]
+        return super().forward(x)
 
 
 class FrozenNorm(nn.Module):
