@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastdit.config import Config
 from fastdit.data import Source, make_loader
+from fastdit.data.readers import choose_backend
 from fastdit.engine.build import Shape
 from fastdit.engine.runtime import Runtime
 from fastdit.errors import UserError
@@ -68,6 +69,7 @@ def of_source(
         threads=config.data.threads,
         on_corrupt=config.data.on_corrupt,
         convert=config.data.convert,
+        reader=config.data.reader,
     )
     with closing(loader):
         made = _make(lambda ids: _levels(next(loader)[0]), source.path, n, net, runtime, batch, progress)
@@ -171,6 +173,8 @@ def _cached(source: Source, config: Config, n: int, net: FeatureNet) -> tuple[Pa
         "net": [net.name, net.weights, net.resize],
         "kept": KEPT,
     }
+    if source.kind == "image" and (reader := choose_backend(config.data.reader).name) != "dali":
+        key["reader"] = reader  # its pixels differ by a few levels
     text = json.dumps(key)
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdit"
     return home / f"{net.name}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.npz", text
