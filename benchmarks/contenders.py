@@ -24,8 +24,10 @@ from fastdit.engine.loop import train_step
 from fastdit.engine.runtime import Runtime
 from fastdit.engine.session import Session
 from fastdit.methods.denoising import Denoising, Outcome
+from fastdit.methods.psi_alignment import PsiAlignment
 from fastdit.methods.self_discrimination import SelfDiscrimination
 from fastdit.methods.structure_game import StructureGame
+from fastdit.models import SplitDiT
 
 PRODUCT = {"cuda": 8192, "cpu": 2048}  # rows and columns
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -42,6 +44,8 @@ class Engine(Contender):
 
     def __init__(self, config: Config, runtime: Runtime, watch: Stopwatch):
         super().__init__(watch)
+        # Every step measured has all parts of the method, although a run's first steps may not.
+        config = replace(config, sadm=replace(config.sadm, start=0.0))
         silent = _Silent(runtime.rank, runtime.world, runtime.local_rank, runtime.device, runtime.hosts)
         self.session = Session(config, silent)
         self.run, self.done = self.session.run, 0
@@ -50,13 +54,17 @@ class Engine(Contender):
         self.flops = self.run.method.flops(self.run.engine.module)
         self.names = {"backward": "backward/network", "followers": "extras", "method": "extras"}
         method = self.run.method
+        if config.uses("psi_align"):
+            self.names["forward"] = "forward/network"
+            cut_alignment(method, watch)
+            method = method.base
         if config.uses("sadm"):
             self.names |= {"forward": "forward/structure", "method": "extras/psi"}
             cut_game(method, watch, "forward" if config.uses("sd_dit") else "forward/network")
             method = method.base
         if config.uses("sd_dit"):
-            self.names |= {"backward": "backward/encoder", "followers": "extras/refresh"}
-            cut_components(self.run.engine.module, method, watch)
+            last = cut_components(self.run.engine.module, method, watch, config.cuda_graphs)
+            self.names |= {"backward": f"backward/{last}", "followers": "extras/refresh"}
 
     def step(self) -> None:
         self.watch.start()
@@ -71,7 +79,8 @@ class Engine(Contender):
         zero = plan.deepspeed.get("zero_optimization", {})
         small = zero.get("stage3_param_persistence_threshold", KEPT)
         followers = [next(iter(follower.tensors.values())) for follower in self.run.followers]
-        psi = method.psi.parameters() if getattr(method, "plays", False) else ()
+        players = [each for each in (method, getattr(method, "base", method)) if getattr(each, "plays", False)]
+        psi = players[0].psi.parameters() if players else ()
         return Trained(
             parameters=sum(trained),
             kept=sum(numel for numel in trained if numel < small),
@@ -103,49 +112,58 @@ def _own_tensors(method: Denoising) -> list[torch.Tensor]:
     return found
 
 
-def cut_components(student: nn.Module, method: SelfDiscrimination, watch: Stopwatch) -> None:
-    """Laps of SD-DiT's components, in the step itself.
+def cut_components(student: nn.Module, method: SelfDiscrimination, watch: Stopwatch, graphs: bool = False) -> str:
+    """Cut the step into laps of SD-DiT's components; return the one that ends the backward pass.
 
-    Forward they are modules. Backward, autograd runs the youngest node that is ready: first the losses, then head and
-    prototypes, decoder, encoder; and of each first the node of the last tensor that it made.
+    Forward, the components are modules, or the first and the other blocks of a split DiT. Backward, autograd runs the
+    youngest node that is ready: first the losses, then head and prototypes, decoder, encoder. A hook on the last tensor
+    that a component made therefore runs where that component's backward pass begins.
+
+    graphs: a CUDA graph holds the whole of a split DiT, so encoder and decoder are one component, the denoiser.
     """
+    network, split = student.network, isinstance(student.network, SplitDiT)
+    first, second = ("network", "network") if split and graphs else ("encoder", "decoder")
 
     def cut(name: str):
         return lambda *_: watch.lap(name)
 
     def after_encoder(*call) -> None:
         watch.lap("forward/encoder")
-        call[-1].branch.register_hook(cut("backward/decoder"))
+        if (branch := call[-1][1]).requires_grad:
+            branch.register_hook(cut("backward/decoder"))
 
     def after_decoder(*call) -> None:
-        watch.lap("forward/decoder")
-        call[-1].register_hook(cut("backward/head"))
+        watch.lap(f"forward/{second}")
+        out = call[-1] if isinstance(call[-1], torch.Tensor) else call[-1][0]
+        out.register_hook(cut("backward/head"))
 
     def after_student(*call) -> None:
         watch.lap("forward/head")
-        call[-1][2].loss.register_hook(cut("backward"))
+        if method.compares:
+            call[-1][2].loss.register_hook(cut("backward"))
 
     for module in (method.teacher, student):
         module.register_forward_pre_hook(cut("forward"))
     method.teacher.register_forward_hook(cut("forward/teacher"))
-    student.network.encoder.register_forward_hook(after_encoder)
-    student.network.decoder.register_forward_hook(after_decoder)
+    if first == "encoder":
+        encoder = network.blocks[network.split - 1] if split else network.encoder
+        encoder.register_forward_hook(after_encoder)
+    (network if split else network.decoder).register_forward_hook(after_decoder)
     student.register_forward_hook(after_student)
+    return first
 
 
 def cut_game(game: StructureGame, watch: Stopwatch, before: str) -> None:
-    """Laps around SADM's base, its loss named `before`: what is left of the game's own is the structure term, which
-    makes both players' gradients on the spot, and Psi's step.
+    """End a lap after the loss of SADM's base, named `before`, and one after the base's end of a step.
 
-    The structure term is what the forward pass made last, so the backward pass comes to it first: to what is left of
-    it, the way from Psi's pictures back to the latents.
+    The structure term follows the base's loss and computes both players' gradients at once, down to the x0 prediction.
+    So all of it lies in the forward pass, and Psi's step is what remains at the end of the step.
     """
     loss, end_step = game.base.loss, game.base.end_step
 
     def base_loss(*args) -> Outcome:
         outcome = loss(*args)
         watch.lap(before)
-        outcome.x0_hat.register_hook(lambda _: watch.lap("backward/structure"))
         return outcome
 
     def base_end_step() -> dict[str, torch.Tensor]:
@@ -154,6 +172,18 @@ def cut_game(game: StructureGame, watch: Stopwatch, before: str) -> None:
         return terms
 
     game.base.loss, game.base.end_step = base_loss, base_end_step
+
+
+def cut_alignment(method: PsiAlignment, watch: Stopwatch) -> None:
+    """End a lap after psi_align's forward pass of Psi. The projector is a part of the denoiser."""
+    targets_of = method.targets_of
+
+    def cut(*args) -> torch.Tensor:
+        targets = targets_of(*args)
+        watch.lap("forward/psi")
+        return targets
+
+    method.targets_of = cut
 
 
 class Plain(Contender):

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 SETS = {
     "sd_dit": {
         "sd_dit": "--method sd_dit",
-        "sd_dit mask_token": "--method sd_dit --sd_dit.hidden_tokens mask_token",
+        "sd_dit mask_token": "--method sd_dit --sd_dit.decoder extra --sd_dit.hidden_tokens mask_token",
         "sd_dit zeros": "--method sd_dit --sd_dit.hidden_tokens zeros",
         "sd_dit beta 0.01": "--method sd_dit --sd_dit.beta 0.01",
         "sd_dit beta 1": "--method sd_dit --sd_dit.beta 1",
@@ -40,6 +40,11 @@ SETS = {
         "sadm adversarial": "--method sadm",
     },
     "both": {"sd_dit+sadm": "--method sd_dit+sadm"},
+    "psi_align": {
+        "psi_align": "--method psi_align",
+        "psi_align random psi": "--method psi_align --psi_align.psi_warm_steps 0",
+        "psi_align+sadm": "--method psi_align+sadm",
+    },
 }
 
 
@@ -156,7 +161,7 @@ def _prices(contenders: dict[str, str], common: str, path: Path) -> dict[str, fl
     if contenders.keys() <= kept.keys():
         return kept
     configs = {
-        name: parse([*shlex.split(f"{common} {flags}"), "--out", str(path.parent / "none")])
+        name: parse([*shlex.split(f"{common} {flags} --sadm.start 0"), "--out", str(path.parent / "none")])
         for name, flags in contenders.items()
     }
     from fastdit.engine import runtime

@@ -302,9 +302,16 @@ def _run_all(parts: list[Part], journal: Journal, log: Path, device: str, end: f
 
 def _remaining(lines: Path) -> str:
     """Return how a part that paces itself has ended: WELL once its plan is finished."""
-    plans = [line for line in read_journal(lines) if line["what"] == "timed plan"]
+    found = read_journal(lines)
+    begin = max(place for place, line in enumerate(found) if line["what"] == "part began")
+    plans = [line for line in found[begin:] if line["what"] == "timed plan"]
+    failed = [line["failed"] for line in found[begin:] if line["what"] == "run failed"]
     remaining = plans[-1]["remaining"] if plans else []
-    return f"unfinished: {len(remaining)} runs remain" if remaining else WELL
+    if not remaining:
+        return WELL
+    return f"unfinished: {len(remaining)} runs remain" + (
+        f", {len(failed)} failed: {failed[-1][:300]}" if failed else ""
+    )
 
 
 def _wait(part: Part, command: list[str], limit: float, log: Path) -> str:

@@ -33,6 +33,7 @@ COMPONENTS = {
     "decoder": (("forward/decoder", "backward/decoder"), "decoder"),
     "teacher": (("forward/teacher",), "teacher"),
     "head and prototypes": (("forward/head", "backward/head"), "head"),
+    "Psi of clean samples": (("forward/psi",), "psi"),
     "structure, both players": (("forward/structure", "backward/structure"), "structure"),
     "Psi's step": (("extras/psi",), None),
     "optimizer + averages": (("optimizer",), None),
@@ -41,7 +42,8 @@ COMPONENTS = {
 }
 NOTE = (
     "Measured within the whole step, forward and backward together. SD-DiT's teacher's logits are computed with the "
-    "student's: their time is the head's, their FLOPs the teacher's. SADM's denoiser has noise and loss with it. Rest: "
+    "student's: their time is the head's, their FLOPs the teacher's. SADM's denoiser has noise and loss with it, "
+    "psi_align's the projector's time, without its FLOPs. Rest: "
     "noise, masks, losses, centres, schedules."
 )
 

@@ -50,6 +50,7 @@ CONTENDERS = {
     "sd_dit": "--method sd_dit",
     "sadm": "--method sadm",
     "sd_dit+sadm": "--method sd_dit+sadm",
+    "psi_align": "--method psi_align",
 }
 # As in the quickstart. The warm-up is a share of the run, so that it does not depend on a contender's price.
 COMMON = "--noise.name flow --ema.kind power --ema.std 0.1 --schedule cosine --grad_clip 1"

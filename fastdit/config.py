@@ -5,7 +5,7 @@ flag (`--lr 2e-4 --model.patch 4`). Parsing, type checks and `--help` are jsonar
 """
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,7 @@ from jsonargparse import Namespace
 from fastdit.command_line import OneLineParser
 from fastdit.config_checks import check
 from fastdit.errors import UserError
+from fastdit.methods.psi_alignment import PsiAlign
 from fastdit.methods.self_discrimination import SDDiT
 from fastdit.methods.structure_game import SADM
 from fastdit.models import SIZES
@@ -189,7 +190,7 @@ class Config:
 
     Args:
         method: what is trained: dit, the plain denoising loss; sd_dit, self-supervised discrimination beside it; sadm,
-            the structure game; sd_dit+sadm, both.
+            the structure game; psi_align, alignment with an encoder that knows the classes; joined by +, both.
         out: folder of the run.
         resume: go on from the newest good checkpoint in `out`.
         ds_config: DeepSpeed configuration: zero0, zero1, zero2, zero3, zero3_offload, or a path to a JSON file.
@@ -227,9 +228,10 @@ class Config:
         eval: figures on the way, drawn as `sample` says.
         sd_dit: settings of that method.
         sadm: settings of that method.
+        psi_align: settings of that method.
     """
 
-    method: Literal["dit", "sd_dit", "sadm", "sd_dit+sadm"] = "dit"
+    method: Literal["dit", "sd_dit", "sadm", "sd_dit+sadm", "psi_align", "psi_align+sadm"] = "dit"
     out: str = "runs/default"
     resume: bool = False
     ds_config: str = "zero1"
@@ -265,12 +267,21 @@ class Config:
     eval: EvalConfig = EvalConfig()
     sd_dit: SDDiT = SDDiT()
     sadm: SADM = SADM()
+    psi_align: PsiAlign = PsiAlign()
 
     def uses(self, method: str) -> bool:
-        """Whether `method`, sd_dit or sadm, is part of what is trained."""
+        """Whether `method`, sd_dit, sadm or psi_align, is part of what is trained."""
         return method in self.method.split("+")
 
+    @property
+    def shares_psi(self) -> bool:
+        """Whether psi_align takes its Psi from SADM."""
+        both = self.uses("psi_align") and self.uses("sadm")
+        return both and self.sadm.psi == "latent_resnet" and self.sadm.structure != "off"
+
     def __post_init__(self):
+        # The run's config.yaml names the decoder.
+        object.__setattr__(self, "sd_dit", replace(self.sd_dit, decoder=self.sd_dit.named_decoder))
         check(self)
 
 

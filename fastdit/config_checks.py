@@ -1,11 +1,12 @@
 """What settings must satisfy beyond their types."""
 
 import math
+from dataclasses import fields
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from fastdit.errors import UserError
-from fastdit.models.structure_encoders import NORM_GROUP
+from fastdit.models.structure_encoders import NORM_GROUP, STAGES
 
 if TYPE_CHECKING:
     from fastdit.config import Config
@@ -15,7 +16,8 @@ _POSITIVE = (
     "steps batch micro_batch log_every save_every keep_checkpoints max_nonfinite data.size data.channels data.classes "
     "data.threads model.patch model.depth model.width model.heads sample.steps sample.guided_channels "
     "sample.per_class sample.max_classes sd_dit.decoder_width sd_dit.decoder_depth sd_dit.decoder_heads "
-    "sd_dit.head_width sd_dit.bottleneck sd_dit.prototypes sadm.psi_width sadm.psi_features sadm.psi_every"
+    "sd_dit.head_width sd_dit.bottleneck sd_dit.prototypes sd_dit.every sadm.psi_width sadm.psi_features "
+    "sadm.psi_every psi_align.projector_width psi_align.psi_width psi_align.psi_features"
 )
 _NOT_NEGATIVE = (
     "warmup lr eps weight_decay grad_clip seed threads sample_every sample.interval sample.agreement "
@@ -35,11 +37,17 @@ _RANGES = {
     **dict.fromkeys(("sd_dit.center_momentum", "sd_dit.momentum", "sd_dit.momentum_end"), (0, 1)),
     "sd_dit.teacher_temperature_warmup": (0, 1),
     "sd_dit.mask_ratio": (0, 0.95),
-    "sd_dit.teacher_noise": (1e-4, 1),
     "sd_dit.beta": (0, math.inf),
-    **dict.fromkeys(("sadm.weight", "sadm.gradient_penalty", "sadm.psi_lr"), (0, math.inf)),
-    **dict.fromkeys(("sadm.huber_delta", "sadm.sigma_data"), (1e-6, math.inf)),
-    **dict.fromkeys(("sadm.psi_warmup", "sadm.psi_betas"), (0, 1)),
+    "sd_dit.split": (0.01, math.inf),
+    **dict.fromkeys(("sd_dit.share", "sd_dit.momentum_share"), (0.001, 1)),
+    "sd_dit.until": (0, 1),
+    **dict.fromkeys(("sadm.weight", "sadm.gradient_ratio", "sadm.weight_floor", "sadm.weight_cap"), (0, math.inf)),
+    **dict.fromkeys(("sadm.gradient_penalty", "sadm.psi_lr", "sadm.psi_warm_steps"), (0, math.inf)),
+    **dict.fromkeys(("sadm.huber_delta", "sadm.sigma_data", "sadm.clamp", "sadm.max_noise"), (1e-6, math.inf)),
+    **dict.fromkeys(("sadm.psi_warmup", "sadm.psi_betas", "sadm.start"), (0, 1)),
+    **dict.fromkeys(("psi_align.weight", "psi_align.psi_warm_steps"), (0, math.inf)),
+    **dict.fromkeys(("psi_align.depth", "psi_align.until"), (0, 1)),
+    "psi_align.stage": (1, STAGES),
     "ema.std": (0.001, 0.28),  # a power-function profile cannot be wider than 12^-1/2
 }
 
@@ -49,7 +57,7 @@ def check(config: "Config") -> None:
     for field, (low, high) in _RANGES.items():
         value = attrgetter(field)(config)
         for number in value if isinstance(value, tuple) else (value,):
-            if number is not None and not low <= number <= high:
+            if number is not None and not isinstance(number, str) and not low <= number <= high:
                 wanted = f"at least {low}" if high == math.inf else f"from {low} to {high}"
                 raise UserError(f"{field}: must be {wanted}, got {number}")
     if config.finetune and not config.init_from:
@@ -57,6 +65,7 @@ def check(config: "Config") -> None:
     _check_model(config)
     _check_decoder(config)
     _check_psi(config)
+    _check_alignment(config)
     _check_sampling(config)
 
 
@@ -77,7 +86,13 @@ def _check_model(config: "Config") -> None:
 
 
 def _check_decoder(config: "Config") -> None:
-    width, heads = config.sd_dit.decoder_width, config.sd_dit.decoder_heads
+    dims = config.model.dims()
+    if config.sd_dit.decoder == "split":
+        if config.uses("sd_dit"):
+            config.sd_dit.split_of(dims["depth"])
+        return
+    sizes = config.sd_dit.sizes_for(dims["width"], dims["depth"])
+    width, heads = sizes.decoder_width, sizes.decoder_heads
     if width % heads or width % 4:
         raise UserError(
             f"sd_dit.decoder_width: {width} must be a multiple of sd_dit.decoder_heads ({heads}) and of 4; change one"
@@ -94,12 +109,31 @@ def _check_psi(config: "Config") -> None:
         raise UserError("sadm.psi: teacher follows the student and is no player; set --sadm.structure fixed")
     if sadm.psi == "latent_resnet" and sadm.psi_width % NORM_GROUP:
         raise UserError(f"sadm.psi_width: {sadm.psi_width} must be a multiple of {NORM_GROUP}; change it")
+    if sadm.weight_floor > sadm.weight_cap:
+        raise UserError(
+            f"sadm.weight_floor: {sadm.weight_floor} is above sadm.weight_cap ({sadm.weight_cap}); lower it"
+        )
     pixels = config.data.channels in (1, 3) or config.data.autoencoder is not None
     if sadm.psi == "image_resnet" and (sadm.psi_weights is None or not pixels):
         raise UserError(
             f"sadm.psi: image_resnet needs sadm.psi_weights (torchvision's resnet18) and pixels, of latents by "
             f"--data.autoencoder; data.channels is {config.data.channels}"
         )
+
+
+def _check_alignment(config: "Config") -> None:
+    own = config.psi_align
+    if not config.uses("psi_align"):
+        return
+    if config.shares_psi:
+        for name, default in ((field.name, field.default) for field in fields(own) if field.name.startswith("psi_")):
+            asked, used = getattr(own, name), getattr(config.sadm, name)
+            if asked not in (default, used):
+                raise UserError(
+                    f"psi_align.{name}: {asked}, but beside sadm the one Psi has sadm.{name} {used}; make them equal"
+                )
+    if own.psi_width % NORM_GROUP:
+        raise UserError(f"psi_align.psi_width: {own.psi_width} must be a multiple of {NORM_GROUP}; change it")
 
 
 def _check_sampling(config: "Config") -> None:

@@ -1,6 +1,6 @@
-"""Write a run's averaged weights for others: `python fastdit/export.py --run runs/x --out dit.pt`.
+"""Write a run's EMA weights for other programs: `python fastdit/export.py --run runs/x --out dit.pt`.
 
-`.pt` is the original DiT's layout (readable by everything that reads `DiT-XL-2-256x256.pt`), `.safetensors` ours.
+`.pt` gives the original DiT's layout, for everything that reads `DiT-XL-2-256x256.pt`; `.safetensors` gives ours.
 """
 
 from pathlib import Path
@@ -15,12 +15,12 @@ from fastdit.models import fold_gains, save_official
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command, also installed as `fastdit-export`. Leaves the process: 0, or 2 after a UserError."""
+    """Run the command, also installed as `fastdit-export`. It ends the process with 0, or with 2 after a UserError."""
     run_command(_export, argv)
 
 
 def _export(argv: list[str]) -> None:
-    parser = OneLineParser(prog="fastdit-export", description="Write a run's averaged weights for other programs.")
+    parser = OneLineParser(prog="fastdit-export", description="Write a run's EMA weights for other programs.")
     parser.add_argument("--run", type=str, required=True, help="folder of the run")
     parser.add_argument("--checkpoint", type=str | None, default=None, help="one of its checkpoints; default: newest")
     parser.add_argument("--out", type=str, required=True, help=".pt: the original DiT's layout; .safetensors: ours")
@@ -29,8 +29,10 @@ def _export(argv: list[str]) -> None:
     if out.suffix not in (".pt", ".safetensors"):
         raise UserError(f"--out {out}: must end in .pt or .safetensors")
     config = load(run / CONFIG_FILE)
-    if out.suffix == ".pt" and config.uses("sd_dit"):
-        raise UserError(f"--out {out}: the original DiT's layout has no place for a decoder; give a .safetensors file")
+    if out.suffix == ".pt" and config.uses("sd_dit") and config.sd_dit.decoder == "extra":
+        raise UserError(
+            f"--out {out}: the original DiT's layout has no place for an extra decoder; give a .safetensors file"
+        )
     checkpoint = choose(run, args.checkpoint)
     weights = fold_gains(sampled_weights(checkpoint))
     out.parent.mkdir(parents=True, exist_ok=True)

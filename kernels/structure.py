@@ -1,21 +1,25 @@
-"""SADM's structure loss (arXiv 2402.17563): do generated samples keep the pairwise distances of the real ones?
+"""SADM's structure loss (arXiv 2402.17563): do predicted samples keep the pairwise distances of the real ones?
 
-The paper leaves the distances' normalisation, the pairs' weights and the penalty open; these are ours:
+The paper leaves the normalization of the distances, the weights of the pairs and the penalty open. Ours are:
 
-    P_ij = |f_i - f_j| / rms_{i!=j} |f_i - f_j|,   Q_ij the same of g
-    L    = sum_{i!=j} w_ij penalty(P_ij - Q_ij) / sum_{i!=j} w_ij,   w_ij = sqrt(w_i w_j)
+    r_ij = |f_i - f_j|,  s_ij = |g_i - g_j|,  w_ij = w_i w_j
+    P_ij = r_ij / sqrt(sum_{i!=j} w_ij r_ij^2 / sum_{i!=j} w_ij),   Q_ij likewise from s
+    L    = sum_{i!=j} w_ij penalty(P_ij - Q_ij) / sum_{i!=j} w_ij
 
-So P and Q have mean square 1, and with equal weights and squared errors L = 2 - 2 mean(P Q): from 0, where they agree,
-to 2, where no pair is apart in both, for any B. Over the mean instead L reaches B: one point far from all others,
-which coincide, has P = B / 2 with each.
+The moments carry the same weights as the pairs: a sample of weight zero has no influence at all. P and Q therefore
+have a weighted mean square of 1, and with squared errors L = 2 - 2 mean_w(P Q). L lies between 0, where P and Q
+agree, and 2, where no pair is apart in both, for any B. With the mean in place of the root mean square, and equal
+weights, L reaches B: a point far from all others, which coincide, has P = B / 2 with each of them.
 
-Two passes over tiles of pairs i < j: the means, then the loss. Backward recomputes the tiles. Neither a
-(B, B, d) nor, beyond one panel of rows, a (B, B) tensor exists, and every sum has a fixed order.
+The forward pass walks twice over tiles of pairs i < j: first for the moments, then for the loss. The backward pass
+recomputes the tiles. Neither a (B, B, d) tensor nor, beyond one panel of rows, a (B, B) tensor exists, and every sum
+has a fixed order.
 
-Distances come from differences, not from |f_i|^2 + |f_j|^2 - 2 f_i.f_j: the difference of large numbers loses
-near pairs (at a relative distance of 1e-3, half of all digits of the square), does not give an exact zero
-diagonal, and its gradient divides by what it lost. The price: no tensor cores. With B = 1024, d = 512, forward
-and backward are 6 G fp32 operations on pairs, 0.2 ms at an H100's fp32 peak; 64 times that at B = 8192.
+Distances are computed from differences, not from |f_i|^2 + |f_j|^2 - 2 f_i.f_j. The difference of large numbers
+loses near pairs (at a relative distance of 1e-3, half of all digits of the square), it does not give an exact zero
+diagonal, and its gradient divides by what it lost. The price is that tensor cores are not used. With B = 1024 and
+d = 512, forward and backward passes are 6 G fp32 operations on pairs, which take 0.2 ms at an H100's fp32 peak; with
+B = 8192 they take 64 times that.
 """
 
 from typing import NamedTuple
@@ -26,34 +30,37 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ._dispatch import choose
-from .structure_triton import TINY, square_factor, structure, units
+from .structure_triton import TINY, moments_of, square_factor, structure, units
 
 DISTANCES = ("euclidean", "squared", "cosine")
 NORMALISATIONS = ("rms", "mean", "none")
 PENALTIES = ("l2", "l1", "huber")
 
-_REFERENCE_CHUNK = 1 << 26  # rows * B * d of the reference's chunk
+_REFERENCE_CHUNK = 1 << 26  # rows * B * d of one chunk of the reference
 
 
 class StructureLoss(NamedTuple):
-    """The loss, and what a trainer logs, all on the device. Only `loss` carries a gradient."""
+    """The loss and the statistics that a trainer logs, all on the device. Only `loss` carries a gradient.
+
+    The statistics carry the pairs' weights too, so they describe the pairs that the loss acts on.
+    """
 
     loss: Tensor  # () fp32
-    moments: Tensor  # (5,) fp64, means over pairs i != j of: real, fake, real^2, fake^2, real * fake distance
+    moments: Tensor  # (5,) fp64, weighted means over pairs of: real, fake, real^2, fake^2, real * fake distance
 
     @property
     def real_distance(self) -> Tensor:
-        """() mean distance of real features, before normalisation."""
+        """Return the () weighted mean distance of real features, before normalization."""
         return self.moments[0]
 
     @property
     def fake_distance(self) -> Tensor:
-        """() mean distance of generated features, before normalisation."""
+        """Return the () weighted mean distance of generated features, before normalization."""
         return self.moments[1]
 
     @property
     def correlation(self) -> Tensor:
-        """() Pearson correlation of the real and the generated distances over all pairs."""
+        """Return the () weighted Pearson correlation of real and generated distances over all pairs."""
         real, fake, real2, fake2, product = self.moments.unbind()
         variances = (real2 - real.square()) * (fake2 - fake.square())
         return (product - real * fake) * variances.clamp_min(TINY).rsqrt()
@@ -70,17 +77,19 @@ def structure_loss(
     huber_delta: float = 1.0,
     implementation: str | None = None,
 ) -> StructureLoss:
-    """L of the module's docstring for features f = real and g = fake of one batch, with gradients for both.
+    """Return L of the module's docstring for features f = real and g = fake of one batch, with gradients for both.
 
-    real, fake (B, d), one floating dtype, any strides; arithmetic in fp32 (fp64 for fp64). weight (B,) >= 0 or
-    None for ones: w_i, a constant; its values are the caller's to keep. All weights zero: the loss is zero.
-    distance: "euclidean" |a - b|, "squared" |a - b|^2, "cosine" 1 - cos(a, b), taken of unit vectors as
-    |a - b|^2 / 2; a zero vector stays zero, 1/2 from all others. normalise: distances by their "rms", their "mean",
-    or "none". penalty of e = P - Q: "l2" e^2, "l1" |e|, "huber" e^2 / 2, from huber_delta on linear.
+    real, fake: (B, d) of one floating dtype and any strides. The arithmetic is fp32 (fp64 for fp64).
+    weight: (B,) w_i >= 0, or None for ones. It is a constant without a gradient. If all products w_i w_j are zero, the
+        loss is zero. Its values are not checked.
+    distance: "euclidean" |a - b|; "squared" |a - b|^2; "cosine" 1 - cos(a, b), computed from unit vectors as
+        |a - b|^2 / 2. A zero vector stays zero, at 1/2 from all others.
+    normalise: divide distances by their "rms" or their "mean", or by nothing ("none").
+    penalty: of e = P - Q: "l2" e^2, "l1" |e|, "huber" e^2 / 2, which is linear from huber_delta on.
     Coincident points are at distance exactly 0 and pull at each other with gradient 0.
 
-    Memory beyond a padded copy of the features and their transposes: 128 MiB in backward, for any B. Where
-    ranks gather their features, each may compute the loss of all; its own rows of the gradient are exact.
+    Beyond a padded copy of the features and their transposes, the backward pass takes 128 MiB for any B. Where ranks
+    gather their features, each may compute the loss of all; its own rows of the gradient are exact.
     Raises ValueError for other shapes, dtypes and choices, and for B < 2.
     """
     _check(real, fake, weight, distance, normalise, penalty, huber_delta)
@@ -88,17 +97,20 @@ def structure_loss(
     f, g = real.to(work), fake.to(work)
     if distance == "cosine":
         f, g = _unit(f), _unit(g)
-    root = f.new_ones(f.shape[0]) if weight is None else weight.detach().to(work).sqrt()
+    weight = f.new_ones(f.shape[0]) if weight is None else weight.detach().to(work)
     chosen = choose(real.device, implementation=implementation, triton=work == torch.float32)
     run = structure if chosen == "triton" else structure_loss_reference
-    loss, moments = run(f, g, root, distance, normalise, penalty, huber_delta)[:2]
-    return StructureLoss(loss, moments.detach())
+    loss, totals = run(f, g, weight, distance, normalise, penalty, huber_delta)[:2]
+    return StructureLoss(loss, moments_of(totals.detach()))
 
 
 def structure_loss_reference(
-    f: Tensor, g: Tensor, root: Tensor, distance: str, normalise: str, penalty: str, delta: float
+    f: Tensor, g: Tensor, weight: Tensor, distance: str, normalise: str, penalty: str, delta: float
 ) -> tuple[Tensor, Tensor]:
-    """(loss, moments) of features (unit vectors for "cosine") and root = sqrt(weight), in chunks of rows."""
+    """Return (loss, totals) of features (unit vectors for "cosine") and weights, in chunks of rows.
+
+    totals (6,) fp64: sums over pairs i != j of w r, w s, w r^2, w s^2, w r s and w.
+    """
     size = f.shape[0]
     rows = max(1, _REFERENCE_CHUNK // f.numel())
     spans = [(start, min(start + rows, size)) for start in range(0, size, rows)]
@@ -106,20 +118,22 @@ def structure_loss_reference(
     def recomputed(function, *args):
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
-    moments = sum(recomputed(_chunk_moments, f, g, a, b, distance) for a, b in spans) / (size * (size - 1))
-    scale = units(moments, normalise).to(f.dtype)
-    sums = sum(recomputed(_chunk_sums, f, g, root, scale, a, b, distance, penalty, delta) for a, b in spans)
-    return (sums[0] / sums[1].clamp_min(TINY)).to(f.dtype), moments
+    totals = sum(recomputed(_chunk_totals, f, g, weight, a, b, distance) for a, b in spans)
+    scale = units(moments_of(totals), normalise).to(f.dtype)
+    costs = sum(recomputed(_chunk_cost, f, g, weight, scale, a, b, distance, penalty, delta) for a, b in spans)
+    return (costs / totals[5].clamp_min(TINY)).to(f.dtype), totals
 
 
-def _chunk_moments(f: Tensor, g: Tensor, start: int, stop: int, distance: str) -> Tensor:
+def _chunk_totals(f: Tensor, g: Tensor, weight: Tensor, start: int, stop: int, distance: str) -> Tensor:
     r, s = (_distances(x, start, stop, distance) for x in (f, g))
-    return torch.stack([x.sum(dtype=torch.float64) for x in (r, s, r * r, s * s, r * s)])
+    w = _pair_weights(weight, start, stop)
+    return torch.stack([x.sum(dtype=torch.float64) for x in (w * r, w * s, w * r * r, w * s * s, w * r * s, w)])
 
 
-def _chunk_sums(
-    f: Tensor, g: Tensor, root: Tensor, scale: Tensor, start: int, stop: int, distance: str, penalty: str, delta: float
-) -> Tensor:
+def _chunk_cost(
+    f: Tensor, g: Tensor, weight: Tensor, scale: Tensor, start: int, stop: int, distance: str, penalty: str,
+    delta: float,
+) -> Tensor:  # fmt: skip
     p, q = (_distances(x, start, stop, distance) / unit for x, unit in zip((f, g), scale))
     if penalty == "l2":
         cost = (p - q).square()
@@ -127,13 +141,17 @@ def _chunk_sums(
         cost = (p - q).abs()
     else:
         cost = F.huber_loss(p, q, reduction="none", delta=delta)
-    index = torch.arange(len(root), device=root.device)
-    pairs = root[start:stop, None] * root * (index[start:stop, None] != index)
-    return torch.stack([(pairs * cost).sum(dtype=torch.float64), pairs.sum(dtype=torch.float64)])
+    return (_pair_weights(weight, start, stop) * cost).sum(dtype=torch.float64)
+
+
+def _pair_weights(weight: Tensor, start: int, stop: int) -> Tensor:
+    """Return the (stop - start, B) products w_i w_j, zero on the diagonal."""
+    index = torch.arange(len(weight), device=weight.device)
+    return weight[start:stop, None] * weight * (index[start:stop, None] != index)
 
 
 def _distances(x: Tensor, start: int, stop: int, distance: str) -> Tensor:
-    """(stop - start, B), from differences: cdist's other route, a product, is not exact near zero."""
+    """Return (stop - start, B) distances from differences: cdist's other route, a product, is not exact near zero."""
     r = torch.cdist(x[start:stop], x, compute_mode="donot_use_mm_for_euclid_dist")
     return r if distance == "euclidean" else square_factor(distance) * r.square()
 

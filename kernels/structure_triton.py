@@ -1,8 +1,8 @@
-"""The Triton side of `structure.py`: tiles of pairs, and the operator with its backward.
+"""Triton kernels of `structure.py`, which own tiles of pairs, and the operator with its backward pass.
 
-Inner loops walk the reduction one feature (backward's last step: one sample) at a time: two vectors in, a tile
-of exact differences out, all in registers. Features are padded with zeros to whole tiles and kept transposed
-too, so those loops load without masks, contiguously.
+The inner loops walk the reduction one feature at a time (the last kernel of the backward pass: one sample at a
+time). They load two vectors and form a tile of exact differences, all in registers. Features are padded with zeros
+to whole tiles and are also kept transposed, so these loops load contiguously and without masks.
 """
 
 import torch
@@ -11,21 +11,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TINY = 1e-30  # keeps 0 / 0 out where all weights, or all distances, are zero
+TINY = 1e-30  # avoids 0 / 0 where all weights, or all distances, are zero
 
-# Tiles for 4 warps. As sm_90 code neither inner loop goes through shared memory: of 128 columns a thread owns one
+# Tiles for 4 warps. In sm_90 code neither inner loop goes through shared memory: a thread owns one of 128 columns
 # and reads 32 rows as 8 vectors, for 64 operations; of 64 features it owns four, in a vector, with 4 rows.
 _ROWS, _COLS, _FEATURES, _UNROLL = 32, 128, 64, 8
 _PANEL = 1 << 24  # pairs whose gradient coefficients exist at once in backward, for each of f and g
 
 
 def square_factor(distance: str) -> float:
-    """What a squared difference is multiplied by to be the distance."""
+    """Return the factor that turns a squared difference into the distance."""
     return 0.5 if distance == "cosine" else 1.0
 
 
+def moments_of(totals: Tensor) -> Tensor:
+    """Return the (5,) weighted means over pairs from the (6,) totals that `structure` returns."""
+    return totals[:5] / totals[5].clamp_min(TINY)
+
+
 def units(moments: Tensor, normalise: str) -> Tensor:
-    """(2,) what distances of f and of g are divided by."""
+    """Return (2,): the divisors of the distances of f and of g."""
     if normalise == "none":
         return torch.ones_like(moments[:2])
     return moments[:2].clamp_min(TINY) if normalise == "mean" else moments[2:4].clamp_min(TINY).sqrt()
@@ -33,7 +38,7 @@ def units(moments: Tensor, normalise: str) -> Tensor:
 
 @triton.jit
 def _distance_tile(xt, stride, width, rows, cols, factor, EUCLIDEAN: tl.constexpr, UNROLL: tl.constexpr):
-    """(rows, cols) distances of the columns of xt (width, stride), both index vectors inside its padding."""
+    """Return the (rows, cols) distances of columns of xt (width, stride); both index vectors are inside its padding."""
     total = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
     for start in range(0, width, UNROLL):
         part = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
@@ -47,7 +52,7 @@ def _distance_tile(xt, stride, width, rows, cols, factor, EUCLIDEAN: tl.constexp
 
 @triton.jit
 def _upper_tile(ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Row and column indices of this program's tile, one of those that hold any pair row < col.
+    """Return row and column indices of this program's tile, one of those that hold any pair row < col.
 
     Column block b meets the row blocks that start before its end: COLS / ROWS for each of column blocks 0..b.
     """
@@ -66,31 +71,40 @@ def _total(tile):
 
 
 @triton.jit
+def _pair_weights(weight, rows, cols, valid):
+    """Return w_i w_j, zero for pairs that are not `valid`."""
+    return tl.where(valid, tl.load(weight + rows)[:, None] * tl.load(weight + cols)[None, :], 0.0)
+
+
+@triton.jit
 def _structure_moments_kernel(
-    ft, gt, partial, size, width, stride, factor,
+    ft, gt, weight, partial, size, width, stride, factor,
     EUCLIDEAN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
+    """Store the tile's weighted sums of r, s, r^2, s^2 and r s, and the sum of its weights."""
     rows, cols = _upper_tile(ROWS, COLS)
     valid = (rows[:, None] < cols[None, :]) & (cols[None, :] < size)
     r = tl.where(valid, _distance_tile(ft, stride, width, rows, cols, factor, EUCLIDEAN, UNROLL), 0.0)
     s = tl.where(valid, _distance_tile(gt, stride, width, rows, cols, factor, EUCLIDEAN, UNROLL), 0.0)
+    w = _pair_weights(weight, rows, cols, valid)
     out, step = partial + tl.program_id(0), tl.num_programs(0)
-    tl.store(out, _total(r))
-    tl.store(out + step, _total(s))
-    tl.store(out + 2 * step, _total(r * r))
-    tl.store(out + 3 * step, _total(s * s))
-    tl.store(out + 4 * step, _total(r * s))
+    tl.store(out, _total(w * r))
+    tl.store(out + step, _total(w * s))
+    tl.store(out + 2 * step, _total(w * r * r))
+    tl.store(out + 3 * step, _total(w * s * s))
+    tl.store(out + 4 * step, _total(w * r * s))
+    tl.store(out + 5 * step, _total(w))
 
 
 @triton.jit
 def _scales(units):
-    """What distances of f and of g are multiplied by."""
+    """Return the factors on the distances of f and of g."""
     return 1.0 / tl.load(units), 1.0 / tl.load(units + 1)
 
 
 @triton.jit
 def _slope(e, delta, PENALTY: tl.constexpr):
-    """The penalty's derivative."""
+    """Return the penalty's derivative."""
     if PENALTY == "l2":
         return 2.0 * e
     elif PENALTY == "l1":
@@ -101,16 +115,17 @@ def _slope(e, delta, PENALTY: tl.constexpr):
 
 @triton.jit
 def _structure_sums_kernel(
-    ft, gt, root, units, partial, size, width, stride, factor, delta,
+    ft, gt, weight, units, partial, size, width, stride, factor, delta,
     EUCLIDEAN: tl.constexpr, PENALTY: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
+    """Store the tile's weighted sums of the penalty, and of its slope times P and times Q."""
     rows, cols = _upper_tile(ROWS, COLS)
     f_scale, g_scale = _scales(units)
     valid = (rows[:, None] < cols[None, :]) & (cols[None, :] < size)
     p = tl.where(valid, _distance_tile(ft, stride, width, rows, cols, factor, EUCLIDEAN, UNROLL) * f_scale, 0.0)
     q = tl.where(valid, _distance_tile(gt, stride, width, rows, cols, factor, EUCLIDEAN, UNROLL) * g_scale, 0.0)
-    weight = tl.where(valid, tl.load(root + rows)[:, None] * tl.load(root + cols)[None, :], 0.0)
+    w = _pair_weights(weight, rows, cols, valid)
     e = p - q
     if PENALTY == "l2":
         cost = e * e
@@ -118,41 +133,44 @@ def _structure_sums_kernel(
         cost = tl.abs(e)
     else:
         cost = tl.where(tl.abs(e) <= delta, 0.5 * e * e, delta * (tl.abs(e) - 0.5 * delta))
-    pull = weight * _slope(e, delta, PENALTY)
+    pull = w * _slope(e, delta, PENALTY)
     out, step = partial + tl.program_id(0), tl.num_programs(0)
-    tl.store(out, _total(weight * cost))
-    tl.store(out + step, _total(weight))
-    tl.store(out + 2 * step, _total(pull * p))
-    tl.store(out + 3 * step, _total(pull * q))
+    tl.store(out, _total(w * cost))
+    tl.store(out + step, _total(pull * p))
+    tl.store(out + 2 * step, _total(pull * q))
 
 
 @triton.jit
 def _structure_coefficients_kernel(
-    ft, gt, root, units, sums, upstream, f_out, g_out, size, width, stride, panel, first, pairs, factor, delta,
+    ft, gt, weight, units, totals, sums, upstream, f_out, g_out, size, width, stride, panel, first, factor, delta,
     EUCLIDEAN: tl.constexpr, NORMALISE: tl.constexpr, PENALTY: tl.constexpr, TINY: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """k_ij such that df_i = sum_j k_ij (f_i - f_j), at [j, i - first], and the same for g."""
+    """Store k_ij such that df_i = sum_j k_ij (f_i - f_j), at [j, i - first], and the same for g.
+
+    With W the sum of the weights, dL / dP_ij = w_ij slope(P_ij - Q_ij) / W, and the unit u of f takes its part:
+    dL / dr_ij = w_ij / (W u) (slope - sum_kl(w_kl slope_kl P_kl) / W d), d = P_ij for the rms and 1 for the mean.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # j
     local = tl.program_id(1) * COLS + tl.arange(0, COLS)
     cols = first + local  # i
     f_scale, g_scale = _scales(units)
     r = _distance_tile(ft, stride, width, rows, cols, factor, EUCLIDEAN, UNROLL)
     s = _distance_tile(gt, stride, width, rows, cols, factor, EUCLIDEAN, UNROLL)
-    weight = tl.load(root + rows)[:, None] * tl.load(root + cols)[None, :]
-    by_weight = tl.load(upstream) / tl.maximum(tl.load(sums + 1).to(tl.float32), TINY)
-    pull = by_weight * weight * _slope(r * f_scale - s * g_scale, delta, PENALTY)
-    f_mean = 0.0
-    g_mean = 0.0
-    if NORMALISE != "none":  # all distances pull at their unit
-        f_mean = by_weight * (tl.load(sums + 2) / pairs).to(tl.float32)
-        g_mean = by_weight * (tl.load(sums + 3) / pairs).to(tl.float32)
-    if NORMALISE == "rms":
-        f_mean = f_mean * r * f_scale
-        g_mean = g_mean * s * g_scale
     valid = (rows[:, None] != cols[None, :]) & (rows[:, None] < size) & (cols[None, :] < size)
-    for_f = (pull - f_mean) * f_scale
-    for_g = (g_mean - pull) * g_scale
+    all_weights = tl.maximum(tl.load(totals + 5), TINY)
+    share = _pair_weights(weight, rows, cols, valid) * (tl.load(upstream) / all_weights).to(tl.float32)
+    slope = _slope(r * f_scale - s * g_scale, delta, PENALTY)
+    f_unit = 0.0
+    g_unit = 0.0
+    if NORMALISE != "none":  # the slope of the loss in the units, which depend on all distances
+        f_unit = (tl.load(sums + 1) / all_weights).to(tl.float32)
+        g_unit = (tl.load(sums + 2) / all_weights).to(tl.float32)
+    if NORMALISE == "rms":
+        f_unit = f_unit * r * f_scale
+        g_unit = g_unit * s * g_scale
+    for_f = share * (slope - f_unit) * f_scale
+    for_g = share * (g_unit - slope) * g_scale
     if EUCLIDEAN:
         for_f = for_f / tl.where(r > 0.0, r, 1.0)
         for_g = for_g / tl.where(s > 0.0, s, 1.0)
@@ -169,7 +187,7 @@ def _structure_pull_kernel(
     x, coefficients, out, stride, width, panel, first,
     ROWS: tl.constexpr, FEATURES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """out_i = sum_j k_ij (x_i - x_j) for x (stride, width), by tiles of rows i and features."""
+    """Store out_i = sum_j k_ij (x_i - x_j) for x (stride, width); a program owns a tile of rows i and features."""
     local = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     features = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     at = (first + local)[:, None] * width + features[None, :]
@@ -186,15 +204,19 @@ def _structure_pull_kernel(
 
 
 def _padded(x: Tensor) -> Tensor:
-    """x with zeros up to whole blocks on every side: the kernels' inner loops then need no masks."""
+    """Pad x with zeros to whole blocks in every dimension: the kernels' inner loops then need no masks."""
     return F.pad(x, [pad for size in reversed(x.shape) for pad in (0, -size % _COLS)]).contiguous()
 
 
 @torch.library.custom_op("fastdit::structure", mutates_args=())
 def structure(
-    f: Tensor, g: Tensor, root: Tensor, distance: str, normalise: str, penalty: str, delta: float
+    f: Tensor, g: Tensor, weight: Tensor, distance: str, normalise: str, penalty: str, delta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, moments, sums); sums over pairs i < j: weighted cost, weight, weighted slope times P, times Q."""
+    """Return (loss, totals, sums) of features f, g (B, d) and weights (B,).
+
+    totals (6,) fp64: sums over pairs i < j of w r, w s, w r^2, w s^2, w r s and w. sums (3,) fp64: of the weighted
+    penalty, and of its weighted slope times P and times Q.
+    """
     size, width = f.shape
     ft, gt = (_padded(x).t().contiguous() for x in (f, g))
     stride = ft.shape[1]
@@ -203,40 +225,44 @@ def structure(
     shape = {"EUCLIDEAN": distance == "euclidean", "ROWS": _ROWS, "COLS": _COLS, "UNROLL": _UNROLL, "num_warps": 4}
     factor = square_factor(distance)
 
-    partial = f.new_empty(5, tiles)
-    _structure_moments_kernel[(tiles,)](ft, gt, partial, size, width, stride, factor, **shape)
-    moments = partial.sum(1, dtype=torch.float64) / (size * (size - 1) // 2)
+    # First pass: the weighted moments of the distances, summed over tiles in a fixed order.
+    weight = _padded(weight)
+    partial = f.new_empty(6, tiles)
+    _structure_moments_kernel[(tiles,)](ft, gt, weight, partial, size, width, stride, factor, **shape)
+    totals = partial.sum(1, dtype=torch.float64)
 
-    partial = f.new_empty(4, tiles)
-    scale = units(moments, normalise).float()
+    # Second pass: the loss, and how it depends on the units.
+    partial = f.new_empty(3, tiles)
+    scale = units(moments_of(totals), normalise).float()
     _structure_sums_kernel[(tiles,)](
-        ft, gt, _padded(root), scale, partial, size, width, stride, factor, delta, PENALTY=penalty, **shape
+        ft, gt, weight, scale, partial, size, width, stride, factor, delta, PENALTY=penalty, **shape
     )  # fmt: skip
     sums = partial.sum(1, dtype=torch.float64)
-    return (sums[0] / sums[1].clamp_min(TINY)).float(), moments, sums
+    return (sums[0] / totals[5].clamp_min(TINY)).float(), totals, sums
 
 
 @torch.library.custom_op("fastdit::structure_backward", mutates_args=())
 def structure_backward(
-    upstream: Tensor, f: Tensor, g: Tensor, root: Tensor, moments: Tensor, sums: Tensor,
+    upstream: Tensor, f: Tensor, g: Tensor, weight: Tensor, totals: Tensor, sums: Tensor,
     distance: str, normalise: str, penalty: str, delta: float, need_f: bool, need_g: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(df, dg); empty where not needed."""
+    """Return (df, dg), each empty where it is not needed."""
     size, width = f.shape
     whole = [_padded(x) for x in (f, g)]
     ft, gt = (x.t().contiguous() for x in whole)
     stride, padded_width = whole[0].shape
-    root, scale = _padded(root), units(moments, normalise).float()
+    weight, scale = _padded(weight), units(moments_of(totals), normalise).float()
     out = [torch.empty_like(x) if needed else None for x, needed in zip(whole, (need_f, need_g))]
     tile = {"ROWS": _ROWS, "COLS": _COLS, "UNROLL": _UNROLL, "num_warps": 4}
     choices = {"EUCLIDEAN": distance == "euclidean", "NORMALISE": normalise, "PENALTY": penalty, "TINY": TINY}
     panel = min(stride, max(_COLS, _PANEL // stride // _COLS * _COLS))
     coefficients = f.new_empty(2, stride, panel)
+    # Per panel of rows i: the coefficients of all pairs (i, j), then their products with the differences.
     for first in range(0, stride, panel):
         count = min(panel, stride - first)
         _structure_coefficients_kernel[(stride // _ROWS, count // _COLS)](
-            ft, gt, root, scale, sums, upstream, *coefficients, size, width, stride, panel, first,
-            size * (size - 1) // 2, square_factor(distance), delta, **choices, **tile,
+            ft, gt, weight, scale, totals, sums, upstream, *coefficients, size, width, stride, panel, first,
+            square_factor(distance), delta, **choices, **tile,
         )  # fmt: skip
         for x, k, target in zip(whole, coefficients, out):
             if target is not None:
@@ -249,18 +275,18 @@ def structure_backward(
 
 
 @structure.register_fake
-def _(f, g, root, distance, normalise, penalty, delta):
-    return f.new_empty(()), f.new_empty(5, dtype=torch.float64), f.new_empty(4, dtype=torch.float64)
+def _(f, g, weight, distance, normalise, penalty, delta):
+    return f.new_empty(()), f.new_empty(6, dtype=torch.float64), f.new_empty(3, dtype=torch.float64)
 
 
 @structure_backward.register_fake
-def _(upstream, f, g, root, moments, sums, distance, normalise, penalty, delta, need_f, need_g):
+def _(upstream, f, g, weight, totals, sums, distance, normalise, penalty, delta, need_f, need_g):
     return tuple(x.new_empty(x.shape if needed else 0) for x, needed in ((f, need_f), (g, need_g)))
 
 
 def _save(ctx, inputs, output):
-    f, g, root, *ctx.choices = inputs
-    ctx.save_for_backward(f, g, root, *output[1:])
+    f, g, weight, *ctx.choices = inputs
+    ctx.save_for_backward(f, g, weight, *output[1:])
 
 
 def _backward(ctx, upstream, *_):

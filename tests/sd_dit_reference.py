@@ -1,4 +1,4 @@
-"""SD-DiT's networks from the formulas, in plain torch and any dtype, for the tests of networks and method."""
+"""Transcribe SD-DiT's networks from the formulas, in plain torch and any dtype, for tests of networks and method."""
 
 import math
 
@@ -9,7 +9,7 @@ State = dict[str, Tensor]
 
 
 def randomise(module: torch.nn.Module, seed: int, scale: float = 1.0) -> None:
-    """Random values, not zeros, in every parameter."""
+    """Fill every parameter with random values instead of zeros."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in module.parameters():
@@ -18,7 +18,7 @@ def randomise(module: torch.nn.Module, seed: int, scale: float = 1.0) -> None:
 
 
 def fp64(module: torch.nn.Module) -> State:
-    """Its parameters as fp64 leaves that collect gradients of their own."""
+    """Return the parameters as fp64 leaves that collect gradients of their own."""
     return {name: p.detach().double().requires_grad_() for name, p in module.named_parameters()}
 
 
@@ -44,7 +44,7 @@ def modulated(a: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def positions(grid: tuple[int, int], width: int) -> Tensor:
-    """(rows * cols, width) fp64: column, then row; each the sines, then the cosines."""
+    """Return positions (rows * cols, width) fp64: column, then row; each the sines, then the cosines."""
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     rows, cols = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
     angles = [coordinate.reshape(-1, 1) * omega for coordinate in (cols, rows)]
@@ -52,15 +52,17 @@ def positions(grid: tuple[int, int], width: int) -> Tensor:
 
 
 def patches_of(x: Tensor, patch: int) -> Tensor:
-    """(B, N, channels * patch * patch), row by row."""
+    """Return the patches (B, N, channels * patch * patch), row by row."""
     return torch.nn.functional.unfold(x, patch, stride=patch).transpose(1, 2)
 
 
-def blocks(w: State, x: Tensor, c: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """All adaLN-Zero blocks; the tokens, and shift and scale of the layer that follows."""
+def blocks(
+    w: State, x: Tensor, c: Tensor, heads: int, first: int = 0, last: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run adaLN-Zero blocks `first` to `last`; return the tokens, and the last shift and scale of all modulation."""
     batch, tokens, width = x.shape
     vectors = linear(w, "adaln", c).split(width, dim=1)
-    for i in range(len(vectors) // 6):
+    for i in range(first, len(vectors) // 6 if last is None else last):
         shift1, scale1, gate1, shift2, scale2, gate2 = vectors[6 * i : 6 * i + 6]
         qkv = linear(w, f"blocks.{i}.qkv", modulated(x, shift1, scale1)).reshape(batch, tokens, 3, heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -73,20 +75,25 @@ def blocks(w: State, x: Tensor, c: Tensor, heads: int) -> tuple[Tensor, Tensor, 
 
 
 def embed(w: State, encoder, x: Tensor) -> Tensor:
-    """All patches as tokens at their places."""
+    """Return all patches as tokens at their places."""
     kernel = w["patch_embed.weight"].flatten(1)
     tokens = patches_of(x, encoder.patch) @ kernel.T + w["patch_embed.bias"]
     return tokens + positions(encoder.grid, encoder.width).to(x.dtype)
 
 
-def encode(w: State, encoder, x: Tensor, t: Tensor, y: Tensor, visible: Tensor | None = None) -> tuple[Tensor, ...]:
-    """(tokens, the class token first, shift, scale, condition) of weights w in the shape of `encoder`."""
+def condition(w: State, t: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return silu(time + label)."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float64) / 128)
     angles = t.double()[:, None] * frequencies
-    features = torch.cat([angles.cos(), angles.sin()], 1).to(x.dtype)
+    features = torch.cat([angles.cos(), angles.sin()], 1).to(dtype)
     hidden = linear(w, "time_embed.fc1", features)
     c = linear(w, "time_embed.fc2", hidden * torch.sigmoid(hidden)) + w["label_embed.weight"][y]
-    c = c * torch.sigmoid(c)
+    return c * torch.sigmoid(c)
+
+
+def encode(w: State, encoder, x: Tensor, t: Tensor, y: Tensor, visible: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Return (tokens, the class token first, shift, scale, condition) of weights w in the shape of `encoder`."""
+    c = condition(w, t, y, x.dtype)
     tokens = embed(w, encoder, x)
     if visible is not None:
         tokens = torch.stack([row[ids] for row, ids in zip(tokens, visible)])
@@ -96,7 +103,9 @@ def encode(w: State, encoder, x: Tensor, t: Tensor, y: Tensor, visible: Tensor |
 
 
 def generate(w: State, network, x: Tensor, t: Tensor, y: Tensor, split=None) -> tuple[Tensor, Tensor]:
-    """`EncoderDecoder.generate`, sample by sample where patches are hidden."""
+    """Return the output and the encoder's tokens, sample by sample where patches are hidden."""
+    if hasattr(network, "split"):
+        return generate_by_split(w, network, x, t, y, split)
     encoder, decoder = part(w, "encoder."), part(w, "decoder.")
     tokens, shift, scale, c = encode(encoder, network.encoder, x, t, y, split and split[0])
     seen = tokens[:, 1:] if "class_token.weight" in encoder else tokens
@@ -112,23 +121,42 @@ def generate(w: State, network, x: Tensor, t: Tensor, y: Tensor, split=None) -> 
                 row = row + w["mask_token.weight"]
             rows.append(row.index_put((visible,), full[i]))
         full = torch.stack(rows)
-    patch, grid = network.encoder.patch, network.grid
-    heads = network.decoder.blocks[0].heads
+    grid, heads = network.grid, network.decoder.blocks[0].heads
     out, shift, scale = blocks(decoder, full + positions(grid, full.shape[2]).to(x.dtype), c, heads)
-    out = linear(decoder, "head", modulated(out, shift, scale))
-    out = out.reshape(len(x), *grid, patch, patch, -1)
-    image = out.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, grid[0] * patch, grid[1] * patch)
-    return image, tokens
+    return image_of(linear(decoder, "head", modulated(out, shift, scale)), grid, network.encoder.patch), tokens
+
+
+def generate_by_split(w: State, network, x: Tensor, t: Tensor, y: Tensor, split) -> tuple[Tensor, Tensor]:
+    """Return the same for a `SplitDiT`: its first blocks see the visible tokens, the others see all."""
+    c, everything = condition(w, t, y, x.dtype), embed(w, network, x)
+    seen = everything
+    if split is not None:
+        seen = torch.stack([row[ids] for row, ids in zip(everything, split[0])])
+    tokens, *_ = blocks(w, seen, c, network.heads, 0, network.split)
+    full = tokens
+    if split is not None:
+        base = everything
+        if network.hidden_tokens == "zeros":
+            base = positions(network.grid, network.width).to(x.dtype).expand_as(everything)
+        full = torch.stack([row.index_put((ids,), own) for row, ids, own in zip(base, split[0], tokens)])
+    out, shift, scale = blocks(w, full, c, network.heads, network.split)
+    return image_of(linear(w, "head", modulated(out, shift, scale)), network.grid, network.patch), tokens
+
+
+def image_of(out: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """Return the image of output tokens."""
+    out = out.reshape(len(out), *grid, patch, patch, -1)
+    return out.permute(0, 5, 1, 3, 2, 4).reshape(len(out), -1, grid[0] * patch, grid[1] * patch)
 
 
 def project(w: State, tokens: Tensor) -> Tensor:
-    """iBOT's head: its features before the last layer."""
+    """Return the features of iBOT's head before its last layer."""
     hidden = gelu(linear(w, "fc1", tokens))
     return linear(w, "fc3", gelu(linear(w, "fc2", hidden)))
 
 
 def logits(w: State, features: Tensor) -> Tensor:
-    """iBOT's last layer: unit features times unit prototypes."""
+    """Return the output of iBOT's last layer: unit features times unit prototypes."""
     unit = features / features.norm(dim=-1, keepdim=True)
     weight = w["prototypes.weight"]
     return unit @ (weight / weight.norm(dim=-1, keepdim=True)).T

@@ -1,4 +1,4 @@
-"""What the tests of the structure game share: small smooth players, and methods.md's formulas loop by loop in fp64."""
+"""Helpers of the tests of SADM: small smooth players, and methods.md's formulas loop by loop in fp64."""
 
 import copy
 import math
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 class Denoiser(nn.Module):
-    """Smooth in everything; its output is unlike for every label and level."""
+    """A network that is smooth in everything and whose output differs for every label and level."""
 
     def __init__(self, out_channels: int = CHANNELS):
         super().__init__()
@@ -33,7 +33,7 @@ class Denoiser(nn.Module):
 
 
 def tiny_psi(features: int = 4, values: int = CHANNELS * math.prod(SIZE)) -> nn.Module:
-    """Two layers, smooth, far from linear on samples of [-1, 1]; always the same."""
+    """Return two smooth layers, far from linear on samples of [-1, 1]; always the same."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         first = nn.Linear(values, 9)
@@ -51,14 +51,15 @@ def seeded(seed: int = 3) -> torch.Generator:
 
 
 class Silent(Denoising):
-    """Only the structure is differentiated."""
+    """A base whose own loss is zero, so that only the structure loss is differentiated."""
 
     def judge(self, out, x0, eps, level):
-        return super().judge(out, x0, eps, level)._replace(loss=torch.zeros(()))
+        outcome = super().judge(out, x0, eps, level)
+        return outcome._replace(loss=0 * outcome.loss)
 
 
 class Scripted(Denoising):
-    """Noise and its level are the sample's own; y is its number, up to 32."""
+    """A base whose noise and level belong to the sample; y is the sample's number, up to 32."""
 
     def draw(self, x0, y, generator):
         draws = seeded(11)
@@ -68,7 +69,7 @@ class Scripted(Denoising):
 
 
 def game(process, base=Silent, psi: nn.Module | None = None, decoder=None, **settings) -> StructureGame:
-    """A game at weight 1 unless told otherwise, ready to play."""
+    """Return a game that is ready to play, at weight 1 unless `settings` say otherwise."""
     settings = {"weight": 1.0, **settings}
     psi = tiny_psi() if psi is None else psi
     method = StructureGame(base(process, CLASSES, 0.3), SADM(**settings), psi, decoder=decoder)
@@ -81,7 +82,7 @@ def gradients(module: nn.Module) -> list[torch.Tensor]:
 
 
 def first_gradients(method: StructureGame) -> list[torch.Tensor]:
-    """Psi's of its one step so far: Adam's first moment is (1 - beta) times them. Of the ascended L_str."""
+    """Return Psi's gradients of L_str in its one step so far: Adam's first moment is -(1 - beta) times them."""
     beta = method.settings.psi_betas[0]
     return [-method.optimizer.state[p]["exp_avg"] / (1 - beta) for p in method.psi.parameters()]
 
@@ -93,7 +94,7 @@ class Exact:
     network: nn.Module
     psi: nn.Module
     x0: torch.Tensor
-    x0_hat: torch.Tensor
+    x0_hat: torch.Tensor  # as Psi sees it, clamped
     loss: torch.Tensor  # L_str
 
     def gradients(self, player: nn.Module, of: torch.Tensor | None = None) -> list[torch.Tensor]:
@@ -102,7 +103,7 @@ class Exact:
 
 
 def exact(method: StructureGame, network: nn.Module, psi: nn.Module, x0, y, seed: int = 3) -> Exact:
-    """What `method.loss(network, x0, y, seeded(seed))` must find, by the words of methods.md, section 2, (1) to (4)."""
+    """Compute what `method.loss(network, x0, y, seeded(seed))` must find, by methods.md, section 2, (1) to (4)."""
     process, settings, draws = method.noise, method.settings, seeded(seed)
     level = process.draw(len(x0), generator=draws, device="cpu").double()
     eps = torch.randn(x0.shape, generator=draws).double()
@@ -123,13 +124,25 @@ def exact(method: StructureGame, network: nn.Module, psi: nn.Module, x0, y, seed
         sigma, a = ((1 - kept) / kept).sqrt(), kept[:, None, None, None]
         x_t = a.sqrt() * x0 + (1 - a).sqrt() * eps
         x0_hat = (x_t - (1 - a).sqrt() * network(x_t, level, labels)[:, :CHANNELS]) / a.sqrt()
-    weight = settings.sigma_data**2 / (sigma**2 + settings.sigma_data**2)
-    loss = structure(psi(x0), psi(x0_hat), weight, settings)
-    return Exact(network, psi, x0, x0_hat, loss)
+    weight = sample_weights(sigma, settings)
+    limit = x0.abs().max() if settings.clamp is None else settings.clamp
+    x0, x0_hat = clamped(x0, limit), clamped(x0_hat, limit)
+    return Exact(network, psi, x0, x0_hat, structure(psi(x0), psi(x0_hat), weight, settings))
+
+
+def sample_weights(sigma: torch.Tensor, settings: SADM) -> torch.Tensor:
+    """Compute w of samples at these noise-to-signal ratios."""
+    faded = settings.sigma_data**2 / (sigma**2 + settings.sigma_data**2)
+    return torch.where(sigma > settings.max_noise, 0, faded)
+
+
+def clamped(x: torch.Tensor, limit: float) -> torch.Tensor:
+    """Limit the magnitudes of x; values outside get no gradient."""
+    return torch.where(x > limit, limit, torch.where(x < -limit, -limit, x))
 
 
 def structure(f, g, weight, settings: SADM) -> torch.Tensor:
-    """L_str of features f and g, pair by pair."""
+    """Compute L_str of features f and g, pair by pair."""
 
     def distances(x):
         found = {}
@@ -141,14 +154,16 @@ def structure(f, g, weight, settings: SADM) -> torch.Tensor:
                 elif i != j:
                     found[i, j] = square if settings.distance == "squared" else square.sqrt()
         pairs = {pair: d for pair, d in found.items() if pair[0] != pair[1]}
-        power = {"rms": 2, "mean": 1}.get(settings.normalise)
-        unit = (sum(d**power for d in pairs.values()) / len(pairs)) ** (1 / power) if power else 1
+        power = {"rms": 2, "mean": 1}.get(settings.normalise, 0)
+        total = sum(weight[i] * weight[j] for i, j in pairs)
+        moment = sum(weight[i] * weight[j] * d**power for (i, j), d in pairs.items()) / total
+        unit = moment ** (1 / power) if power else 1
         return {pair: d / unit for pair, d in pairs.items()}
 
     p, q = distances(f), distances(g)
     delta, cost, total = settings.huber_delta, 0, 0
     for i, j in p:
-        e, w = (p[i, j] - q[i, j]).abs(), (weight[i] * weight[j]).sqrt()
+        e, w = (p[i, j] - q[i, j]).abs(), weight[i] * weight[j]
         huber = e**2 / 2 if e < delta else delta * (e - delta / 2)
         cost = cost + w * {"l2": e**2, "l1": e, "huber": huber}[settings.penalty]
         total = total + w
@@ -156,7 +171,7 @@ def structure(f, g, weight, settings: SADM) -> torch.Tensor:
 
 
 def gradient_penalty(one: Exact, directions: torch.Tensor, relative: bool) -> torch.Tensor:
-    """Mean |d (v . Psi(x)) / d x|^2, sample by sample, of clean samples and estimates each, and of both the mean."""
+    """Compute the mean |d (v . Psi(x)) / d x|^2 of clean samples and of x0 predictions, and the mean of both."""
     total = 0
     for half, v in zip((one.x0, one.x0_hat.detach()), directions.double().chunk(2)):
         slopes, features = [], []
@@ -172,9 +187,9 @@ def gradient_penalty(one: Exact, directions: torch.Tensor, relative: bool) -> to
 
 
 def scripted_step(numbers: torch.Tensor, features: int, accumulation: int = 1, **settings) -> dict:
-    """What one rank finds in a step on these of eight samples; terms of the last micro-batch."""
+    """Return what one rank finds in a step on these of eight samples, with the terms of the last micro-batch."""
     network, x0 = Denoiser(), samples(8)[0]
-    method = game(EDM(), base=Scripted, psi=tiny_psi(features), weight=0.5, **settings)
+    method = game(EDM(), base=Scripted, psi=tiny_psi(features), **{"weight": 0.5, **settings})
     for part in numbers.chunk(accumulation):
         outcome = method.loss(network, x0[part], part, seeded())
         outcome.loss.backward()
@@ -184,7 +199,7 @@ def scripted_step(numbers: torch.Tensor, features: int, accumulation: int = 1, *
 
 
 def one_of_two_ranks(rank: int, folder: str, cases: list[dict]) -> None:
-    """Writes a list of `scripted_step` on half of the samples."""
+    """Write a list of `scripted_step` on half of the samples."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.save([scripted_step(torch.arange(4) + 4 * rank, **case) for case in cases], f"{folder}/{rank}.pt")

@@ -44,12 +44,18 @@ def close(got, expected, tolerance, name=""):
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=atol, msg=lambda m: f"{name}: {m}")
 
 
+def generated(network, *inputs):
+    """Return the output, and the encoder's tokens as one tensor."""
+    out, stream = network.generate(*inputs)
+    return out, torch.addcmul(stream.x, stream.gate[:, None], stream.branch)
+
+
 def check_function(network, split):
     x, t, y = batch_for(network)
     weights, inner = fp64(network), x.double().requires_grad_()
     expected, expected_stream = generate(weights, network, inner, t, y, split)
     x.requires_grad_()
-    out, stream = network.generate(x, t, y, split)
+    out, stream = generated(network, x, t, y, split)
     assert expected.std() > 0.1
     close(out, expected, 1e-5, "output")
     close(stream, expected_stream, 1e-5, "stream")
@@ -86,11 +92,11 @@ def test_what_a_hidden_patch_reaches(hidden):
     places = torch.zeros(3, 36).scatter(1, split[1], 1.0).view(3, 1, 6, 6)
     pixels = places.repeat_interleave(2, 2).repeat_interleave(2, 3).expand_as(x).bool()
     x.requires_grad_()
-    out, stream = network.generate(x, t, y, split)
+    out, stream = generated(network, x, t, y, split)
     assert stream.shape == (3, 1 + 25, 72)
     with torch.no_grad():
-        other, other_stream = network.generate(torch.where(pixels, x + 1, x), t, y, split)
-        seen, seen_stream = network.generate(torch.where(pixels, x, x + 1), t, y, split)
+        other, other_stream = generated(network, torch.where(pixels, x + 1, x), t, y, split)
+        seen, seen_stream = generated(network, torch.where(pixels, x, x + 1), t, y, split)
     assert torch.equal(other_stream, stream)
     assert not torch.equal(seen_stream, stream)
     assert not torch.equal(seen, out)
@@ -104,7 +110,7 @@ def test_what_a_hidden_patch_reaches(hidden):
     else:
         assert network.mask_token is None
     x.grad = None
-    network.generate(x, t, y, split)[1].square().sum().backward()
+    generated(network, x, t, y, split)[1].square().sum().backward()
     assert (x.grad[pixels] == 0).all(), "the encoder does not see them"
 
 
@@ -124,7 +130,7 @@ def test_bf16():
     x, t, y = batch_for(network)
     split = split_of(network, 25)
     expected, _ = network.generate(x, t, y, split)
-    out, stream = network.bfloat16().generate(x, t, y, split)
+    out, stream = generated(network.bfloat16(), x, t, y, split)
     assert (out.dtype, stream.dtype) == (torch.bfloat16, torch.bfloat16)
     assert (out.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
 
@@ -253,7 +259,10 @@ def test_a_whole_one_loads_back_exactly(tmp_path):
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (lambda: DiT(input_size=12, **SIZES, out_channels=6), "no plain DiT; take --method sd_dit"),
+        (
+            lambda: DiT(input_size=12, **SIZES, out_channels=6),
+            "no plain DiT; take --method sd_dit --sd_dit.decoder extra",
+        ),
         (lambda: make(class_token=False), "encoder.class_token.weight is not part of this model"),
         (lambda: make("mask_token"), "mask_token.weight is missing"),
         (lambda: make(depth=1), "decoder.blocks.1.fc1.bias is not part of this model"),

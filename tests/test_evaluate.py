@@ -451,6 +451,7 @@ def test_when_it_is_called_and_that_its_time_is_not_counted(monkeypatch):
         asked.append(step)
         time.sleep(0.2)
 
+    monkeypatch.setattr(loop, "_prepare", lambda run: None)
     monkeypatch.setattr(loop, "train_step", lambda run, step: None)
     monkeypatch.setattr(loop, "_record", lambda run, clock, step: seconds.append(clock.read()[0]) or 1)
     monkeypatch.setattr(loop, "StopRequest", lambda runtime: SimpleNamespace(granted=lambda: False))

@@ -25,13 +25,17 @@ RUN = [*TINY, *shlex.split(f"--steps {STEPS} --grad_clip 0.5 --ema.decay 0.5 --s
 SD_DIT = "--sd_dit.decoder_width 16 --sd_dit.decoder_depth 1 --sd_dit.decoder_heads 2 --sd_dit.prototypes 32 "
 SD_DIT += "--sd_dit.head_width 32 --sd_dit.bottleneck 16"
 SADM = "--sadm.psi_width 32 --sadm.psi_features 16"
+PSI_ALIGN = "--psi_align.psi_width 16 --psi_align.psi_features 16"
 CASES = {  # flags, and networks that a step calls: those that learn, others
     "dit": ("", 1, 0),
     "bf16": ("--precision bf16", 1, 0),
     "zero2": ("--ds_config zero2", 1, 0),
     "sd_dit": (f"--method sd_dit {SD_DIT}", 2, 1),
     "sd_dit, nothing hidden": (f"--method sd_dit {SD_DIT} --sd_dit.mask_ratio 0 --sd_dit.cls token", 2, 1),
+    "sd_dit, split": ("--method sd_dit", 1, 1),
+    "sd_dit, split, nothing hidden": ("--method sd_dit --sd_dit.mask_ratio 0", 1, 1),
     "sd_dit+sadm": (f"--method sd_dit+sadm {SD_DIT} {SADM}", 2, 1),
+    "psi_align, for a share of the run": (f"--method psi_align {PSI_ALIGN} --psi_align.until 0.5", 1, 0),
 }
 
 

@@ -1,6 +1,7 @@
-"""SADM under DeepSpeed: against a reference that plays all ranks itself, resuming to the bit, and what is refused."""
+"""Test SADM under DeepSpeed: against a reference that plays all ranks itself, its resumption, and what is refused."""
 
 import shlex
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -24,11 +25,11 @@ launch = pytest.mark.launch
 
 STEPS = 12
 SMALL = shlex.split(f"{shlex.join(TINY)} --method sadm --sadm.psi_width 16 --sadm.psi_features 12")
-# Every schedule at work, and a checkpoint that a log interval and a cycle of the players lie around.
+# Every schedule acts, the game begins in step 2, and a log interval and a cycle of the players span a checkpoint.
 RECIPE = shlex.split(
     f"{shlex.join(SMALL)} --steps {STEPS} --warmup 3 --schedule cosine --weight_decay 0.1 --eps 1e-4 --grad_clip 0.5 "
-    "--ema.decay 0.8 --log_every 5 --save_every 5 --sadm.weight 0.5 --sadm.psi_every 2 --sadm.psi_lr 3e-4 "
-    "--sadm.psi_warmup 0.3 --sadm.psi_schedule cosine"
+    "--ema.decay 0.8 --log_every 5 --save_every 5 --sadm.psi_every 2 --sadm.psi_lr 3e-4 "
+    "--sadm.psi_warmup 0.3 --sadm.psi_schedule cosine --sadm.start 0.15 --sadm.psi_warm_steps 3"
 )
 BOTH = shlex.split(
     f"{shlex.join(RECIPE)} --method sd_dit+sadm --sd_dit.decoder_width 24 --sd_dit.decoder_depth 1 "
@@ -37,12 +38,16 @@ BOTH = shlex.split(
     "--model.patch 4"  # every weight divides among two ranks: ZeRO-3 never sets the padding that others need
 )
 RUNS = {"sadm": [*RECIPE, "--ds_config", "zero1"], "sd_dit+sadm": [*BOTH, "--ds_config", "zero3"]}
-SIGNALS = ("structure_loss", "real_distance", "fake_distance", "distance_correlation", "psi_grad_norm")
+PLAYED = STEPS - 2  # steps of the game
+SIGNALS = (
+    "structure_loss", "real_distance", "fake_distance", "distance_correlation", "gradient_ratio", "structure_weight",
+    "psi_grad_norm",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """`trained(method)`: the folder of its run on 2 ranks, without a stop."""
+    """Return `trained(method)`, which returns the folder of the method's run on 2 ranks, without a stop."""
     folders: dict[str, Path] = {}
 
     def trained(method: str) -> Path:
@@ -56,35 +61,41 @@ def trained(tmp_path_factory):
 
 
 class AllRanks(Denoising):
-    """Ranks one after the other; the estimates of all in one batch."""
+    """A base that passes the ranks one after the other and joins their predictions in one batch."""
 
-    def loss(self, network, batches, y, generators) -> Outcome:
-        parts = [super(AllRanks, self).loss(network, *batch, noise) for batch, noise in zip(batches, generators)]
+    def loss(self, network, x0, y, generators) -> Outcome:
+        batches = zip(x0.chunk(len(generators)), y.chunk(len(generators)), generators)
+        parts = [super(AllRanks, self).loss(network, *batch) for batch in batches]
         loss = sum(part.loss for part in parts) / len(parts)
         x0_hat, level = (torch.cat([getattr(part, name) for part in parts]) for name in ("x0_hat", "level"))
-        return Outcome(loss, {"loss": loss.detach()}, x0_hat, level)
+        outputs = tuple(out for part in parts for out in part.outputs)
+        return Outcome(loss, {"loss": loss.detach()}, x0_hat, level, outputs)
 
 
-class Reference(StructureGame):
-    def _shown(self, x):
-        return super()._shown(torch.cat([x0 for x0, _ in x]) if isinstance(x, list) else x)
+def joined(loaders) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the batches of all ranks as one."""
+    while True:
+        x0, y = zip(*(next(loader) for loader in loaders))
+        yield torch.cat(x0), torch.cat(y)
 
 
 @cache
 def reference() -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    """Metrics of every step of RECIPE on two ranks, and its final EMA (float64)."""
+    """Return the metrics of every step of RECIPE on two ranks, and its final EMA (float64)."""
     config = parse(RECIPE)
     source = build.open_data(config)
     shape = build.shape_of(config, source.classes)
     network, _ = build.build_training(config, shape)
     base = AllRanks(build.build_noise(config), shape.classes, config.label_drop)
-    method = Reference(base, config.sadm, build.build_psi(config, shape, base))
+    method = StructureGame(base, config.sadm, build.build_psi(config, shape, base))
     method.to(torch.device("cpu"), torch.float32)
+    with rank_inputs(config, source, 2) as (loaders, _):
+        method.prepare(joined(loaders), STEPS, lambda text: None)
     master, lines = MasterWeights(network, warmup=3, steps=STEPS), []
     with rank_inputs(config, source, 2) as (loaders, noises):
-        for t in range(STEPS):
+        for t, batch in zip(range(STEPS), joined(loaders)):
             method.begin_step(t, STEPS)
-            outcome = method.loss(network, [next(loader) for loader in loaders], None, noises)
+            outcome = method.loss(network, *batch, noises)
             norm = master.step([g.double() for g in torch.autograd.grad(outcome.loss, master.params)])
             terms = outcome.terms | method.end_step()
             lines.append({key: value.item() for key, value in terms.items()} | {"grad_norm": norm})
@@ -101,7 +112,7 @@ def test_two_ranks_train_as_the_reference(trained):
     for line, since in zip(told, (0, 5, 10)):
         for key in ("loss", *SIGNALS):
             expected = np.mean([one[key] for one in lines[since : line["step"]] if key in one])
-            assert line[key] == pytest.approx(expected, rel=2e-4), key
+            assert line[key] == pytest.approx(expected, rel=5e-4), key
         assert line["grad_norm"] == pytest.approx(lines[line["step"] - 1]["grad_norm"], rel=5e-4)
         assert line["skipped"] == 0
     found = averages(folder, STEPS)
@@ -123,7 +134,11 @@ def test_two_ranks_killed_after_a_checkpoint(trained, tmp_path, method):
     assert "steps 5 to 12" in outcome.text
     assert_same_run(folder, trained(method), STEPS)
     state = torch.load(checkpoint(folder, STEPS) / "method.pt", weights_only=True)
-    assert {float(moments["step"]) for moments in state["optimizer"]["state"].values()} == {STEPS // 2}
+    assert {float(moments["step"]) for moments in state["optimizer"]["state"].values()} == {PLAYED // 2}
+    assert outcome.text.count("learns to classify") == 0, "Psi's warm start is over"
+    first = (trained(method).parent / "log").read_text()
+    assert first.count("sadm: 3 steps in which Psi learns to classify the data") == 1
+    assert first.count("which count as training") == 1
     for line in metrics(folder):
         assert all(isinstance(line[key], float) for key in SIGNALS), "JSON has no number for what is not finite"
         assert line["structure_loss"] > 0
@@ -135,6 +150,7 @@ def test_two_ranks_killed_after_a_checkpoint(trained, tmp_path, method):
 @pytest.mark.parametrize("psi", ["latent_resnet", "teacher"])
 def test_bf16(tmp_path, psi):
     flags = [*BOTH, "--sadm.psi", psi, "--sadm.structure", "fixed" if psi == "teacher" else "adversarial"]
+    flags += ["--sadm.start", 0]
     forked(*flags, "--steps", 4, "--precision", "bf16", "--log_every", 2, "--out", tmp_path / "run").succeeded()
     for line in metrics(tmp_path / "run"):
         assert all(isinstance(line[key], float) for key in SIGNALS if psi != "teacher" or key != "psi_grad_norm")
@@ -201,6 +217,13 @@ def test_every_preset_plays(preset, method):
     [
         ("structure=on", ["off", "fixed", "adversarial"]),
         ("weight=-1", ["at least 0", "got -1"]),
+        ("weight=car", ["auto", "got car"]),
+        ("gradient_ratio=-1", ["at least 0"]),
+        ("weight_floor=2", ["above sadm.weight_cap"]),
+        ("weight_cap=-1", ["at least 0"]),
+        ("start=1.5", ["from 0 to 1"]),
+        ("clamp=0", ["at least 1e-06"]),
+        ("psi_warm_steps=-1", ["at least 0"]),
         ("psi=resnet", ["latent_resnet", "image_resnet", "teacher"]),
         ("psi=image_resnet", ["sadm.psi_weights"]),
         ("psi=teacher", ["sd_dit+sadm"]),

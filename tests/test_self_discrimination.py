@@ -1,4 +1,7 @@
-"""SD-DiT's method: its loss against DINO's and iBOT's published formulas in fp64, its two views and its teacher."""
+"""Test SD-DiT's method: its loss against DINO's and iBOT's formulas in fp64, its two views and its teacher."""
+
+import math
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -8,31 +11,30 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from fastdit.kernels import split_tokens
 from fastdit.methods.denoising import Denoising
 from fastdit.methods.self_discrimination import SDDiT, SelfDiscrimination
-from fastdit.models import Encoder, EncoderDecoder, Student
+from fastdit.models import Encoder, EncoderDecoder, SplitDiT, Student
 from fastdit.noise import DDPM, EDM, Flow
 
 CLASSES, PROTOTYPES = 5, 37
 PROCESSES = [EDM(), DDPM(), Flow()]
-SIZES = {"decoder_width": 24, "decoder_depth": 1, "decoder_heads": 2, "head_width": 40, "bottleneck": 20}
+HEAD = {"head_width": 40, "bottleneck": 20, "prototypes": PROTOTYPES}
+DECODER = {"decoder": "extra", "decoder_width": 24, "decoder_depth": 1, "decoder_heads": 2}
 
 
-def make(process=PROCESSES[0], drop=0.3, random=True, **changes):
-    """A method, its teacher unlike its student, and the student; random values, not zeros, in every parameter."""
-    settings = SDDiT(**(SIZES | {"prototypes": PROTOTYPES} | changes))
-    encoder = Encoder(
-        input_size=(6, 10), patch=2, channels=2, width=36, depth=2, heads=3, classes=CLASSES,
-        class_token=settings.cls == "token", attention_backend="math",
-    )  # fmt: skip
-    network = EncoderDecoder(
-        encoder,
-        out_channels=process.out_channels(2),
-        width=settings.decoder_width,
-        depth=settings.decoder_depth,
-        heads=settings.decoder_heads,
-        hidden_tokens=settings.hidden_tokens,
-        attention_backend="math",
-    )
-    student = Student(network, head_width=40, bottleneck=20, prototypes=settings.prototypes)
+def make(process=PROCESSES[0], drop=0.3, random=True, decoder="extra", depth=2, **changes):
+    """Return a method and its student, with random values in every parameter; the teacher is unlike the student."""
+    own = DECODER if decoder == "extra" else {"decoder": "split"}
+    settings = SDDiT(**(HEAD | own | changes))
+    sizes = {
+        "input_size": (6, 10), "patch": 2, "channels": 2, "width": 36, "depth": depth, "heads": 3, "classes": CLASSES,
+        "attention_backend": "math",
+    }  # fmt: skip
+    outputs = {"out_channels": process.out_channels(2), "hidden_tokens": settings.hidden_tokens}
+    if decoder == "extra":
+        encoder = Encoder(**sizes, class_token=settings.cls == "token")
+        network = EncoderDecoder(encoder, **outputs, width=24, depth=1, heads=2, attention_backend="math")
+    else:
+        network = SplitDiT(split=settings.split_of(depth), **outputs, **sizes)
+    student = Student(network, head_width=40, bottleneck=20, prototypes=PROTOTYPES)
     method = SelfDiscrimination(process, CLASSES, drop, settings, student)
     if random:
         randomise(student, seed=1)
@@ -72,7 +74,7 @@ def dino(student, teacher, center, settings, temperature):
 
 
 def transcription(method, student, x0, y, generator):
-    """L and its terms in fp64 and the student's parameters with their gradients, from the draws of the method."""
+    """Return L, its terms, the student's parameters with gradients and the teacher's logits, in fp64."""
     settings, process = method.settings, method.noise
     level = process.draw(len(x0), generator=generator, device="cpu")
     eps = torch.randn(x0.shape, generator=generator)
@@ -84,22 +86,24 @@ def transcription(method, student, x0, y, generator):
     def view(level):
         return process.network_input(process.add_noise(x0, eps, level.double()), level.double())
 
-    network, w = student.network, fp64(student)
+    network, w, count = student.network, fp64(student), max(1, round(settings.share * len(x0)))
     out, tokens = generate(part(w, "network."), network, *view(level), y, split)
-    noise_ratio = 0.01 if process.name == "ddpm" else settings.teacher_noise  # DDPM's timestep 0: sqrt(1e-4)
-    quiet = {"edm": noise_ratio, "flow": noise_ratio / (1 + noise_ratio), "ddpm": 0.0}[process.name]
+    # The 5 % quantiles of exp(N(-1.2, 1.2^2)), of 0 .. 999, and of sigmoid(N(0, 1)).
+    z = NormalDist().inv_cdf(0.05)
+    quiet = {"edm": math.exp(-1.2 + 1.2 * z), "ddpm": 50.0, "flow": 1 / (1 + math.exp(-z))}[process.name]
     teacher = {name: value.detach() for name, value in fp64(method.teacher).items()}
     quiet = torch.full((len(x0),), quiet, dtype=torch.float64)
-    taught, *_ = encode(part(teacher, "encoder."), network.encoder, *view(quiet), y)
+    taught, *_ = encode(part(teacher, "encoder."), method.teacher.encoder, *view(quiet), y)
 
     sides = []
     for weights, stream, chosen in ((part(w, "head."), tokens, None), (part(teacher, "head."), taught, split)):
         stream = norm(stream)
         patches = stream[:, 1:] if settings.cls == "token" else stream
+        first = stream[:, 0] if settings.cls == "token" else patches.mean(1)  # the teacher's: of all patches
         if chosen is not None:
             patches = torch.stack([row[ids] for row, ids in zip(patches, chosen[0])])
-        first = stream[:, 0] if settings.cls == "token" else patches.mean(1)
-        sides.append([logits(weights, project(weights, t)) for t in (first, patches.flatten(0, 1))])
+        both = first[:count], patches[:count].flatten(0, 1)
+        sides.append([logits(weights, project(weights, t)) for t in both])
     centers, raw = method.centers.double(), sides[1]
     parts = [dino(s, t, c, settings, method.temperature) for s, t, c in zip(*sides, centers)]
     generative = process.loss(out, x0, eps, level.double())[0].mean()  # tests/test_noise.py has its formulas
@@ -117,6 +121,11 @@ def transcription(method, student, x0, y, generator):
 
 
 CASES = {
+    "split": {"cls": "mean", "decoder": "split"},
+    "split-zeros": {"cls": "mean", "decoder": "split", "depth": 3, "split": 2, "hidden_tokens": "zeros"},
+    "split-nothing-hidden": {"cls": "mean", "decoder": "split", "mask_ratio": 0.0},
+    "split-part": {"cls": "mean", "decoder": "split", "share": 0.5},
+    "extra-part": {"cls": "mean", "share": 0.5},
     "token-ema": {},
     "mean-ema": {"cls": "mean"},
     "token-none": {"centering": "none", "hidden_tokens": "mask_token"},
@@ -159,9 +168,10 @@ def test_loss_and_gradients_are_those_of_the_published_formulas(case):
         assert signals["prototype_usage"].item() == pytest.approx(len(shifted.argmax(1).unique()) / PROTOTYPES)
 
 
+@pytest.mark.parametrize("decoder", ["extra", "split"])
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: p.name)
-def test_without_mask_and_weight_it_is_the_plain_method_to_the_bit(process):
-    method, student = make(process, mask_ratio=0.0, beta=0.0)
+def test_without_mask_and_weight_it_is_the_plain_method_to_the_bit(process, decoder):
+    method, student = make(process, decoder=decoder, mask_ratio=0.0, beta=0.0)
     x0, y = batch()
     plain = Denoising(process, CLASSES, 0.3).loss(student.network, x0, y, seeded())
     wanted = torch.autograd.grad(plain.loss, list(student.network.parameters()))
@@ -208,6 +218,18 @@ def test_the_teacher_starts_as_the_student_and_shares_nothing_with_it():
     assert names == {name for name, _ in student.named_parameters() if "decoder" not in name and "bridge" not in name}
 
 
+def test_a_split_students_teacher_is_its_first_blocks():
+    method, student = make(decoder="split", depth=3, split=2, random=False)
+    randomise(student, seed=1)
+    teacher, sources = SelfDiscrimination(EDM(), CLASSES, 0.1, method.settings, student).followers(student)["teacher"]
+    assert all(torch.equal(a.flatten(), b.flatten()[: a.numel()]) for a, b in zip(teacher, sources, strict=True))
+    names = {name for name, p in student.named_parameters() if any(p is source for source in sources)}
+    skipped = ("network.blocks.2.", "network.head.")
+    assert names == {name for name, _ in student.named_parameters() if not name.startswith(skipped)}
+    shorter = {tuple(a.shape) for a, b in zip(teacher, sources) if a.shape != b.shape}
+    assert shorter == {(14 * 36, 36), (14 * 36,)}, "modulation of two blocks, and of the norm behind them"
+
+
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: p.name)
 def test_both_views_are_of_one_image_one_noise_and_one_label(process):
     asked = 0.02
@@ -238,8 +260,8 @@ def test_both_views_are_of_one_image_one_noise_and_one_label(process):
 
 
 def test_a_fresh_teacher_agrees_with_its_student():
-    """Of one view and all patches: both heads see the same tokens, the class token's little variance included."""
-    method, student = make(random=False, mask_ratio=0.0, cls="token")
+    """With one view and all patches both heads see the same tokens, including the class token's small variance."""
+    method, student = make(random=False, mask_ratio=0.0, cls="token", teacher_noise=0.002)
     heads = []
     for module in (method.teacher, student):
         module.head.register_forward_hook(lambda module, args, out: heads.append(out))
@@ -249,10 +271,12 @@ def test_a_fresh_teacher_agrees_with_its_student():
     torch.testing.assert_close(heads[0], heads[1].detach(), rtol=1e-4, atol=1e-6)  # features are near one
 
 
+@pytest.mark.parametrize("changes", [{"teacher_noise": "relative:0.2"}, {"share": 0.5}, {"momentum": 1.0}])
+@pytest.mark.parametrize("decoder", ["extra", "split"])
 @pytest.mark.parametrize("centering", ["ema", "sinkhorn", "none"])
-def test_no_step_waits_for_the_device(centering):
-    """Tensors without values: whatever asked for one would raise."""
-    method, student = make(centering=centering)
+def test_no_step_waits_for_the_device(centering, decoder, changes):
+    """The tensors have no values: whatever asked for one would raise."""
+    method, student = make(centering=centering, decoder=decoder, **changes)
     x0, y = batch()
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         outcome = method.loss(student, fake.from_tensor(x0), fake.from_tensor(y), None)

@@ -1,4 +1,4 @@
-"""What a step of the structure game costs: passes of both networks, in FLOPs, and no wait for the device."""
+"""Test what a step of SADM costs: passes of both networks, in FLOPs, and no wait for the device."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from fastdit.noise import EDM
 
 
 class Free(Denoising):
-    """Costs nothing, and makes the same estimates with any network."""
+    """A base that costs nothing and makes the same x0 predictions with any network."""
 
     def flops(self, module):
         return {}
@@ -63,7 +63,7 @@ def test_a_step_costs_what_it_says(monkeypatch, settings, steps, passes):
 
 
 class NoSync(torch.utils._python_dispatch.TorchDispatchMode):
-    """Fails where the host would wait for a value."""
+    """Fail where the host would wait for a value."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name().removeprefix("aten::").partition(".")[0]
@@ -74,11 +74,12 @@ class NoSync(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
 def test_no_step_waits_for_the_device(implementation):
     psi = LatentResNet(channels=CHANNELS, features=4, width=16, spectral_norm=True)
-    method, network = game(EDM(), psi=psi, gradient_penalty=0.1, base=Denoising), Recorder()
+    method, network = game(EDM(), psi=psi, gradient_penalty=0.1, base=Denoising, weight="auto"), Recorder()
     method.optimizer.implementation = implementation
     x0 = torch.rand(4, CHANNELS, 8, 8, generator=seeded())
     with NoSync():
         method.loss(network, x0, torch.arange(4), seeded()).loss.backward()
-        assert method.end_step().keys() == {"psi_grad_norm"}
+        signals = method.end_step().keys()
+    assert signals == {"structure_weight", "gradient_ratio", "psi_grad_norm"}
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoSync():
         bool(x0.sum() > 0)

@@ -19,6 +19,7 @@ from structure_game_helpers import (
     first_gradients,
     game,
     gradients,
+    sample_weights,
     samples,
     seeded,
     structure,
@@ -96,7 +97,7 @@ def test_the_denoisers_gradient_without_the_decoders(decoder):
         real = told.psi(told.x0)
     pictures.requires_grad_()
     level = EDM().draw(len(x0), generator=seeded(), device="cpu").double()
-    weight = 0.25 / (level**2 + 0.25)
+    weight = sample_weights(level, method.settings)
     (upstream,) = torch.autograd.grad(structure(real, told.psi.psi(pictures), weight, method.settings), pictures)
     decoder.approximate_gradient()
     cells = upstream.unflatten(2, (SIZE[0], 4)).unflatten(4, (SIZE[1], 4)).sum((3, 5))
@@ -188,7 +189,7 @@ def test_no_step_waits_for_the_device(decoder, exact_gradient):
     with NoSync():
         for batch in ((x0, y), again):
             method.loss(network, *batch, seeded()).loss.backward()
-        assert method.end_step().keys() == {"psi_grad_norm"}
+        assert method.end_step().keys() == {"gradient_ratio", "psi_grad_norm"}
 
 
 # -- runs --

@@ -1,4 +1,4 @@
-"""Psi as a player: when and how it steps, over ranks and restarts, what it may be, and what it costs."""
+"""Test Psi as a player: when and how it steps, over ranks and restarts, and which networks it may be."""
 
 import io
 import math
@@ -10,6 +10,7 @@ from structure_game_helpers import (
     CHANNELS,
     CLASSES,
     CPU,
+    SIZE,
     Denoiser,
     Silent,
     exact,
@@ -27,6 +28,7 @@ from test_structure_encoders import resnet18_weights
 
 from fastdit.config import parse
 from fastdit.engine.build import Shape, build_training
+from fastdit.methods.denoising import Denoising
 from fastdit.methods.structure_game import SADM
 from fastdit.models import ImageResNet, LatentResNet, encoder_products
 from fastdit.noise import EDM, Flow
@@ -76,7 +78,7 @@ def test_psi_steps_once_in_psi_every():
     for number in range(1, 8):
         before = weights(method)
         signals = step(method, network, seed=number)
-        assert (signals.keys() == {"psi_grad_norm"}) == (number % 3 == 0)
+        assert ("psi_grad_norm" in signals) == (number % 3 == 0)
         if moved(method, before):
             at.append(number)
     assert at == [3, 6]
@@ -84,17 +86,19 @@ def test_psi_steps_once_in_psi_every():
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_psi_learns_at_its_own_rate(schedule):
-    settings = SADM(psi_lr=1e-3, psi_warmup=0.2, psi_schedule=schedule)
+    settings = SADM(psi_lr=1e-3, psi_warmup=0.2, psi_schedule=schedule, start=0)
     for number, constant in {0: 2.5e-4, 1: 5e-4, 3: 1e-3, 4: 1e-3, 12: 1e-3, 19: 1e-3}.items():
         expected = constant * (0.5 * (1 + math.cos(math.pi * number / 20)) if schedule == "cosine" else 1)
         assert settings.psi_lr_at(number, 20) == pytest.approx(expected, abs=1e-12)
-        method = game(EDM(), psi_lr=1e-3, psi_warmup=0.2, psi_schedule=schedule)
+        method = game(EDM(), psi_lr=1e-3, psi_warmup=0.2, psi_schedule=schedule, start=0)
         assert method.begin_step(number, 20) == {}
         before = weights(method)
         step(method, Denoiser())
         assert moved(method, before) == pytest.approx(expected, rel=1e-2, abs=1e-9)  # Adam's first step: lr * sign
     assert SADM(psi_lr=1e-3).psi_lr_at(0, 20) == 1e-3
-    assert SADM(psi_lr=1e-3, psi_warmup=0.01).psi_lr_at(0, 20) == 1e-3, "less than a step is none"
+    assert SADM(psi_lr=1e-3, psi_warmup=0.01, start=0).psi_lr_at(0, 20) == 1e-3, "less than a step is none"
+    later = SADM(psi_lr=1e-3, psi_warmup=0.2, start=0.1)
+    assert [later.psi_lr_at(2 + n, 20) for n in range(5)] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
 
 
 @pytest.mark.parametrize(("normalise", "distance"), [("rms", "euclidean"), ("none", "squared"), ("none", "cosine")])
@@ -167,6 +171,7 @@ def saved(method) -> io.BytesIO:
 
 def test_a_restarted_game_goes_on_to_the_bit():
     settings = {"psi_every": 2, "psi_schedule": "cosine", "gradient_penalty": 0.1, "spectral_norm": True}
+    settings |= {"weight": "auto", "start": 0.2, "base": Denoising}
 
     def fresh(seed):
         psi = LatentResNet(channels=CHANNELS, features=4, width=16, spectral_norm=True, seed=seed)
@@ -193,6 +198,31 @@ def test_a_restarted_game_goes_on_to_the_bit():
     assert straight.step == 7
 
 
+def test_channels_last_as_on_gpus():
+    """The layout of Psi's weights changes neither its steps nor what a checkpoint means."""
+    x0, y = torch.rand(4, CHANNELS, 8, 8, generator=seeded()) * 2 - 1, torch.arange(4)
+
+    def fresh(layout: torch.memory_format):
+        method = game(EDM(), psi=LatentResNet(channels=CHANNELS, features=4, width=16), psi_lr=1e-3)
+        method.psi.to(memory_format=layout)
+        return method
+
+    network, layouts, states = Denoiser(), (torch.contiguous_format, torch.channels_last), []
+    for layout in layouts:
+        method = fresh(layout)
+        step(method, network, batch=(x0, y))
+        states.append(torch.load(saved(method), weights_only=True))
+        assert method.psi.blocks[1].conv1.weight.is_contiguous(memory_format=layout)
+    for value, other in zip(states[0]["psi"].values(), states[1]["psi"].values(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5)
+    for layout, state in zip(layouts, reversed(states), strict=True):
+        method = fresh(layout)
+        method.load_state_dict(state)
+        for weight, moments in method.optimizer.state.items():
+            assert moments["exp_avg"].stride() == weight.stride()
+        assert step(method, network, batch=(x0, y))["psi_grad_norm"].isfinite()
+
+
 # With one feature the gradient penalty does not depend on the random directions, which differ between ranks.
 RANKS = [
     {"features": 4},
@@ -200,6 +230,19 @@ RANKS = [
     {"features": 3, "distance": "squared", "accumulation": 2},
 ]
 TOGETHER = torch.tensor([0, 1, 4, 5, 2, 3, 6, 7])  # accumulating, two ranks' first micro-batches come first
+TERMS = CHANNELS * math.prod(SIZE)  # of the longest fp32 sum, in Psi's first layer
+
+
+def rounding(structure_loss: float) -> float:
+    """Return how far, relative to their size, a step's values may lie apart when its fp32 sums differ in their order.
+
+    Two orders of a sum of n terms differ by at most n * eps of the terms' magnitudes, eps = 2^-23. Features are such
+    sums, so the normalized distances P and Q, which are near 1, have that error each. L_str is the mean of (P - Q)^2
+    and gradients have a factor P - Q, of root mean square sqrt(L_str): relative to it, the error of P - Q is
+    2 n eps / sqrt(L_str), and that of its square is twice as large. Distances spread by more than P - Q, so that their
+    correlation loses less.
+    """
+    return 4 * TERMS * torch.finfo(torch.float32).eps / math.sqrt(structure_loss)
 
 
 def test_two_ranks_play_as_one_with_all_samples(tmp_path):
@@ -207,15 +250,17 @@ def test_two_ranks_play_as_one_with_all_samples(tmp_path):
     both = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for first, second, case in zip(*both, RANKS, strict=True):
         alone = scripted_step(TOGETHER, **case)
-        for name in ("structure_loss", "real_distance", "fake_distance", "distance_correlation", "psi_grad_norm"):
+        tolerance = rounding(alone["terms"]["structure_loss"].item())
+        names = ("structure_loss", "real_distance", "fake_distance", "distance_correlation", "psi_grad_norm")
+        for name in (*names, "gradient_ratio"):
             assert torch.equal(first["terms"][name], second["terms"][name])
-            assert first["terms"][name].item() == pytest.approx(alone["terms"][name].item(), rel=1e-6), name
+            assert first["terms"][name].item() == pytest.approx(alone["terms"][name].item(), rel=tolerance), name
         assert first["terms"]["loss"] != second["terms"]["loss"]
         for a, b, whole in zip(first["network"], second["network"], alone["network"], strict=True):
-            assert_exact((a + b) / 2, whole.double(), 1e-6)
+            assert_exact((a + b) / 2, whole.double(), tolerance)
         for a, b, whole in zip(first["psi"], second["psi"], alone["psi"], strict=True):
             assert torch.equal(a, b)
-            assert_exact(a, whole.double(), 1e-6)
+            assert_exact(a, whole.double(), tolerance)
         assert same(first["weights"], second["weights"])
 
 
@@ -243,7 +288,7 @@ def test_the_teacher_as_psi():
     assert "prototype_usage" in signals
     assert "psi_grad_norm" not in signals
     state = torch.load(saved(method), weights_only=True)
-    assert state.keys() == {"base", "step", "psi"}
+    assert state.keys() == {"base", "step", "psi", "balance"}
     method.load_state_dict(state)
     flops = method.flops(network)
     assert flops["structure"] == 3 * 2 * encoder_products(method.base.teacher.encoder, 16)
@@ -267,8 +312,8 @@ def test_a_pretrained_resnet_as_psi(tmp_path, channels):
 
 
 class ToClean(Silent):
-    """Estimates half of the sample, and its gradient lands there."""
+    """A base that predicts half of the squared sample, so that the gradient reaches the sample."""
 
     def loss(self, network, x0, y, generator):
         outcome = super().loss(lambda x, t, y: torch.zeros_like(x), x0.detach(), y, generator)
-        return outcome._replace(x0_hat=0.5 * x0.square())
+        return outcome._replace(x0_hat=0.5 * x0.square(), outputs=())

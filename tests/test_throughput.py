@@ -114,7 +114,7 @@ def test_every_contender_has_its_rows(measured, plain):
     record = measured[0]
     assert all(tuple(row) == COLUMNS for row in record["rows"] + plain["rows"])
     phases = [*PHASES, "rest"]
-    games = ("denoiser", "structure, both players", "Psi's step")
+    games = ("denoiser", "Psi of clean samples", "structure, both players", "Psi's step")
     components = [part for part in COMPONENTS if part not in games] + ["rest"]
     for name in ("dit", "sd_dit", "eager", "facebookresearch"):
         assert [row["part"] for row in parts(record, name, "phase")] == phases
@@ -233,24 +233,9 @@ def test_readme_comes_from_the_records(measured, tmp_path):
 
 def test_a_step_is_the_training_loops(tmp_path):
     """The same weights, averages, teacher, centres and Psi after three steps, to the bit."""
-    config = parse(
-        [
-            *RUN,
-            *SAME,
-            "--method",
-            "sd_dit+sadm",
-            "--sadm.psi_width",
-            "16",
-            "--steps",
-            "3",
-            "--lr",
-            "1e-2",
-            "--warmup",
-            "2",
-            "--out",
-            str(tmp_path),
-        ]
-    )
+    method = "--method sd_dit+sadm --sadm.psi_width 16 --sadm.start 0 --sadm.psi_warm_steps 0"
+    steps = f"--steps 3 --lr 1e-2 --warmup 2 --out {tmp_path}"
+    config = parse([*RUN, *SAME, *method.split(), *steps.split()])
     from fastdit.engine import runtime
 
     ranks = runtime.start(config)
@@ -279,11 +264,14 @@ def test_a_step_is_the_training_loops(tmp_path):
     assert not any(map(torch.equal, before[:3], states[0][:3]))
 
 
-def test_components_are_cut_where_they_end():
-    """Which gradients have been made by each cut of the backward pass."""
+@pytest.mark.parametrize("decoder", ["extra", "split"])
+def test_components_are_cut_where_they_end(decoder):
+    """Each cut of the backward pass comes when a component's gradients have been computed."""
     from contenders import cut_components
 
-    config = parse([*RUN, *SAME, "--method", "sd_dit"])
+    sizes = [] if decoder == "extra" else ["--sd_dit.decoder_width", "null", "--sd_dit.decoder_depth", "null"]
+    sizes += [] if decoder == "extra" else ["--sd_dit.decoder_heads", "null"]
+    config = parse([*RUN, *SAME, "--method", "sd_dit", "--sd_dit.decoder", decoder, *sizes])
     module, method = build.build_training(config, build.shape_of(config, 7))
     seen: list[str] = []
 
@@ -291,7 +279,7 @@ def test_components_are_cut_where_they_end():
         def lap(self, name: str) -> None:
             seen.append(f"| {name}")
 
-    cut_components(module, method, Watch())
+    assert cut_components(module, method, Watch()) == "encoder"
     for name, parameter in module.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.append(name))
     generator = torch.Generator().manual_seed(0)
@@ -307,10 +295,31 @@ def test_components_are_cut_where_they_end():
     names = [part.split("\n")[0] for part in text[1:]]
     assert names == ["backward", "backward/head", "backward/decoder", "backward/encoder"]
     made = [{name for name in part.split("\n")[1:] if name} for part in ["\n" + text[0], *text[1:-1]]]
-    modules = (set(), {"head"}, {"network.decoder", "network.bridge"}, {"network.encoder"})
-    for names, wanted in zip(made, modules, strict=True):
-        assert {".".join(name.split(".")[: 1 + name.startswith("network")]) for name in names} == wanted
-    assert sum(map(len, made)) == len(list(module.parameters()))
+    later = ("network.decoder.", "network.bridge.")
+    if decoder == "split":
+        later = ("network.blocks.1.", "network.head.")  # adaln and patch_embed serve both, and end with the encoder
+    parts = [set(), set(), set(), set()]
+    for name, _ in module.named_parameters():
+        parts[1 if name.startswith("head.") else 2 if name.startswith(later) else 3].add(name)
+    assert made == parts
+
+
+def test_a_graph_holds_the_whole_of_a_split_dit():
+    from contenders import cut_components
+
+    config = parse(["--method", "sd_dit", *SAME, "--model.depth", "2", "--model.width", "32", "--model.heads", "2"])
+    module, method = build.build_training(config, build.shape_of(config, 7))
+    seen: list[str] = []
+
+    class Watch:
+        def lap(self, name: str) -> None:
+            seen.append(name)
+
+    assert cut_components(module, method, Watch(), graphs=True) == "network"
+    method.loss(module, torch.randn(3, 3, 16, 16), torch.tensor([0, 3, 6]), torch.Generator()).loss.backward()
+    assert seen == [
+        "forward", "forward/teacher", "forward", "forward/network", "forward/head", "backward", "backward/head"
+    ]  # fmt: skip
 
 
 def test_the_game_is_cut_from_its_base():
@@ -337,10 +346,10 @@ def test_the_game_is_cut_from_its_base():
     assert all(p.grad is not None for p in game.psi.parameters())
     assert all(p.grad is None for p in module.parameters())
     loss.backward()
-    assert seen[4:] == ["| backward/structure", "denoiser backward"]
+    assert seen[4:] == ["denoiser backward"]
     assert all(p.grad is not None for p in module.parameters())
     game.end_step()
-    assert seen[6:] == ["| extras"]
+    assert seen[5:] == ["| extras"]
 
 
 def test_laps_add_up_and_turns_turn(monkeypatch):

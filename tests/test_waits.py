@@ -31,10 +31,15 @@ def test_a_step_waits_nowhere(tmp_path, stage, precision, accumulation, ranks):
     assert waits(tmp_path, values, "--precision", precision, ranks=ranks) == {}
 
 
+def test_an_aligned_step_waits_nowhere(tmp_path):
+    flags = ["--method", "psi_align+sadm", "--sadm.psi_width", 16, "--sadm.start", 0]
+    assert waits(tmp_path, {"zero_optimization": {"stage": 1}}, *flags) == {}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="what only a GPU can tell")
 @pytest.mark.parametrize("graphs", ["false", "true"])
-@pytest.mark.parametrize("method", ["dit", "sd_dit", "sadm"])
+@pytest.mark.parametrize("method", ["dit", "sd_dit", "sadm", "psi_align"])
 def test_a_gpus_step_waits_nowhere(tmp_path, method, graphs):
     flags = [*TINY, "--device", "cuda", "--data.source", "synthetic:1x28x28:10:64", "--grad_clip", "0.5"]
     flags += ["--method", method, "--cuda_graphs", graphs, "--out", tmp_path / "run"]

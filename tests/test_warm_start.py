@@ -1,6 +1,7 @@
-"""The warm start command: it learns the shipped images, tells an honest accuracy, and its file is the encoder."""
+"""Test the warm start of SADM's encoder: the command, its file, and the same training on several ranks."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -9,12 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from data_helpers import latent_source, take
+from launching import TINY, checkpoint, forked, metrics
 from safetensors import safe_open
 
 from fastdit import warm_start
 from fastdit.data import open_source
 from fastdit.errors import UserError
+from fastdit.methods.encoder_warm_start import Diverged, warm_start_encoder
+from fastdit.methods.structure_game import SADM
 from fastdit.models.structure_encoders import LatentResNet, load_structure_encoder
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +43,7 @@ def loaded(path: Path, **sizes) -> LatentResNet:
 
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory):
-    """Sixty steps: the file, the encoder that was written to it, and what was said."""
+    """Take sixty steps. Return the file, the encoder that was written to it, and the printed line."""
     out, kept = tmp_path_factory.mktemp("warm") / "new" / "psi.safetensors", []
     save, said = warm_start.save_structure_encoder, []
     with pytest.MonkeyPatch.context() as patch:
@@ -67,7 +72,7 @@ def test_the_file_is_the_encoder(learnt):
 
 
 def test_features_tell_classes_apart(learnt):
-    """Nearest class mean, on images that were neither trained on nor averaged, against the untrained encoder."""
+    """Compare nearest class means, on unseen images, with those of the untrained encoder."""
     source = open_source("fashion_mnist")
     options = {"batch": 1000, "size": 28, "channels": 1, "flip": False, "threads": 1}
     batches = take(10, source, **options)  # the order of seed 0: training took the first 3,840
@@ -84,7 +89,7 @@ def test_features_tell_classes_apart(learnt):
 
 
 def test_accuracy_is_that_of_unseen_batches(tmp_path, capsys):
-    """In the first step the classifier is zero and says 0: right as often as the first batch holds a 0."""
+    """In the first step the classifier is zero and says 0, which is right as often as the first batch holds a 0."""
     run(tmp_path / "psi.safetensors", f"{FASHION} --steps 1 --batch 50 --lr 0.1 --seed 3")
     options = {"batch": 50, "size": 28, "channels": 1, "flip": False, "threads": 1, "seed": 3}
     ((_, y),) = take(1, open_source("fashion_mnist"), **options)
@@ -163,7 +168,7 @@ def test_each_mistake_is_one_line_and_writes_nothing(tmp_path, flags, words):
 
 
 def test_the_command_itself(tmp_path):
-    """As a file, as its docstring calls it; installed under its name too."""
+    """Run it as a file, as its docstring says; it is installed under its name too."""
     out = tmp_path / "psi.safetensors"
     command = [sys.executable, ROOT / "fastdit/warm_start.py", *f"{SMALL} {FASHION} --steps 1 --out".split(), out]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -172,3 +177,99 @@ def test_the_command_itself(tmp_path):
     assert out.is_file()
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts["fastdit-warm-start"] == "fastdit.warm_start:main"
+
+
+# -- in a run --
+
+
+def batches_of(part: slice):
+    """Yield three batches; `part` is a rank's share of each."""
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        x, y = torch.randn(8, 1, 8, 8, generator=generator), torch.randint(3, (8,), generator=generator)
+        yield x[part], y[part]
+
+
+def trained(part: slice) -> tuple[dict[str, torch.Tensor], float]:
+    encoder = LatentResNet(channels=1, features=4, width=16, spectral_norm=True)
+    accuracy = warm_start_encoder(encoder, 3, batches_of(part), steps=3, lr=1e-3)
+    return {name: value.clone() for name, value in encoder.state_dict().items()}, accuracy
+
+
+def train_half(rank: int, folder: str) -> None:
+    """Write what one of two ranks ends with."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(trained(slice(4 * rank, 4 * rank + 4)), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_train_one_encoder(tmp_path):
+    torch.multiprocessing.spawn(train_half, (str(tmp_path),), nprocs=2)
+    (first, accuracy), (second, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    whole, expected = trained(slice(8))
+    assert accuracy == other == pytest.approx(expected)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+        torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "classes", "expected"),
+    [
+        ({}, 10, 500),
+        ({"structure": "fixed"}, 10, 500),
+        ({}, 1, 0),
+        ({"structure": "off"}, 10, 0),
+        ({"psi_weights": "psi.safetensors", "psi_warm_steps": 7}, 10, 0),
+        ({"psi": "image_resnet", "psi_weights": "r18.pth"}, 10, 0),
+        ({"psi_warm_steps": 7}, 10, 7),
+        ({"psi_warm_steps": 0}, 10, 0),
+    ],
+)
+def test_how_long_a_run_warms_psi_up(settings, classes, expected):
+    assert SADM(**settings).warm_steps(1000, classes) == expected
+    assert SADM().warm_steps(400_000, 10) == 10_000
+    with pytest.raises(UserError, match=r"sadm\.psi_warm_steps: the data has a single class"):
+        SADM(psi_warm_steps=7).warm_steps(1000, 1)
+
+
+PLAY = [*TINY, "--method", "sadm", "--sadm.psi_width", 16, "--sadm.psi_features", 12, "--steps", 2]
+
+
+@pytest.mark.launch
+def test_a_run_warms_psi_up_once_and_starts_again_after_a_kill(tmp_path):
+    """A run whose folder has no checkpoint yet was killed early: it does everything again, to the bit."""
+    warm = [*PLAY, "--sadm.psi_warm_steps", 40, "--save_every", 1]
+    straight = forked(*warm, "--out", tmp_path / "straight").succeeded().text
+    assert "40 steps in which Psi learns to classify the data" in straight
+    (tmp_path / "killed").mkdir()
+    forked(*warm, "--resume", "--out", tmp_path / "killed").succeeded()
+    shutil.rmtree(checkpoint(tmp_path / "killed", 2))
+    text = forked(*warm, "--resume", "--out", tmp_path / "killed").succeeded().text
+    assert "learns to classify" not in text
+    one, other = (
+        torch.load(checkpoint(tmp_path / name, 2) / "method.pt", weights_only=True)["psi"]
+        for name in ("straight", "killed")
+    )
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    untrained = LatentResNet(channels=1, width=16, features=12).state_dict()
+    assert not any(torch.equal(value, untrained[name]) for name, value in one.items())
+    seconds = float(re.search(r"after ([\d.]+) s, which count", straight)[1])
+    assert metrics(tmp_path / "straight")[0]["seconds"] > seconds > 0
+
+
+@pytest.mark.launch
+def test_the_warm_start_does_not_change_the_data(tmp_path):
+    """Until the game begins, a run with a warm start is the plain run, to the bit."""
+    flags = ["--sadm.start", 1, "--steps", 3]
+    forked(*PLAY, *flags, "--sadm.psi_warm_steps", 5, "--out", tmp_path / "sadm").succeeded()
+    forked(*TINY, "--steps", 3, "--out", tmp_path / "dit").succeeded()
+    assert metrics(tmp_path / "sadm", untimed=True) == metrics(tmp_path / "dit", untimed=True)
+
+
+def test_a_warm_start_that_diverges_is_noticed():
+    encoder = LatentResNet(channels=1, features=12, width=16)
+    bad = ((torch.full((4, 1, 8, 8), float("nan")), torch.zeros(4, dtype=torch.int64)) for _ in range(30))
+    with pytest.raises(Diverged, match="20"):
+        warm_start_encoder(encoder, 3, bad, steps=30)

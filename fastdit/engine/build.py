@@ -14,16 +14,20 @@ from fastdit.data.manifest import read_manifest
 from fastdit.engine.runtime import ranks_here
 from fastdit.errors import UserError
 from fastdit.methods.denoising import Denoising
+from fastdit.methods.psi_alignment import PsiAlign, PsiAlignment
 from fastdit.methods.self_discrimination import SelfDiscrimination
-from fastdit.methods.structure_game import StructureGame, TeacherFeatures
+from fastdit.methods.structure_game import SADM, StructureGame, TeacherFeatures
 from fastdit.models import (
+    AlignedDiT,
     DiT,
     Encoder,
     EncoderDecoder,
     ImageResNet,
     LatentDecoder,
     LatentResNet,
+    SplitDiT,
     Student,
+    TokenTargets,
     add_gains,
     freeze_for_diffit,
     load_checkpoint,
@@ -66,7 +70,7 @@ def build_network(config: Config, shape: Shape) -> DiT | EncoderDecoder:
     }
     out_channels = build_noise(config).out_channels(shape.channels)
     if config.uses("sd_dit"):
-        network = _encoder_decoder(config, sizes, out_channels)
+        network = _build_sd_dit(config, sizes, out_channels)
     else:
         network = DiT(**sizes, out_channels=out_channels, seed=config.seed)
     if config.finetune == "diffit":
@@ -74,14 +78,24 @@ def build_network(config: Config, shape: Shape) -> DiT | EncoderDecoder:
     return network
 
 
-def _encoder_decoder(config: Config, sizes: dict, out_channels: int) -> EncoderDecoder:
+def _build_sd_dit(config: Config, sizes: dict, out_channels: int) -> EncoderDecoder | SplitDiT:
+    """Build SD-DiT's encoder and decoder from the DiT's sizes."""
     settings = config.sd_dit
+    if settings.decoder == "split":
+        return SplitDiT(
+            split=settings.split_of(sizes["depth"]),
+            hidden_tokens=settings.hidden_tokens,
+            out_channels=out_channels,
+            seed=config.seed,
+            **sizes,
+        )
+    decoder = settings.sizes_for(sizes["width"], sizes["depth"])
     return EncoderDecoder(
         Encoder(**sizes, class_token=settings.cls == "token"),
         out_channels=out_channels,
-        width=settings.decoder_width,
-        depth=settings.decoder_depth,
-        heads=settings.decoder_heads,
+        width=decoder.decoder_width,
+        depth=decoder.decoder_depth,
+        heads=decoder.decoder_heads,
         hidden_tokens=settings.hidden_tokens,
         attention_backend=config.model.attention,
         seed=config.seed,
@@ -114,9 +128,15 @@ def build_training(config: Config, shape: Shape, decoder: LatentDecoder | None =
         freeze_for_diffit(network)
     module, method = network, Denoising(build_noise(config), shape.classes, config.label_drop)
     if config.uses("sd_dit"):
-        settings = config.sd_dit
-        sizes = {"bottleneck": settings.bottleneck, "prototypes": settings.prototypes}
-        module = Student(network, head_width=settings.head_width, **sizes, seed=config.seed)
+        settings, dims = config.sd_dit, config.model.dims()
+        head = settings.sizes_for(dims["width"], dims["depth"])
+        module = Student(
+            network,
+            head_width=head.head_width,
+            bottleneck=head.bottleneck,
+            prototypes=head.prototypes,
+            seed=config.seed,
+        )
         method = SelfDiscrimination(method.noise, method.classes, method.label_drop, settings, module)
     if config.uses("sadm"):
         psi, seen = build_psi(config, shape, method), shape
@@ -133,7 +153,25 @@ def build_training(config: Config, shape: Shape, decoder: LatentDecoder | None =
             )
         decoded = _flops(decoder, shape) if decoder is not None else 0
         method = StructureGame(method, config.sadm, psi, _flops(psi, seen), decoder, decoded)
+    if config.uses("psi_align"):
+        module, method = _build_alignment(config, shape, network, method)
     return module, method
+
+
+def _build_alignment(config: Config, shape: Shape, network: DiT, base: Denoising) -> tuple[AlignedDiT, PsiAlignment]:
+    """Build psi_align's module and method. Raises UserError when Psi's weights cannot be read."""
+    settings = config.psi_align
+    psi = _build_latent_resnet(config.sadm if config.shares_psi else settings, shape, config.seed)
+    module = AlignedDiT(
+        network,
+        block=settings.block_of(network.depth),
+        hidden=settings.hidden_of(network.width),
+        features=psi.channels_of(settings.stage),
+        seed=config.seed,
+    )
+    flops = _flops(TokenTargets(psi, settings.stage, network.grid), shape)
+    shared = base.psi if config.shares_psi else None
+    return module, PsiAlignment(base, settings, module, psi, flops, shared)
 
 
 def build_psi(config: Config, shape: Shape, base: Denoising) -> nn.Module:
@@ -143,12 +181,17 @@ def build_psi(config: Config, shape: Shape, base: Denoising) -> nn.Module:
         return TeacherFeatures(base)
     if settings.psi == "image_resnet":
         return ImageResNet(settings.psi_weights)
+    return _build_latent_resnet(settings, shape, config.seed)
+
+
+def _build_latent_resnet(settings: SADM | PsiAlign, shape: Shape, seed: int) -> LatentResNet:
+    """Build a Psi with the weights of `settings`. Raises UserError when they cannot be read."""
     psi = LatentResNet(
         channels=shape.channels,
         features=settings.psi_features,
         width=settings.psi_width,
-        spectral_norm=settings.spectral_norm,
-        seed=config.seed,
+        spectral_norm=getattr(settings, "spectral_norm", False),
+        seed=seed,
     )
     if settings.psi_weights:
         load_structure_encoder(psi, settings.psi_weights)
@@ -240,11 +283,12 @@ def identity(config: Config, shape: Shape) -> dict:
     """What a checkpoint must share with the run that reads it, by field."""
     own = {}
     if config.uses("sd_dit"):
-        fields = ("cls", "hidden_tokens", "decoder_width", "decoder_depth", "decoder_heads", "head_width", "bottleneck")
-        own |= {f"sd_dit.{field}": getattr(config.sd_dit, field) for field in (*fields, "prototypes")}
+        own |= _identity_of_sd_dit(config)
     if config.uses("sadm"):
         fields = ("structure", "psi", "psi_width", "psi_features", "spectral_norm")
         own |= {f"sadm.{field}": getattr(config.sadm, field) for field in fields}
+    if config.uses("psi_align"):
+        own |= _identity_of_alignment(config)
     return {
         "method": config.method,
         "finetune": config.finetune,
@@ -257,3 +301,28 @@ def identity(config: Config, shape: Shape) -> dict:
         "size": [shape.height, shape.width],
         "classes": shape.classes,
     }
+
+
+def _identity_of_sd_dit(config: Config) -> dict:
+    """Return the settings of SD-DiT that fix the tensors of a checkpoint."""
+    settings, dims = config.sd_dit, config.model.dims()
+    sizes = settings.sizes_for(dims["width"], dims["depth"])._asdict()
+    fields = {"decoder": settings.decoder, "cls": settings.cls, "hidden_tokens": settings.hidden_tokens}
+    if settings.decoder == "split":
+        sizes = {name: size for name, size in sizes.items() if not name.startswith("decoder_")}
+        fields["split"] = settings.split_of(dims["depth"])
+    fields["teacher"] = "frozen" if settings.frozen else "moving"
+    return {f"sd_dit.{name}": value for name, value in (fields | sizes).items()}
+
+
+def _identity_of_alignment(config: Config) -> dict:
+    """Return the settings of psi_align that fix the tensors of a checkpoint and what they were aligned with."""
+    settings, dims = config.psi_align, config.model.dims()
+    fixed = {
+        "block": settings.block_of(dims["depth"]),
+        "stage": settings.stage,
+        "projector_width": settings.hidden_of(dims["width"]),
+    }
+    if not config.shares_psi:
+        fixed |= {name: getattr(settings, name) for name in ("psi_width", "psi_features")}
+    return {f"psi_align.{name}": value for name, value in fixed.items()}

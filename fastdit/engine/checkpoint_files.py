@@ -21,6 +21,8 @@ from fastdit.errors import UserError
 
 EMA_FILE = "ema.safetensors"
 MANIFEST = "manifest.json"
+# What manifests of SD-DiT did not say before there was a choice.
+_BEFORE_SPLIT = {"sd_dit.decoder": "extra", "sd_dit.teacher": "moving"}
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -91,8 +93,9 @@ def newest_good(folder: Path, say=print) -> Path | None:
 
 
 def manifest(checkpoint: Path) -> dict:
-    """The step, number of ranks and network that a checkpoint belongs to."""
-    return json.loads((checkpoint / MANIFEST).read_text())
+    """Return the step, number of ranks and network that a checkpoint belongs to."""
+    written = json.loads((checkpoint / MANIFEST).read_text())
+    return _BEFORE_SPLIT | written if "sd_dit" in written.get("method", "") else written
 
 
 def sampled_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

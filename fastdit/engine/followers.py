@@ -1,7 +1,7 @@
-"""Tensors that follow an average kept as ZeRO-sharded optimizer state: SD-DiT's teacher.
+"""Replicas of an EMA that is kept as ZeRO-sharded optimizer state: SD-DiT's teacher.
 
-The state is fp32 and sharded; the follower is whole on every rank, in the dtype it computes in, and takes one
-all-gather after each update, as ZeRO gathers the weights themselves.
+The state is fp32 and sharded. The replica is whole on every rank, has the dtype that it computes in, and takes one
+all-gather after each update, as ZeRO gathers the weights themselves. A replica may hold the leading rows of a weight.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Followers:
-    """Keeps `tensors` equal to the average `name` of `sources`, parameters of `engine` in the same order."""
+    """Keep `tensors` equal to the EMA `name` of `sources`, parameters of `engine` in the same order."""
 
     def __init__(self, engine, name: str, tensors: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         self.name, self.optimizer = name, engine.optimizer
@@ -21,7 +21,7 @@ class Followers:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """A collective. Before the first update there is no average yet, and nothing changes."""
+        """Copy the EMA to the replicas, a collective. Before the first update there is no EMA, and nothing changes."""
         zero = self.optimizer
         if hasattr(zero, "fp16_groups"):
             self._from_stage_3()
@@ -32,10 +32,10 @@ class Followers:
             offsets = [accumulate((p.numel() for p in group[:-1]), initial=0) for group in zero.bf16_groups]
             self._from_flat(zero.fp32_groups_flat_partition, zero.bf16_groups, offsets)
         elif states := zero.state:  # no ZeRO
-            self._copy([(p, states[p][self.name]) for p in self.tensors if p in states])
+            self._copy([(p, states[p][self.name]) for p in self.tensors if self.name in states.get(p, {})])
 
     def _from_flat(self, partitions, groups, offsets) -> None:
-        """For each group of parameters: this rank's part of them laid end to end, and where each begins."""
+        """Copy from groups of parameters laid end to end, of which this rank has a part, at `offsets`."""
         for partition, params, starts, ranks in zip(partitions, groups, offsets, self.optimizer.real_dp_process_group):
             if (shard := self._shard(partition)) is not None:
                 flat = _gather(shard, ranks).flatten()
@@ -55,7 +55,7 @@ class Followers:
             self._copy(wholes)
 
     def _shard(self, partition: Tensor) -> Tensor | None:
-        """This rank's part of the average, in the followers' dtype, on their device; None before the first update."""
+        """Return this rank's part of the EMA in the replicas' dtype, on their device; None before the first update."""
         state = self.optimizer.optimizer.state.get(partition, {})
         like = next(iter(self.tensors.values()))
         return state[self.name].to(like.device, like.dtype) if self.name in state else None
@@ -63,11 +63,12 @@ class Followers:
     def _copy(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         pairs = [(self.tensors[param], value) for param, value in pairs if param in self.tensors]
         if pairs:
-            torch._foreach_copy_([f for f, _ in pairs], [value.view(f.shape) for f, value in pairs])
+            values = [value.flatten()[: replica.numel()].view_as(replica) for replica, value in pairs]
+            torch._foreach_copy_([replica for replica, _ in pairs], values)
 
 
 def _gather(shard: Tensor, group) -> Tensor:
-    """(ranks, shard's size) in the order of ranks."""
+    """Return all ranks' shards (ranks, size of a shard), in the order of ranks."""
     ranks = dist.get_world_size(group)
     if ranks == 1:
         return shard[None]

@@ -1,7 +1,7 @@
 """The training loop. No host sync in a step: scalars leave the device at the log interval only."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,9 +81,11 @@ class Run:
     def sampled_network(self) -> torch.nn.Module:
         return self.method.sampled_network(self.engine.module)
 
-    def follow(self) -> None:
+    def follow(self, names: Container[str] | None = None) -> None:
+        """Refresh the replicas of the EMAs `names`, the ones that the optimizer has just updated; None: of all."""
         for followers in self.followers:
-            followers.refresh()
+            if names is None or followers.name in names:
+                followers.refresh()
 
     def say(self, text: str) -> None:
         if self.recorder:
@@ -119,6 +121,8 @@ def train(run: Run, first_step: int, draw_samples, evaluate=lambda step: None) -
     Raises UserError when `max_nonfinite` steps in a row had a non-finite loss or gradient.
     """
     config = run.config
+    if first_step == 0:
+        _prepare(run)
     clock, stop, stop_every = Clock(), StopRequest(run.runtime), 1
     for step in range(first_step, config.steps):
         train_step(run, step)
@@ -141,6 +145,15 @@ def train(run: Run, first_step: int, draw_samples, evaluate=lambda step: None) -
     return True
 
 
+def _prepare(run: Run) -> None:
+    """Let the method prepare itself on the first batches, then return to them; the time counts as training."""
+    begun, state = time.perf_counter(), run.loader.state_dict()
+    run.method.prepare(run.loader, run.config.steps, run.say)
+    if run.loader.state_dict() != state:
+        run.loader.load_state_dict(state)
+        run.seconds += run.runtime.agree([time.perf_counter() - begun])[0]
+
+
 def train_step(run: Run, step: int, lap: Callable[[str], None] = lambda part: None) -> None:
     """Optimizer step `step` (0-based). `lap` is called after each part of it, by name: for who measures."""
     config, meter = run.config, run.meter
@@ -161,7 +174,7 @@ def train_step(run: Run, step: int, lap: Callable[[str], None] = lambda part: No
         run.engine.step()
         lap("optimizer")
         meter.add(outcome.terms)
-    run.follow()
+    run.follow(decays)
     lap("followers")
     meter.add(run.method.end_step())
     lap("method")

@@ -81,8 +81,8 @@ def open_run(args: Namespace, config: Config, decide: Callable[[Callable], objec
     shape = build.shape_of(config, classes_of(checkpoint))
     written = manifest(checkpoint)
     for field, value in build.identity(config, shape).items():
-        if written[field] != value:
-            raise UserError(f"{checkpoint}: has {field} {written[field]}, {run} has {value}; give one of that run")
+        if written.get(field) != value:
+            raise UserError(f"{checkpoint}: has {field} {written.get(field)}, {run} has {value}; give one of that run")
     network = build.build_network(config, shape)
     network.load_state_dict(sampled_weights(checkpoint))
     return SampledRun(config, checkpoint, shape, network.eval())

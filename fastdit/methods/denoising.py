@@ -1,11 +1,11 @@
-"""The plain method: a noisy sample in, a denoising loss out (methods common to all diffusion transformers).
+"""The plain method: it maps a noisy sample to a denoising loss, as all diffusion transformers do.
 
 x0 --add_noise--> x_t --network(x_t, level, y)--> out --loss--> scalar
 
-`Denoising` is also what every method is to the training loop: others override its members.
+`Denoising` is also the interface of every method to the training loop: other methods override its members.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,12 +18,13 @@ Network = Callable[..., Tensor]
 
 
 class Outcome(NamedTuple):
-    """Of one micro-batch."""
+    """The result of a method for one micro-batch."""
 
-    loss: Tensor  # () float32, what is differentiated
-    terms: dict[str, Tensor]  # its named parts and health signals, () float32, detached; the same names every time
-    x0_hat: Tensor  # (B, C, H, W) float32, the one-step clean estimate, with its gradient
-    level: Tensor  # (B,) the noise level it was made at
+    loss: Tensor  # () float32, to be differentiated
+    terms: dict[str, Tensor]  # its named parts and health signals, () float32, detached
+    x0_hat: Tensor  # (B, C, H, W) float32, the x0 prediction, with its gradient
+    level: Tensor  # (B,) the noise level of the prediction
+    outputs: tuple[Tensor, ...] = ()  # the network's outputs, from which loss and x0_hat are computed
 
 
 @dataclass
@@ -47,62 +48,71 @@ class Denoising:
         return self.judge(network(net_in, net_t, y), x0, eps, level)
 
     def draw(self, x0: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """A step's noise levels (B,), noise of x0's shape, and labels of which some are dropped."""
+        """Draw a step's noise levels (B,), noise of x0's shape, and labels of which some are dropped."""
         level = self.noise.draw(len(x0), generator=generator, device=x0.device)
         eps = torch.randn(x0.shape, generator=generator, device=x0.device)
         return level, eps, self.drop_labels(y, generator)
 
     def judge(self, out: Tensor, x0: Tensor, eps: Tensor, level: Tensor) -> Outcome:
-        """The denoising loss, a mean over the batch, of the network's output."""
+        """Return the denoising loss, a mean over the batch, of the network's output."""
+        # A view: its gradient can be asked for without running the hooks that DeepSpeed 0.19 puts on the engine's
+        # output. They scale gradients and start the engine's backward pass.
+        out = out.view_as(out)
         per_sample, x0_hat = self.noise.loss(out, x0, eps, level)
         loss = per_sample.mean()
-        return Outcome(loss, {"loss": loss.detach()}, x0_hat, level)
+        return Outcome(loss, {"loss": loss.detach()}, x0_hat, level, (out,))
 
     def drop_labels(self, y: Tensor, generator: torch.Generator) -> Tensor:
-        """y with each label replaced by the null label with probability `label_drop`."""
+        """Replace each label by the null label with probability `label_drop`."""
         dropped = torch.rand(y.shape, generator=generator, device=y.device) < self.label_drop
         return torch.where(dropped, self.classes, y)
 
-    def begin_step(self, step: int, steps: int) -> dict[str, float]:
-        """Set what changes from step to step; `step` (0-based) of `steps` comes next.
+    def prepare(self, batches: Iterator[tuple[Tensor, Tensor]], steps: int, say: Callable[[str], None]) -> None:
+        """Prepare a fresh run of `steps` steps before its step 0, on every rank; a resumed run does not.
 
-        Returns the decays of the averages of all weights that the optimizer shall keep beside the sampled one, by name.
+        batches: this rank's (x0, y), from the first on; the run starts over with the first. say: prints a line once.
+        """
+
+    def begin_step(self, step: int, steps: int) -> dict[str, float]:
+        """Set the values of all schedules for `step` (0-based) of `steps`, which comes next.
+
+        Returns, by name, the decays of EMAs of all weights that the optimizer keeps beside the sampled one.
         """
         return {}
 
     def end_step(self) -> dict[str, Tensor]:
-        """After the optimizer's update, on every rank: health signals of the whole step, as in `Outcome.terms`."""
+        """Return health signals of the whole step, as in `Outcome.terms`; called after the update, on every rank."""
         return {}
 
     def sampled_network(self, module: nn.Module) -> nn.Module:
-        """The part of the trained module that draws samples."""
+        """Return the part of the trained module that draws samples."""
         return module
 
     def followers(self, module: nn.Module) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
-        """By average: tensors that must equal it after each update, and the parameters they follow."""
+        """Map each EMA's name to (tensors that must equal it after each update, the parameters that it averages)."""
         return {}
 
     def graphed(self, module: nn.Module, batch: int) -> list[tuple[nn.Module, tuple[Tensor, ...]]]:
-        """Networks that each micro-batch of `batch` samples calls once, and tensors like those they are called with."""
+        """Return the networks that a micro-batch of `batch` samples calls once each, and tensors like their inputs."""
         return [(module, image_inputs(module, batch))]
 
     def flops(self, module: nn.Module) -> dict[str, float]:
-        """FLOPs of all matrix products for one image and step, forward and backward, by part."""
+        """Return the FLOPs of all matrix products for one image and step, forward and backward, by part."""
         return {"network": flops_per_image(module)}
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move what the method itself holds; networks of its own get `dtype`."""
+        """Move the method's own tensors; its own networks get `dtype`."""
 
     def state_dict(self) -> dict:
-        """What a resumed run must go on from, the same on all ranks."""
+        """Return the state from which a resumed run continues, the same on all ranks."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take a `state_dict`, whose tensors may be on another device."""
+        """Load a `state_dict`, whose tensors may be on another device."""
 
 
 def image_inputs(network: nn.Module, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tensors like the x, t and y that a network of `fastdit.models` is called with, on its device."""
+    """Return tensors like the x, t and y that a network of `fastdit.models` is called with, on its device."""
     device = next(network.parameters()).device
     x = torch.zeros(batch, network.channels, *network.input_size, device=device)
     return x, torch.zeros(batch, device=device), torch.zeros(batch, dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""What methods say to all ranks, in place; with one rank nothing."""
+"""In-place collectives over all ranks; no-ops on one rank."""
 
 import torch
 import torch.distributed as dist
@@ -6,21 +6,45 @@ from torch import Tensor
 
 
 def ranks() -> int:
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """x, now the sum."""
+    """Replace x by its sum over ranks, and return it."""
     if ranks() > 1:
         dist.all_reduce(x)
     return x
 
 
+def max_over_ranks(x: Tensor) -> Tensor:
+    """Replace x by its elementwise maximum over ranks, and return it."""
+    if ranks() > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
 def average_over_ranks(tensors: list[Tensor]) -> None:
-    """Of one dtype; one collective."""
+    """Replace tensors of one dtype by their averages over ranks, with one all-reduce."""
     if ranks() == 1:
         return
-    flat = sum_over_ranks(torch.cat([t.flatten() for t in tensors])) / ranks()
-    torch._foreach_copy_(
-        tensors, [mean.view_as(t) for t, mean in zip(tensors, flat.split([t.numel() for t in tensors]))]
-    )
+    _fill(tensors, sum_over_ranks(_flat(tensors)) / ranks())
+
+
+def copy_from_first_rank(tensors: list[Tensor]) -> None:
+    """Replace tensors of one dtype by those of rank 0, with one broadcast."""
+    if ranks() == 1:
+        return
+    values = _flat(tensors)
+    dist.broadcast(values, 0)
+    _fill(tensors, values)
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+def _fill(tensors: list[Tensor], values: Tensor) -> None:
+    parts = values.split([t.numel() for t in tensors])
+    with torch.no_grad():
+        torch._foreach_copy_(tensors, [part.view_as(t) for t, part in zip(tensors, parts)])

@@ -1,32 +1,34 @@
 """SADM: structure-guided adversarial training (Yang et al., CVPR 2024, arXiv 2402.17563).
 
-Denoising losses judge each sample by itself. Here a second player, Psi, also compares the batch's structure, all
-pairwise distances, between clean samples and their one-step estimates:
+A denoising loss treats each sample by itself. SADM also compares the structure of the batch, all pairwise distances,
+between clean samples and their x0 predictions. A second player, the encoder Psi, provides the features:
 
-    f_i = Psi(x0_i),   g_i = Psi(x0_hat_i)                             x0_hat from the denoising loss's own forward pass
-    P_ij = |f_i - f_j| / rms |f_i - f_j|,   Q_ij the same of g         over pairs i != j of the global batch
-    L_str = sum w_ij penalty(P_ij - Q_ij) / sum w_ij,   w_ij = sqrt(w_i w_j),   w_i = s^2 / (sigma_i^2 + s^2)
+    f_i = Psi(x0_i),   g_i = Psi(x0_hat_i)                  x0_hat from the denoising loss's own forward pass
+    P_ij = |f_i - f_j| / rms,  Q_ij likewise from g         over pairs i != j of the global batch
+    L_str = sum w_ij penalty(P_ij - Q_ij) / sum w_ij,       w_ij = w_i w_j,   w_i = s^2 / (sigma_i^2 + s^2)
 
     denoiser:  min  L_denoise + lambda L_str       over its own weights
     Psi:       max  L_str                          over its own, on the same x0 and x0_hat
 
-Both step from where they stand: neither sees the other's update of the same step. So Psi passes once over x0 and once
-over x0_hat, and one backward pass from L_str, on the spot, makes both gradients: d L_str / d x0_hat, which goes to the
-denoiser with its own loss, and d L_str / d Psi, which waits for the end of the step. That is six forward passes' worth
-(each player by itself, one after the other: nine). Psi's activations are gone before the denoiser's backward pass; its
-gradients, as large as its weights, stay beside it.
+The mean square inside rms has the weights w_ij too (kernels/structure.py). At high noise even the best x0_hat is a blur
+that cannot match the structure, so pairs fade out. They must fade as 1 / sigma_i^2, for the gradient of x0_hat in the
+network's output grows as sigma_i under DDPM. Samples above a noise level have weight zero, and what Psi sees of x0_hat
+is clamped to the range of the clean samples; values outside get no structure gradient.
 
-From the paper: the game, and that the discriminator's score is the structural distance itself. Its normalisation (which
-bounds the maximisation: see kernels/structure.py), pairs over all ranks, weights that fade with noise, and all numbers
-are ours.
+Both players step from the same point: neither sees the other's update of the same step. So Psi passes once over x0 and
+once over x0_hat, and one backward pass from L_str, done at once, gives both gradients: d L_str / d x0_hat, which the
+denoiser adds to its own, and d L_str / d Psi, which waits for the end of the step. This costs six forward passes (each
+player by itself, one after the other: nine). Psi's activations are freed before the denoiser's backward pass. Its
+gradients, as large as its weights, are kept beside it until the end of the step.
 
-It is played on top of any other method: `StructureGame(Denoising(...))`, `StructureGame(SelfDiscrimination(...))`.
+The paper gives the game, and that the discriminator's score is the structural distance itself. The normalization (which
+bounds the maximization), pairs over all ranks, weights that fade with noise, the clamp, the choice of lambda, the start
+of the game and of Psi, and all numbers are ours.
+
+SADM runs on top of any other method: `StructureGame(Denoising(...))`, `StructureGame(SelfDiscrimination(...))`.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -36,88 +38,28 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from fastdit.kernels import AdamWEMA, StructureLoss, structure_loss
 from fastdit.methods.denoising import Denoising, Network, Outcome
-from fastdit.methods.ranks import average_over_ranks, ranks
+from fastdit.methods.encoder_warm_start import warm_start_before_run
+from fastdit.methods.gradient_balance import GradientBalance
+from fastdit.methods.ranks import average_over_ranks, max_over_ranks, ranks
 from fastdit.methods.self_discrimination import SelfDiscrimination
+from fastdit.methods.structure_settings import SADM
 from fastdit.models import LatentDecoder
 
-COINCIDENT = 1e-12  # mean squared distance of features that are taken for one point
-
-
-@dataclass(frozen=True)
-class SADM:
-    """Settings of SADM, all ours.
-
-    Args:
-        structure: off; fixed: Psi stays as it starts; adversarial: it is trained against the denoiser.
-        weight: lambda.
-        psi: latent_resnet: a small ResNet on latents or small images; image_resnet: a pretrained ResNet-18 on pixels
-            (psi_weights), for latents on what data.autoencoder, which is not trained, makes of them; teacher: SD-DiT's
-            teacher, which moves by itself and is no player: structure must be fixed.
-        psi_weights: file that Psi starts from: of fastdit-warm-start, or a torchvision ResNet-18; none: random.
-        psi_width: latent_resnet's, of its first block.
-        psi_features: dimension of latent_resnet's features.
-        psi_decoder_gradient: whether what image_resnet says of latents goes back to them through the decoder. False: by
-            a fixed linear map of a cell to its pixels' mean colour instead, fitted at the start; features are still
-            those of the decoded pictures, at two passes of the decoder for a sample and step in place of four. On
-            photographs, taef2 and a random ResNet the two gradients have a cosine of 0.46 to 0.51, and a small step
-            along the map's lowers L_str by 0.54 to 0.69 of what one along the decoder's does.
-        spectral_norm: bound the weights of latent_resnet.
-        gradient_penalty: weight of mean |d (v . Psi(x)) / d x|^2 with random unit vectors v, over the mean squared
-            distance of the features (unless distances are not normalised); 0 is off.
-        psi_lr: Psi's learning rate.
-        psi_warmup: share of the run over which it rises, as the denoiser's: by a line that begins one step above zero.
-        psi_schedule: after that: constant, or cosine to zero at the end of the run.
-        psi_betas: of Psi's Adam.
-        psi_every: denoiser steps per step of Psi.
-        distance: of features: euclidean, squared or cosine.
-        normalise: distances by their root mean square or their mean over the pairs, or not at all. Over the mean, a
-            Psi that sets one sample apart and lets all others coincide wins as much as the batch is large, and finds
-            that: on the shipped images (batch 64, one seed, 570 steps) L_str rose to 16 and Psi's gradient norm to
-            1125, over the root mean square to 1.1 and 46.
-        penalty: of a difference of distances.
-        huber_delta: where huber turns linear.
-        sigma_data: s above.
-    """
-
-    structure: Literal["off", "fixed", "adversarial"] = "adversarial"
-    weight: float = 0.1
-    psi: Literal["latent_resnet", "image_resnet", "teacher"] = "latent_resnet"
-    psi_weights: str | None = None
-    psi_width: int = 96
-    psi_features: int = 512
-    psi_decoder_gradient: bool = True
-    spectral_norm: bool = False
-    gradient_penalty: float = 0.0
-    psi_lr: float = 1e-4
-    psi_warmup: float = 0.0
-    psi_schedule: Literal["constant", "cosine"] = "constant"
-    psi_betas: tuple[float, float] = (0.5, 0.999)
-    psi_every: int = 1
-    distance: Literal["euclidean", "squared", "cosine"] = "euclidean"
-    normalise: Literal["rms", "mean", "none"] = "rms"
-    penalty: Literal["l2", "l1", "huber"] = "l2"
-    huber_delta: float = 0.2
-    sigma_data: float = 0.5
-
-    def psi_lr_at(self, step: int, steps: int) -> float:
-        """Psi's learning rate in step `step` (0-based) of `steps`."""
-        warm = min(1.0, (step + 1) / (self.psi_warmup * steps)) if self.psi_warmup else 1.0
-        cosine = self.psi_schedule == "cosine"
-        return self.psi_lr * warm * (0.5 * (1 + math.cos(math.pi * step / steps)) if cosine else 1.0)
+COINCIDENT = 1e-12  # mean squared distance below which all features count as one point
 
 
 class StructureGame(Denoising):
-    """Another method, `base`, with the structure term and the second player.
+    """Another method, `base`, with the structure loss and the second player.
 
     Args:
-        base: the method that makes outcomes; its hooks are called in turn.
+        base: the method that computes outcomes; its hooks are called in turn.
         settings: see `SADM`.
-        psi: (B, C, H, W) float32 to features (B, d); trained here, in fp32, if the structure is adversarial.
+        psi: maps (B, C, H, W) float32 to features (B, d); trained here, in fp32, if the structure is adversarial.
         psi_flops: FLOPs of its forward pass for one sample.
-        decoder: makes of latents the pictures that psi sees; none: it sees the samples themselves. Never trained.
-        decoder_flops: of its forward pass for one sample.
+        decoder: decodes latents into the pictures that psi sees; none: psi sees the samples themselves. Never trained.
+        decoder_flops: FLOPs of its forward pass for one sample.
 
-    Psi is whole on every rank: it is a hundredth of a DiT. Its gradients are averaged over the ranks.
+    Every rank holds all of Psi, which is a hundredth of a DiT. Its gradients are averaged over the ranks.
     """
 
     def __init__(
@@ -133,64 +75,100 @@ class StructureGame(Denoising):
         self.base, self.settings, self.psi, self.psi_flops = base, settings, psi.eval().requires_grad_(False), psi_flops
         self.decoder, self.decoder_flops = decoder, decoder_flops
         self.plays = settings.structure == "adversarial"
+        self.begun = settings.structure != "off"
+        self.balance = GradientBalance(
+            settings.weight, settings.gradient_ratio, settings.weight_floor, settings.weight_cap
+        )
         self.step = 0
         self.batches = 0  # micro-batches whose gradients Psi holds
         self.autocast = False
         self.psi_lr = settings.psi_lr
 
     def loss(self, network: Network, x0: Tensor, y: Tensor, generator: torch.Generator) -> Outcome:
-        """The base's loss and lambda L_str, over the pairs of all ranks' micro-batches. No host sync.
+        """Return the base's loss plus lambda L_str, over the pairs of all ranks' micro-batches. No host sync.
 
-        Where Psi shall step, its gradients are left with its weights. Raises ValueError if all ranks together have but
+        In a step of Psi, its gradients are left with its weights. Raises ValueError if all ranks together have only
         one sample.
         """
         outcome = self.base.loss(network, x0, y, generator)
-        if self.settings.structure == "off":
+        if not self.begun:
             return outcome
+
+        # Compute L_str of what Psi sees, and its gradient in the x0 prediction.
+        limit = self._limit(x0)
         with torch.no_grad():
-            real = self._shown(x0)
-        fake = self._shown(outcome.x0_hat)
-        structure, slope = self._play(real.detach(), fake.detach(), outcome.level, generator)
+            real = self._shown(x0.clamp(-limit, limit))
+        x0_hat = outcome.x0_hat.detach().requires_grad_()
+        structure = self._play(real, x0_hat, limit, outcome.level, generator)
+        value, slope = structure.loss.detach(), x0_hat.grad
+
+        # Compare it with the denoising loss's gradient, both at the network's output.
+        if outcome.outputs:
+            self.balance.add(
+                torch.autograd.grad(outcome.loss, outcome.outputs, retain_graph=True),
+                torch.autograd.grad(outcome.x0_hat, outcome.outputs, slope, retain_graph=True),
+            )
+        elif self.balance.auto:
+            raise ValueError("sadm.weight: auto needs the network's outputs, which the base's outcome lacks")
+
         terms = {
-            "structure_loss": structure.loss.detach(),
+            "structure_loss": value,
             "real_distance": structure.real_distance.float(),
             "fake_distance": structure.fake_distance.float(),
             "distance_correlation": structure.correlation.float(),
         }
-        loss = outcome.loss + self.settings.weight * _WithSlope.apply(fake, structure.loss.detach(), slope)
+        loss = outcome.loss + self.balance.weight * _WithSlope.apply(outcome.x0_hat, value, slope)
         return outcome._replace(loss=loss, terms=outcome.terms | terms)
 
     def _play(
-        self, real: Tensor, fake: Tensor, level: Tensor, generator: torch.Generator
-    ) -> tuple[StructureLoss, Tensor]:
-        """L_str of what Psi sees, its graph used up, and its gradient in `fake`.
+        self, real: Tensor, x0_hat: Tensor, limit: Tensor | float, level: Tensor, generator: torch.Generator
+    ) -> StructureLoss:
+        """Return L_str, its graph freed, and leave its gradient with the leaf `x0_hat`.
 
-        Before a step of Psi, L_str's gradient in its weights, less the gradient penalty's, is added to theirs.
+        Before a step of Psi, the gradient of L_str in Psi's weights, less that of the gradient penalty, is added to
+        theirs.
         """
         learns = self.plays and (self.step + 1) % self.settings.psi_every == 0
         penalty = self.settings.gradient_penalty if learns else 0.0
         self.psi.requires_grad_(learns)
         weights = list(self.psi.parameters()) if learns else []
-        seen = real.requires_grad_(penalty > 0), fake.requires_grad_()
+        seen = real.requires_grad_(penalty > 0), self._shown(x0_hat.clamp(-limit, limit))
         features = [self._features(x) for x in seen]
         structure = self._compare(*features, level)
-        if penalty:  # no matter of the denoiser's
-            structure.loss.backward(inputs=[fake], retain_graph=True)
+        if penalty:  # it concerns Psi only
+            structure.loss.backward(inputs=[x0_hat], retain_graph=True)
             (structure.loss - penalty * self._steepness(seen, features, generator)).backward(inputs=weights)
         else:
-            structure.loss.backward(inputs=[fake, *weights])
+            structure.loss.backward(inputs=[x0_hat, *weights])
         self.psi.requires_grad_(False)
         self.batches += learns
-        return structure, fake.grad
+        return structure
+
+    def _limit(self, x0: Tensor) -> Tensor | float:
+        """Return the largest magnitude that Psi sees, the same on all ranks."""
+        if self.settings.clamp is not None:
+            return self.settings.clamp
+        return max_over_ranks(x0.abs().amax())
+
+    def prepare(self, batches: Iterator[tuple[Tensor, Tensor]], steps: int, say: Callable[[str], None]) -> None:
+        """Prepare the base, then train Psi as a classifier of the data for `SADM.warm_steps` steps."""
+        self.base.prepare(batches, steps, say)
+        if not (count := self.settings.warm_steps(steps, self.classes)):
+            return
+        warm_start_before_run("sadm", self.psi, self.classes, batches, count, self.autocast, say)
 
     def end_step(self) -> dict[str, Tensor]:
-        """The base's, then Psi's step, one in `psi_every`."""
+        """Return the base's signals, set lambda, and in one step of `psi_every` update Psi."""
         terms = self.base.end_step()
         self.step += 1
+        if self.begun:
+            if self.balance.auto:
+                terms = terms | {"structure_weight": self.balance.weight}
+            terms = terms | self.balance.end_step()
         return terms | self._step_psi() if self.batches else terms
 
     def _step_psi(self) -> dict[str, Tensor]:
-        """One ascent step of Psi on L_str. Gradients that are not finite change no weight."""
+        """Take one ascent step of Psi on L_str. Gradients that are not finite change no weight."""
         grads = [p.grad for p in self.psi.parameters()]
         torch._foreach_div_(grads, -self.batches)  # the optimizer descends
         self.batches = 0
@@ -205,7 +183,7 @@ class StructureGame(Denoising):
 
     @torch.no_grad()
     def _measure_norms(self) -> None:
-        """One power iteration of Psi's spectral norms, on the new weights: what both players see in the next step."""
+        """Run one power iteration of Psi's spectral norms on the new weights, which serve both players next."""
         self.psi.train()
         for module in self.psi.modules():
             if isinstance(module, ParametrizationList):
@@ -213,7 +191,7 @@ class StructureGame(Denoising):
         self.psi.eval()
 
     def _shown(self, x: Tensor) -> Tensor:
-        """What Psi sees of samples x."""
+        """Return what Psi sees of samples x."""
         if self.decoder is None:
             return x
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
@@ -224,10 +202,10 @@ class StructureGame(Denoising):
             return self.psi(x).float()
 
     def _steepness(self, seen: Sequence[Tensor], features: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-        """The gradient penalty for clean samples and their estimates, as seen, over all ranks.
+        """Return the gradient penalty for clean samples and their x0 predictions, as Psi sees them, over all ranks.
 
-        Where L_str does not see the scale of the features, the slope is relative to their spread: else it would fall
-        by shrinking them, and bound nothing.
+        Where L_str does not depend on the scale of the features, the slope is relative to their spread: otherwise Psi
+        would lower it by shrinking them, and it would bound nothing.
         """
         both = torch.cat(features)
         v = F.normalize(torch.randn(both.shape, generator=generator, device=both.device), dim=1)
@@ -241,13 +219,13 @@ class StructureGame(Denoising):
         return total / 2
 
     def _compare(self, real: Tensor, fake: Tensor, level: Tensor) -> StructureLoss:
-        """L_str over the pairs of all ranks: the same value on each, with the gradient for its own rows."""
+        """Return L_str over the pairs of all ranks: the same value on each, with the gradient for its own rows."""
         settings, sigma = self.settings, self.noise.noise_to_signal(level)
-        weight = settings.sigma_data**2 / (sigma.square() + settings.sigma_data**2)
+        weight = settings.sigma_data**2 / (sigma.square() + settings.sigma_data**2) * (sigma <= settings.max_noise)
         rows = _AllRanks.apply(torch.cat([real, fake, weight[:, None]], dim=1))
         all_real, all_fake, weight = rows.split([real.shape[1], fake.shape[1], 1], dim=1)
         return structure_loss(
-            all_real if real.requires_grad else all_real.detach(),  # what no player needs is not computed
+            all_real if real.requires_grad else all_real.detach(),  # a gradient that no player needs is not computed
             all_fake,
             weight[:, 0].detach(),
             distance=settings.distance,
@@ -257,6 +235,7 @@ class StructureGame(Denoising):
         )
 
     def begin_step(self, step: int, steps: int) -> dict[str, float]:
+        self.begun = self.settings.structure != "off" and step >= self.settings.first_step(steps)
         self.psi_lr = self.settings.psi_lr_at(step, steps)
         return self.base.begin_step(step, steps)
 
@@ -270,27 +249,35 @@ class StructureGame(Denoising):
         return self.base.graphed(module, batch)
 
     def flops(self, module: nn.Module) -> dict[str, float]:
-        """Psi on x0 and on x0_hat, and backward to x0_hat; before its own step also to its weights, from both. The
-        decoder on both, and backward, for which its own forward comes again."""
+        """Return FLOPs by part of a step as the last `begin_step` left it.
+
+        Psi passes over x0 and x0_hat, and backward to x0_hat; before its own step also to its weights, from both. The
+        decoder passes over both, and backward, for which its forward pass is repeated.
+        """
         own = {}
-        if self.settings.structure != "off":
+        if self.begun:
             passes = 3 + (3 / self.settings.psi_every if self.plays else 0)
             decoded = 4 if self.settings.psi_decoder_gradient else 2
             own["structure"] = passes * self.psi_flops + decoded * self.decoder_flops
         return self.base.flops(module) | own
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Psi keeps fp32 weights and computes in `dtype`."""
+        """Move everything. Psi keeps fp32 weights and computes in `dtype`; on GPUs its weights are channels-last."""
         self.base.to(device, dtype)
         self.psi.to(device)
+        if device.type == "cuda":
+            self.psi.to(memory_format=torch.channels_last)
         if self.decoder is not None:
             self.decoder.to(device)
+        self.balance.to(device)
         self.autocast = dtype == torch.bfloat16
         if self.plays:
             self.optimizer = AdamWEMA(self.psi.parameters(), lr=self.psi_lr, betas=self.settings.psi_betas)
 
     def state_dict(self) -> dict:
-        own = {"step": self.step, "psi": self.psi.state_dict()} if self.settings.structure != "off" else {}
+        own = {}
+        if self.settings.structure != "off":
+            own = {"step": self.step, "psi": self.psi.state_dict(), "balance": self.balance.state_dict()}
         if self.plays:
             own["optimizer"] = self.optimizer.state_dict()
         return {"base": self.base.state_dict(), **own}
@@ -300,12 +287,18 @@ class StructureGame(Denoising):
         if self.settings.structure != "off":
             self.step = state["step"]
             self.psi.load_state_dict(state["psi"])
+            if "balance" in state:  # older checkpoints measured no gradients
+                self.balance.load_state_dict(state["balance"])
         if self.plays:
             self.optimizer.load_state_dict(state["optimizer"])
+            # The checkpoint may be of another device, where weights and moments have another layout.
+            for weight, moments in self.optimizer.state.items():
+                for name, value in moments.items():
+                    moments[name] = torch.empty_like(weight).copy_(value) if value.shape == weight.shape else value
 
 
 class TeacherFeatures(nn.Module):
-    """SD-DiT's teacher as Psi. It stays the method's own: no part of this module, nor of its state."""
+    """SD-DiT's teacher as Psi. It still belongs to the method: it is no part of this module, nor of its state."""
 
     def __init__(self, method: SelfDiscrimination) -> None:
         super().__init__()
@@ -316,7 +309,7 @@ class TeacherFeatures(nn.Module):
 
 
 class _WithSlope(torch.autograd.Function):
-    """`value` (), whose gradient in x is known: `slope`, of x's shape."""
+    """Return `value` () as a function of x whose gradient is known: `slope`, of x's shape."""
 
     @staticmethod
     def forward(ctx, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
@@ -330,10 +323,10 @@ class _WithSlope(torch.autograd.Function):
 
 
 class _AllRanks(torch.autograd.Function):
-    """Rows of all ranks (B, d) -> (ranks * B, d), in rank order.
+    """Gather rows of all ranks, (B, d) -> (ranks * B, d), in rank order.
 
-    Every rank then computes the same loss, and an engine averages gradients over ranks: so a rank's own rows get the
-    upstream times the number of ranks, and the average is the gradient of that one loss.
+    Every rank then computes the same loss, and the engine averages gradients over ranks. So a rank's own rows get the
+    upstream gradient times the number of ranks, and the average is the gradient of that one loss.
     """
 
     @staticmethod

@@ -1,5 +1,6 @@
 """Networks and the checkpoints they read and write. Knows nothing of noise, data or training."""
 
+from .alignment import AlignedDiT, TokenTargets
 from .autoencoders import Autoencoder, open_autoencoder
 from .dit import SIZES, DiT, Encoder, encoder_products, flops_per_image
 from .encoder_decoder import EncoderDecoder, HiddenTokens, decoder_products
@@ -8,21 +9,27 @@ from .image_resnet import ImageResNet
 from .latent_decoder import LatentDecoder
 from .pretrained import load_checkpoint, save_official
 from .sd_dit import Student, Target, Teacher, head_products
+from .split_dit import SplitDiT, split_products
+from .streams import GradientRatio
 from .structure_encoders import LatentResNet, load_structure_encoder
 
 __all__ = [
     "SIZES",
+    "AlignedDiT",
     "Autoencoder",
     "DiT",
     "Encoder",
     "EncoderDecoder",
+    "GradientRatio",
     "HiddenTokens",
     "ImageResNet",
     "LatentDecoder",
     "LatentResNet",
+    "SplitDiT",
     "Student",
     "Target",
     "Teacher",
+    "TokenTargets",
     "add_gains",
     "decoder_products",
     "encoder_products",
@@ -34,4 +41,5 @@ __all__ = [
     "load_structure_encoder",
     "open_autoencoder",
     "save_official",
+    "split_products",
 ]

@@ -1,18 +1,19 @@
 """The diffusion transformer (DiT, Peebles and Xie, arXiv 2212.09748): adaLN-Zero blocks over image patches.
 
-`Encoder` is everything up to the last block, `DiT` adds the layer that makes an image of it.
+`Encoder` is everything up to the last block. `DiT` adds the layer that makes an image of the tokens.
 
-The step's shape, as few passes over memory as the mathematics needs:
+A step is organized to move as little memory as the mathematics allows:
 
     [modulated qkv -> attention -> projection -> modulated fc1 -> GELU fc2] x depth -> modulated head
 
-A modulated linear adds to the residual stream what is still to be added, norms and modulates the sum and multiplies:
-one pass over memory, then one product. So a block leaves its MLP's output to the next block's qkv, the last one to the
-head. The modulation vectors depend only on (t, y): one Linear computes them for the whole network, and each block reads
+A modulated linear layer fuses four operations: add the previous branch (gated) to the residual stream, LayerNorm,
+modulate, matmul. A block therefore leaves its MLP's output to the next block's qkv, and the last block leaves it to the
+head. The modulation vectors depend on (t, y) only: one Linear computes them for the whole network, and each block reads
 its six in place.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from fastdit.errors import UserError
 from fastdit.kernels import attention, embed_tokens, gelu_linear, modulated_linear
 
-# Table 1 of the paper; the model's name adds the patch: "S/2".
+# Table 1 of the paper. A model's name adds the patch size, as in "S/2".
 SIZES: dict[str, dict[str, int]] = {
     "S": {"depth": 12, "width": 384, "heads": 6},
     "B": {"depth": 12, "width": 768, "heads": 12},
@@ -35,27 +36,27 @@ TIME_FEATURES = 256
 
 
 class Encoded(NamedTuple):
-    """What leaves the blocks: the residual stream without gate * branch, and the vectors of the layer that follows."""
+    """Output of the blocks: the residual stream x + gate * branch in parts, and the next layer's vectors."""
 
     x: Tensor  # (B, tokens, width)
     branch: Tensor  # (B, tokens, width)
-    gate: Tensor  # (B, width), as the rest
+    gate: Tensor  # (B, width), like the rest
     scale: Tensor
     shift: Tensor
     condition: Tensor  # silu(time + label)
 
 
 class Encoder(nn.Module):
-    """Patches and condition through all blocks. Its owner fills the weights: see `init_weights`.
+    """Run patches and condition through all blocks. The owner fills the weights with `init_weights`.
 
     Args:
         input_size: side, or (height, width), of the image or latent; multiples of `patch`.
         patch, channels, width, depth, heads, mlp_ratio: the architecture; see `SIZES`.
         classes: number of classes; labels are 0..classes-1.
-        null_class: one more label, `classes`, meaning "no class" (for guidance). The caller drops labels.
-        class_token: a learned token, without a position, in front of the patches.
+        null_class: adds one label, `classes`, which means "no class" (for guidance). The caller drops labels.
+        class_token: adds a learned token, without a position, in front of the patches.
         attention_backend: see `fastdit.kernels.attention`.
-        grad_checkpoint: keep only the blocks' inputs for the backward pass and recompute the rest.
+        grad_checkpoint: keeps only the blocks' inputs for the backward pass and recomputes the rest.
 
     Raises UserError when sizes do not fit together.
     """
@@ -77,6 +78,23 @@ class Encoder(nn.Module):
         grad_checkpoint: bool = False,
     ) -> None:
         super().__init__()
+        # `copy_blocks` builds an encoder of another depth from these.
+        self.arguments = {
+            "input_size": input_size,
+            "patch": patch,
+            "channels": channels,
+            "width": width,
+            "depth": depth,
+            "heads": heads,
+            "mlp_ratio": mlp_ratio,
+            "classes": classes,
+            "null_class": null_class,
+            "class_token": class_token,
+            "attention_backend": attention_backend,
+            "grad_checkpoint": grad_checkpoint,
+        }
+
+        # Check the sizes.
         rows, cols = (input_size, input_size) if isinstance(input_size, int) else input_size
         sizes = {"input_size": min(rows, cols), "patch": patch, "channels": channels, "width": width}
         for field, value in (sizes | {"depth": depth, "heads": heads, "classes": classes}).items():
@@ -92,6 +110,7 @@ class Encoder(nn.Module):
         self.classes, self.null_class = classes, null_class
         self.grad_checkpoint = grad_checkpoint
 
+        # Build the layers without initial values.
         self.patch_embed = PatchEmbed(patch, channels, width)
         self.register_buffer("pos_embed", sincos_positions(self.grid, width), persistent=False)
         self.class_token = Token(width) if class_token else None
@@ -102,24 +121,27 @@ class Encoder(nn.Module):
         self.gains: Gains | None = None  # see fastdit.models.finetune
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, visible: Tensor | None = None) -> Encoded:
-        """x (B, channels, H, W); t (B,) noise level as the noise process gives it; y (B,) int labels.
+        """Encode x (B, channels, H, W) at noise levels t (B,), as the noise process gives them, with int labels y (B,).
 
-        visible (B, keep) int64: only these patches enter, row by row counted; None: all. The class token comes first.
-        Raises ValueError for other shapes. Labels and patches out of range are the caller's to exclude.
+        visible (B, keep) int64 selects the patches that enter, counted row by row; None takes all. The class token
+        comes first. Raises ValueError for other shapes. The caller excludes labels and patches out of range.
         """
         self._check(x, t, y)
-        c = F.silu(self.time_embed(t) + self.label_embed(y))
-        vectors = self.adaln(c).unflatten(1, (-1, self.width))
-        if self.gains is not None:
-            vectors = self.gains(vectors)
-        vectors = vectors.unbind(1)  # views, each (B, width)
-
+        c, vectors = self.condition(t, y)
         x = self.patch_embed(x, self.pos_embed, visible)
         if self.class_token is not None:
             x = torch.cat([self.class_token(x.shape[0], 1), x], dim=1)
         x, branch, gate = run_blocks(self.blocks, x, vectors, self.grad_checkpoint)
         shift, scale = vectors[-2:]
         return Encoded(x, branch, gate, scale, shift, c)
+
+    def condition(self, t: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return silu(time + label) (B, width), and six modulation vectors a block and two more, each (B, width)."""
+        c = F.silu(self.time_embed(t) + self.label_embed(y))
+        vectors = self.adaln(c).unflatten(1, (-1, self.width))
+        if self.gains is not None:
+            vectors = self.gains(vectors)
+        return c, vectors.unbind(1)  # views
 
     def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:
         expected = (self.channels, *self.input_size)
@@ -137,8 +159,8 @@ class DiT(Encoder):
 
     Args:
         out_channels: channels of the output, `channels` when None (DDPM with learned variance: twice that).
-        seed: of the initial weights; the global random state is neither read nor advanced.
-        sizes: `Encoder`'s arguments.
+        seed: seed of the initial weights. The global random state is neither read nor advanced.
+        sizes: arguments of `Encoder`.
     """
 
     def __init__(self, *, out_channels: int | None = None, seed: int = 0, **sizes) -> None:
@@ -148,10 +170,10 @@ class DiT(Encoder):
         init_weights(self, seed)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """x (B, channels, H, W); t (B,) noise level as the noise process gives it; y (B,) int labels.
+        """Return the output (B, out_channels, H, W) of x (B, channels, H, W), noise levels t (B,), int labels y (B,).
 
-        Returns (B, out_channels, H, W) in the weights' dtype (under autocast: in its dtype).
-        Raises ValueError for other shapes. Labels out of range are the caller's to exclude.
+        The output has the weights' dtype (under autocast: its dtype). Raises ValueError for other shapes. The caller
+        excludes labels out of range.
         """
         x, branch, gate, scale, shift, _ = super().forward(x, t, y)
         _, out = self.head(x, branch, gate, scale, shift)
@@ -159,10 +181,17 @@ class DiT(Encoder):
 
 
 def run_blocks(
-    blocks: nn.ModuleList, x: Tensor, vectors: tuple[Tensor, ...], grad_checkpoint: bool = False
+    blocks: Sequence[nn.Module],
+    x: Tensor,
+    vectors: Sequence[Tensor],
+    grad_checkpoint: bool = False,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x (B, N, width) through all blocks, each with its six of `vectors`: the stream, still without gate * branch."""
-    branch = gate = None
+    """Run the residual stream x + gate * branch (B, N, width) through all blocks, each with its six of `vectors`.
+
+    branch and gate are None where x is the whole stream. Returns the stream in the same three parts.
+    """
     for i, block in enumerate(blocks):
         own = vectors[6 * i : 6 * i + 6]
         if grad_checkpoint and torch.is_grad_enabled():
@@ -174,9 +203,28 @@ def run_blocks(
 
 
 @torch.no_grad()
+def copy_blocks(encoder: Encoder, count: int) -> Encoder:
+    """Return an encoder of the first `count` blocks, with its own copy of their weights.
+
+    Its `Encoded.scale` and `shift` are those that block `count` normalizes its input with. A weight that spans the
+    blocks, such as `adaln`, is cut to its leading rows.
+    """
+    part = Encoder(**encoder.arguments | {"depth": count})
+    if encoder.gains is not None:
+        part.gains = Gains(count, part.width)
+    whole = encoder.state_dict()
+    cut = {name: whole[name].flatten()[: value.numel()].view_as(value) for name, value in part.state_dict().items()}
+    part.load_state_dict(cut)
+    return part
+
+
+@torch.no_grad()
 def init_weights(module: nn.Module, seed: int) -> None:
-    """DiT's initialisation: Xavier linears, zero biases, N(0, 0.02) for the time MLP, the label table and learned
-    tokens; zero modulation and output layers, so that every block starts as the identity and the output as zero."""
+    """Fill the weights as DiT does.
+
+    Linear layers are Xavier-initialized, biases are zero, and the timestep MLP, the label table and learned tokens are
+    N(0, 0.02). Modulation and output layers are zero: every block starts as the identity and the output as zero.
+    """
     parameters = list(module.named_parameters())
     if parameters[0][1].is_meta:
         return
@@ -192,14 +240,15 @@ def init_weights(module: nn.Module, seed: int) -> None:
 
 
 class Block(nn.Module):
-    """Attention, then MLP, for any number of tokens."""
+    """Apply attention, then an MLP, to any number of tokens."""
 
     def __init__(self, width: int, heads: int, mlp_width: int, attention_backend: str) -> None:
         super().__init__()
         self.heads, self.attention_backend = heads, attention_backend
         self.qkv = bare(ModulatedLinear, width, 3 * width)
         self.proj = bare(nn.Linear, width, width)
-        self.fc1 = bare(ModulatedLinear, width, mlp_width, keep_x=True)  # qkv keeps that tensor already
+        # qkv keeps the input of fc1 already, so that keeping it again costs nothing.
+        self.fc1 = bare(ModulatedLinear, width, mlp_width, keep_x=True)
         self.fc2 = bare(GeluLinear, mlp_width, width)
 
     def forward(
@@ -214,10 +263,10 @@ class Block(nn.Module):
         mlp_scale: Tensor,
         mlp_gate: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """x (B, N, width) is the residual stream without gate * y, what the block before adds; None for none.
+        """Return the residual stream before this block's MLP is added, and the MLP's output before mlp_gate.
 
-        The vectors are (B, width). Returns the stream without this block's MLP, and the MLP's output, which mlp_gate
-        is still to be multiplied with.
+        x (B, N, width) is the stream before the previous block's gate * y is added; y and gate are None for no such
+        branch. The vectors are (B, width).
         """
         x, qkv = self.qkv(x, y, gate, attn_scale, attn_shift)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
@@ -226,11 +275,11 @@ class Block(nn.Module):
         return x, self.fc2(hidden)
 
 
-# Each calls its kernel from its own forward, for that is where ZeRO-3 gathers a module's weights.
+# Each of these modules calls its kernel from its own forward, because ZeRO-3 gathers a module's weights there.
 
 
 class ModulatedLinear(nn.Linear):
-    """See `fastdit.kernels.modulated_linear`."""
+    """Linear layer over a modulated LayerNorm: see `fastdit.kernels.modulated_linear`."""
 
     def __init__(self, *sizes: int, keep_x: bool = False, device: torch.device | None = None) -> None:
         super().__init__(*sizes, device=device)
@@ -239,20 +288,20 @@ class ModulatedLinear(nn.Linear):
     def forward(
         self, x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(x + gate * y, linear(LN(x + gate * y) * (1 + scale) + shift))."""
+        """Return (x + gate * y, linear(LN(x + gate * y) * (1 + scale) + shift))."""
         return modulated_linear(x, y, gate, scale, shift, self.weight, self.bias, keep_x=self.keep_x)
 
 
 class GeluLinear(nn.Linear):
-    """See `fastdit.kernels.gelu_linear`."""
+    """Linear layer over a GELU: see `fastdit.kernels.gelu_linear`."""
 
     def forward(self, u: Tensor) -> Tensor:
-        """linear(gelu(u))."""
+        """Return linear(gelu(u))."""
         return gelu_linear(u, self.weight, self.bias)
 
 
 class PatchEmbed(nn.Module):
-    """Images to tokens: a GEMM over flattened patches, its weight in a convolution's layout."""
+    """Embed patches as tokens by a GEMM over flattened patches; the weight has a convolution's layout."""
 
     def __init__(self, patch: int, channels: int, width: int) -> None:
         super().__init__()
@@ -260,9 +309,9 @@ class PatchEmbed(nn.Module):
         self.bias = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor, positions: Tensor, ids: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, N, width) with N = H/p * W/p, row by row, plus positions (N, width).
+        """Return the tokens (B, N, width) of x (B, C, H, W), N = H/p * W/p row by row, plus positions (N, width).
 
-        ids (B, keep): these only, in this order.
+        ids (B, keep) selects tokens, in this order; None takes all.
         """
         if ids is not None:
             return embed_tokens(x, self.weight, self.bias, positions, ids)
@@ -274,26 +323,26 @@ class PatchEmbed(nn.Module):
 
 
 class Token(nn.Module):
-    """One learned token."""
+    """Hold one learned token."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, batch: int, tokens: int) -> Tensor:
-        """(batch, tokens, width), a view."""
+        """Return the token as a view (batch, tokens, width)."""
         return self.weight.expand(batch, tokens, -1)
 
 
 class Gains(nn.Module):
-    """A factor on what each block's attention and MLP add to the residual stream: on their gates. Ones at first."""
+    """Scale the gates of each block's attention and MLP by learned factors, which start at one."""
 
     def __init__(self, depth: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(depth, 2, width))
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """(B, 6 * depth + 2, width), its gates scaled."""
+        """Return the modulation vectors (B, 6 * depth + 2, width) with scaled gates."""
         one = torch.ones_like(self.weight[:, 0])
         attention, mlp = self.weight.unbind(1)
         factors = torch.stack([one, one, attention, one, one, mlp], dim=1).flatten(0, 1)
@@ -301,11 +350,11 @@ class Gains(nn.Module):
 
 
 class TimeEmbed(nn.Module):
-    """Sinusoidal features of the noise level, then an MLP. Features are fp32: cosines first, then sines.
+    """Embed noise levels by sinusoidal features (fp32, cosines first, then sines) and an MLP.
 
-    Frequency i of n = 128 is 10000^(-i / (n - freq_shift)). The original DiT has freq_shift 0, diffusers'
-    class 1, and the weights of one are a different function under the other: so the shift travels in the
-    state dict. As an integer it survives a cast of the model to bf16.
+    Frequency i of n = 128 is 10000^(-i / (n - freq_shift)). The original DiT has freq_shift 0 and diffusers' class has
+    1, and weights trained with one are wrong under the other. The state dict therefore holds the shift, as an integer,
+    which survives a cast of the model to bf16.
     """
 
     def __init__(self, width: int) -> None:
@@ -315,7 +364,7 @@ class TimeEmbed(nn.Module):
         self.register_buffer("freq_shift", torch.zeros((), dtype=torch.int64))
 
     def forward(self, t: Tensor) -> Tensor:
-        """(B,) -> (B, width)."""
+        """Return the embeddings (B, width) of noise levels t (B,)."""
         n = TIME_FEATURES // 2
         exponent = -math.log(10000) * torch.arange(n, dtype=torch.float32, device=t.device)
         angles = t.float()[:, None] * torch.exp(exponent / (n - self.freq_shift))
@@ -324,9 +373,9 @@ class TimeEmbed(nn.Module):
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
-    """Fixed 2-D position table (rows * cols, width): fp32 of fp64 arithmetic, as in the original DiT.
+    """Return the fixed 2-D position table (rows * cols, width), fp32 from fp64 arithmetic as in the original DiT.
 
-    First half: the column, second half: the row; each as the sines, then the cosines, of
+    The first half encodes the column and the second half the row, each as the sines, then the cosines, of
     coordinate * 10000^(-i / (width / 4)).
     """
     rows, cols = np.indices(grid, dtype=np.float64).reshape(2, -1)
@@ -337,19 +386,19 @@ def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """(B, h * w, p * p * C) -> (B, C, h * p, w * p); within a token: row, column, channel."""
+    """Return the image (B, C, h * p, w * p) of tokens (B, h * w, p * p * C), each ordered by row, column, channel."""
     x = tokens.unflatten(2, (patch, patch, -1)).unflatten(1, grid)  # B h w p p C
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
 def flops_per_image(model: DiT) -> int:
-    """FLOPs of all matrix products for one image, forward and backward: 3 x 2 x multiply-adds."""
+    """Return the FLOPs of all matrix products for one image, forward and backward: 3 x 2 x multiply-adds."""
     tokens = math.prod(model.grid)
     return 6 * (encoder_products(model, tokens) + tokens * model.patch**2 * model.out_channels * model.width)
 
 
 def encoder_products(encoder: Encoder, tokens: int) -> int:
-    """Multiply-adds of an encoder's forward pass over `tokens` tokens of one image."""
+    """Return the multiply-adds of an encoder's forward pass over `tokens` tokens of one image."""
     width, depth = encoder.width, encoder.depth
     conditioning = TIME_FEATURES * width + width * width + (6 * depth + 2) * width * width
     patches = tokens * encoder.patch**2 * encoder.channels * width
@@ -357,10 +406,10 @@ def encoder_products(encoder: Encoder, tokens: int) -> int:
 
 
 def block_products(tokens: int, width: int, mlp_width: int) -> int:
-    """Multiply-adds of a block's forward pass: its linear layers, q k^T and the product with v."""
+    """Return the multiply-adds of a block's forward pass: its linear layers, q k^T and the product with v."""
     return tokens * (4 * width * width + 2 * width * mlp_width + 2 * tokens * width)
 
 
 def bare(kind: type[nn.Module], *sizes: int, **options: bool) -> nn.Module:
-    """A module whose weights `init_weights` fills; torch's filling takes time and global random numbers."""
+    """Build a module without initial values, which would take time and global random numbers; see `init_weights`."""
     return nn.utils.skip_init(kind, *sizes, device=torch.get_default_device(), **options)

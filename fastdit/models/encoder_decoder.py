@@ -6,9 +6,9 @@ arXiv 2306.09305), but without its mask token: a hidden patch enters the decoder
     hidden patches, embedded by the encoder's    |
     first layer ----------------------> bridge --+
 
-The bridge is one adaLN-modulated linear layer to the decoder's width. MaskDiT's starts at zero; ours does not: the
-output is zero at first by the head alone, and what the encoder sees counts from the first step. With nothing hidden, as
-in sampling, this is an ordinary, deeper DiT.
+The bridge is one adaLN-modulated linear layer to the decoder's width. MaskDiT's bridge starts at zero and ours does
+not: the head alone makes the first output zero, and what the encoder sees counts from the first step. With nothing
+hidden, as in sampling, this is an ordinary, deeper DiT. `split_dit` has the variant without extra blocks.
 """
 
 from typing import Literal, get_args
@@ -31,20 +31,21 @@ from .dit import (
     sincos_positions,
     unpatchify,
 )
+from .streams import GradientRatio, Stream
 
 HiddenTokens = Literal["noised_patch", "mask_token", "zeros"]
 
 
 class EncoderDecoder(nn.Module):
-    """Class-conditional encoder and decoder; called as a `DiT` is.
+    """Class-conditional encoder and decoder, called as a `DiT` is.
 
     Args:
         encoder: the encoder, with or without class token.
         out_channels: channels of the output.
-        width, depth, heads: the decoder's.
+        width, depth, heads: sizes of the decoder.
         hidden_tokens: what the decoder gets at hidden patches: their noised pixels, one learned token, or zeros.
         attention_backend: see `fastdit.kernels.attention`.
-        seed: of the initial weights, the encoder's too.
+        seed: seed of the initial weights, including the encoder's.
 
     Raises UserError when sizes do not fit together.
     """
@@ -68,6 +69,7 @@ class EncoderDecoder(nn.Module):
             raise ValueError(f"hidden_tokens={hidden_tokens!r}: choose one of {', '.join(get_args(HiddenTokens))}")
         self.hidden_tokens, self.channels, self.out_channels = hidden_tokens, encoder.channels, out_channels
         self.width, self.heads, self.grid = encoder.width, encoder.heads, encoder.grid
+        self.gradients: GradientRatio | None = None
         self.encoder = encoder
         self.bridge = bare(ModulatedLinear, encoder.width, width)
         self.mask_token = Token(width) if hidden_tokens == "mask_token" else None
@@ -77,16 +79,19 @@ class EncoderDecoder(nn.Module):
         init_weights(self, seed)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """x (B, channels, H, W), t (B,), y (B,) as in `DiT`; nothing is hidden. Returns (B, out_channels, H, W)."""
+        """Return the output (B, out_channels, H, W) with nothing hidden; the arguments are those of `DiT`."""
         return self.generate(x, t, y, None)[0]
 
-    def generate(self, x: Tensor, t: Tensor, y: Tensor, split: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """The output (B, out_channels, H, W), and the encoder's (B, [1 +] keep, width), the class token first.
+    def generate(self, x: Tensor, t: Tensor, y: Tensor, split: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Stream]:
+        """Return the output (B, out_channels, H, W), and the encoder's tokens (B, [1 +] keep, width).
 
-        split: ids (B, keep) of the visible and (B, N - keep) of the hidden patches, int64; None: all are visible.
+        The class token comes first. split holds the ids (B, keep) of the visible and (B, N - keep) of the hidden
+        patches, int64; None hides nothing.
         """
         encoded = self.encoder(x, t, y, split and split[0])
-        stream, tokens = self.bridge(encoded.x, encoded.branch, encoded.gate, encoded.scale, encoded.shift)
+        seen, compared = self.gradients.fork(encoded.x) if self.gradients else (encoded.x, encoded.x)
+        stream = Stream(compared, encoded.branch, encoded.gate)
+        _, tokens = self.bridge(seen, encoded.branch, encoded.gate, encoded.scale, encoded.shift)
         if self.encoder.class_token is not None:
             tokens = tokens[:, 1:]
         if split is not None:
@@ -94,7 +99,7 @@ class EncoderDecoder(nn.Module):
         return self.decoder(tokens, encoded.condition), stream
 
     def _hidden(self, x: Tensor, encoded: Encoded, hidden: Tensor, like: Tensor) -> Tensor:
-        """(B, N, decoder width) that is right at the hidden patches."""
+        """Return tokens (B, N, decoder width) that are right at the hidden patches."""
         batch, tokens = x.shape[0], self.grid[0] * self.grid[1]
         if self.mask_token is not None:
             return self.mask_token(batch, tokens)
@@ -107,7 +112,7 @@ class EncoderDecoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens to an image, under the encoder's condition."""
+    """Make an image of tokens, under the encoder's condition."""
 
     def __init__(
         self,
@@ -128,7 +133,7 @@ class Decoder(nn.Module):
         self.head = bare(ModulatedLinear, width, patch * patch * out_channels)
 
     def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """tokens (B, N, width), condition (B, condition_width). Returns (B, out_channels, H, W)."""
+        """Return (B, out_channels, H, W) from tokens (B, N, width) and condition (B, condition_width)."""
         vectors = self.adaln(condition).unflatten(1, (-1, self.width)).unbind(1)
         x, branch, gate = run_blocks(self.blocks, tokens + self.pos_embed.to(tokens.dtype), vectors)
         shift, scale = vectors[-2:]
@@ -137,7 +142,7 @@ class Decoder(nn.Module):
 
 
 def decoder_products(network: EncoderDecoder) -> int:
-    """Multiply-adds of bridge and decoder for one image, forward; hidden patches cross the bridge as visible ones."""
+    """Return the multiply-adds of bridge and decoder for one image, forward; hidden patches cross the bridge too."""
     decoder, tokens = network.decoder, network.grid[0] * network.grid[1]
     width = decoder.width
     blocks = decoder.depth * block_products(tokens, width, 4 * width)

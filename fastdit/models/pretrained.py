@@ -82,7 +82,7 @@ def load_checkpoint(
         encoder = model if isinstance(model, DiT) else model.encoder
         state, positions = (_read_folder(encoder, path), None) if path.is_dir() else _read_file(path, which)
         if encoder is model and "encoder.patch_embed.weight" in state:
-            raise ValueError("it holds SD-DiT's encoder and decoder, no plain DiT; take --method sd_dit")
+            raise ValueError("it holds an extra decoder, no plain DiT; take --method sd_dit --sd_dit.decoder extra")
         prefix = "" if "patch_embed.weight" in state or encoder is model else "encoder."
         if not prefix:
             model, state = encoder, _for_encoder(encoder, state)

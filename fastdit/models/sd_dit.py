@@ -1,10 +1,10 @@
-"""SD-DiT's networks (arXiv 2403.17004): a student that generates and discriminates, and the teacher it follows.
+"""SD-DiT's networks (arXiv 2403.17004): a student that generates and discriminates, and the teacher that follows it.
 
-    student   EncoderDecoder on the visible patches; its encoder's tokens go through the projection head
-    teacher   a moving average of the student's encoder and head: all patches, no decoder, no gradient
+    student   SplitDiT or EncoderDecoder on the visible patches; its encoder's tokens go through the projection head
+    teacher   EMA weights of the student's encoder and head: it sees all patches, has no decoder and gets no gradient
 
 The head is iBOT's (Zhou et al., arXiv 2111.07832): a three-layer MLP to a bottleneck, whose direction is compared with
-K prototypes, shared by class token and patches.
+K prototypes. Class token and patches share it.
 """
 
 import copy
@@ -14,35 +14,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdit.kernels import PrototypeLoss, gate_residual_modulate, prototype_loss
+from fastdit.kernels import PrototypeLoss, prototype_loss
 
-from .dit import Encoder, GeluLinear, bare
+from .dit import Encoder, GeluLinear, bare, copy_blocks
 from .encoder_decoder import EncoderDecoder
+from .split_dit import SplitDiT
+from .streams import Stream
 
 
 class Target(NamedTuple):
-    """What the student's head shall agree with."""
+    """Teacher outputs that the student head is trained to match."""
 
-    features: Tensor  # (B, 1 + keep, k) of the teacher, the class first
+    features: Tensor  # (n, 1 + keep, k) of the batch's first n samples, the class first
     prototypes: Tensor  # (K, k), the teacher's
-    centers: Tensor  # (2, K): of the class token's logits, of the patches'
+    centers: Tensor  # (2, K), of the class's logits and of the patches'
 
 
 class Student(nn.Module):
-    """`network` generates, `head` discriminates.
+    """Hold a network that generates and a head that discriminates.
 
     Args:
         network: encoder and decoder.
-        head_width, bottleneck, prototypes: the head's sizes: of its two hidden layers, of what is compared, and K.
-        seed: of the head's initial weights.
+        head_width, bottleneck, prototypes: sizes of the head: its two hidden layers, its features, and K.
+        seed: seed of the head's initial weights.
     """
 
     def __init__(
-        self, network: EncoderDecoder, *, head_width: int, bottleneck: int, prototypes: int, seed: int = 0
+        self, network: EncoderDecoder | SplitDiT, *, head_width: int, bottleneck: int, prototypes: int, seed: int = 0
     ) -> None:
         super().__init__()
         self.network = network
         self.head = ProjectionHead(network.width, head_width, bottleneck, prototypes, seed + 1)  # not the network's
+
+    @property
+    def encoder(self) -> Encoder:
+        """The module that holds the encoder's weights; the first `encoder_depth` of its blocks are the encoder."""
+        return self.network.encoder if isinstance(self.network, EncoderDecoder) else self.network
+
+    @property
+    def encoder_depth(self) -> int:
+        """Number of blocks of the encoder."""
+        return self.network.split if isinstance(self.network, SplitDiT) else self.encoder.depth
 
     def forward(
         self,
@@ -50,51 +62,73 @@ class Student(nn.Module):
         t: Tensor,
         y: Tensor,
         split: tuple[Tensor, Tensor] | None,
-        target: Target,
+        target: Target | None,
         **options,
-    ) -> tuple[Tensor, PrototypeLoss, PrototypeLoss]:
-        """The output of `EncoderDecoder.generate`, and the discriminative losses of class token and visible patches.
+    ) -> tuple[Tensor, PrototypeLoss, PrototypeLoss] | tuple[Tensor, Tensor]:
+        """Return the network's output, and the discriminative losses of the class and of the visible patches.
 
-        `options` are those of `fastdit.kernels.prototype_loss`. The loss is formed here because under ZeRO-3 a weight
-        is whole only within its module's forward.
+        With target None the network generates only, and the second result is the zero of `ProjectionHead.idle`.
+        `options` are those of `fastdit.kernels.prototype_loss`. The losses are computed here because under ZeRO-3 a
+        weight is whole only within its module's forward.
         """
+        if target is None:
+            out = self.network(x, t, y) if split is None else self.network.generate(x, t, y, split)[0]
+            return out, self.head.idle(out)
         out, stream = self.network.generate(x, t, y, split)
-        normed = F.layer_norm(stream, stream.shape[-1:], eps=1e-6)  # as everywhere, the teacher's too
-        features = self.head(_class_first(normed, self.network.encoder))
+        tokens = stream.first_samples(len(target.features)).normalize()
+        features = self.head(tokens if self.encoder.class_token is not None else with_mean(tokens, tokens))
         parts = zip(_parts(features), _parts(target.features), target.centers)
         return out, *(self.head.compare(s, t, target.prototypes, c, **options) for s, t, c in parts)
 
 
 class Teacher(nn.Module):
-    """Encoder and head, at first the student's own. Weights ask for no gradient."""
+    """Copy of the student's encoder and head, without gradients.
 
-    def __init__(self, student: Student) -> None:
+    Args:
+        student: the student before it is sharded; the teacher starts as its copy.
+        frozen: says that the teacher stays as it starts. Blocks that are the identity then, as those of a new DiT, are
+            not computed.
+    """
+
+    def __init__(self, student: Student, frozen: bool = False) -> None:
         super().__init__()
-        self.encoder = copy.deepcopy(student.network.encoder)
+        self.encoder = copy_blocks(student.encoder, student.encoder_depth)
         self.head = copy.deepcopy(student.head)
         self.requires_grad_(False)
+        self.skips_blocks = frozen and _is_identity(self.encoder)
 
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, y: Tensor, visible: Tensor | None) -> Tensor:
-        """Sees all patches of x. Features (B, 1 + keep, k) of the class and the patches `visible` (None: all)."""
-        encoded = self.encoder(x, t, y)
-        rows = visible
-        if visible is not None and self.encoder.class_token is not None:
-            rows = F.pad(visible + 1, (1, 0))
-        none = encoded.scale.new_zeros(()).expand_as(encoded.scale)
-        _, normed = gate_residual_modulate(encoded.x, encoded.branch, encoded.gate, none, none, rows=rows)
-        return self.head(_class_first(normed, self.encoder))
+        """Return features (B, 1 + keep, k) of the class and of the patches `visible` (None: all); it sees all of x.
+
+        Without class token the class's features are those of the mean over all patches, hidden from the student or not.
+        """
+        encoded = self._encode(x, t, y)
+        if self.encoder.class_token is not None:
+            return self.head(encoded.normalize(None if visible is None else F.pad(visible + 1, (1, 0))))
+        tokens = encoded.normalize()
+        chosen = tokens
+        if visible is not None:
+            chosen = tokens.gather(1, visible[:, :, None].expand(-1, -1, tokens.shape[2]))
+        return self.head(with_mean(tokens, chosen))
 
     def describe(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """One vector (B, width) for each x: the mean over its normed patches, with the gradient for x."""
-        encoded = self.encoder(x, t, y)
-        none = encoded.scale.new_zeros(()).expand_as(encoded.scale)
-        _, normed = gate_residual_modulate(encoded.x, encoded.branch, encoded.gate, none, none)
-        return normed[:, int(self.encoder.class_token is not None) :].mean(1)
+        """Return the mean (B, width) over each sample's normalized patches, with the gradient for x."""
+        return self._encode(x, t, y).normalize()[:, int(self.encoder.class_token is not None) :].mean(1)
 
     def sources(self, student: Student) -> list[nn.Parameter]:
-        """The student's parameters, in the order of the teacher's."""
-        return [*student.network.encoder.parameters(), *student.head.parameters()]
+        """Return the student's parameters in the order of the teacher's, which may be their leading rows only."""
+        weights = {f"encoder.{name}": p for name, p in student.encoder.named_parameters()}
+        weights |= {f"head.{name}": p for name, p in student.head.named_parameters()}
+        return [weights[name] for name, _ in self.named_parameters()]
+
+    def _encode(self, x: Tensor, t: Tensor, y: Tensor) -> Stream:
+        if not self.skips_blocks:
+            return Stream(*self.encoder(x, t, y)[:3])
+        tokens = self.encoder.patch_embed(x, self.encoder.pos_embed)
+        if self.encoder.class_token is not None:
+            tokens = torch.cat([self.encoder.class_token(x.shape[0], 1), tokens], dim=1)
+        return Stream(tokens, torch.zeros_like(tokens), tokens.new_zeros(tokens.shape[0], tokens.shape[2]))
 
 
 class ProjectionHead(nn.Module):
@@ -102,7 +136,7 @@ class ProjectionHead(nn.Module):
 
     def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int, seed: int) -> None:
         super().__init__()
-        self.sizes = (width, hidden, bottleneck, prototypes)  # ZeRO-3 leaves the weights none between forwards
+        self.sizes = (width, hidden, bottleneck, prototypes)  # ZeRO-3 leaves the weights empty between forward passes
         self.fc1 = bare(nn.Linear, width, hidden)
         self.fc2 = bare(GeluLinear, hidden, hidden)
         self.fc3 = bare(GeluLinear, hidden, bottleneck)
@@ -112,44 +146,66 @@ class ProjectionHead(nn.Module):
             for name, weight in self.named_parameters():
                 if name.endswith("bias"):
                     weight.zero_()
-                else:  # at iBOT's widths its 0.02; in narrow heads that makes features so small that gradients explode
+                else:  # iBOT's 0.02 at its widths; in narrow heads 0.02 makes small features and exploding gradients
                     nn.init.trunc_normal_(weight, std=weight.shape[1] ** -0.5, generator=generator)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, T, width) -> (B, T, bottleneck)."""
+        """Return features (B, T, bottleneck) of tokens (B, T, width)."""
         return self.fc3(self.fc2(self.fc1(tokens)))
 
     def compare(self, student: Tensor, teacher: Tensor, *args, **options) -> PrototypeLoss:
-        """Of (B, T, bottleneck) features: see `Prototypes`."""
+        """Return the loss between features (B, T, bottleneck): see `Prototypes`."""
         return self.prototypes(student.flatten(0, 1), teacher.flatten(0, 1), *args, **options)
+
+    def idle(self, like: Tensor) -> Tensor:
+        """Return a zero () that gives every weight of the head a gradient of zeros, for a step without comparison.
+
+        A weight without a gradient would get that of an earlier step from DeepSpeed 0.19's ZeRO-3, and no update of its
+        averages without ZeRO.
+        """
+        return 0.0 * self.prototypes(self(like.new_zeros(1, 1, self.sizes[0])).flatten(0, 1)).sum()
 
 
 class Prototypes(nn.Module):
-    """K directions of the bottleneck's space; the last layer of the head, normalised, its gain frozen at 1."""
+    """K directions in the space of the features: the head's last layer, normalized, with its gain frozen at 1."""
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(count, width))
 
     def forward(
-        self, student: Tensor, teacher: Tensor, teacher_prototypes: Tensor, center: Tensor, **options
-    ) -> PrototypeLoss:
-        """See `fastdit.kernels.prototype_loss`, whose `center` serves centering "ema" only."""
+        self,
+        student: Tensor,
+        teacher: Tensor | None = None,
+        teacher_prototypes: Tensor | None = None,
+        center: Tensor | None = None,
+        **options,
+    ) -> PrototypeLoss | Tensor:
+        """Return `fastdit.kernels.prototype_loss`, whose `center` serves centering "ema" only.
+
+        Without teacher it returns the products (T, 1) with the first prototype.
+        """
+        if teacher is None:
+            return student @ self.weight[:1].T
         center = center if options["centering"] == "ema" else None
         return prototype_loss(student, teacher, self.weight, teacher_prototypes, center=center, **options)
 
 
 def head_products(head: ProjectionHead, tokens: int) -> int:
-    """Multiply-adds of MLP and prototypes, forward, for `tokens` tokens."""
+    """Return the multiply-adds of MLP and prototypes, forward, for `tokens` tokens."""
     width, hidden, bottleneck, prototypes = head.sizes
     return tokens * (width * hidden + hidden * hidden + hidden * bottleneck + bottleneck * prototypes)
 
 
-def _class_first(tokens: Tensor, encoder: Encoder) -> Tensor:
-    """Tokens behind the class token; without one, behind their mean."""
-    if encoder.class_token is not None:
-        return tokens
-    return torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
+def with_mean(averaged: Tensor, tokens: Tensor) -> Tensor:
+    """Return `tokens` behind the mean token of `averaged`."""
+    return torch.cat([averaged.mean(1, keepdim=True), tokens], dim=1)
+
+
+def _is_identity(encoder: Encoder) -> bool:
+    """Whether no block adds anything to the residual stream, because all modulation is zero."""
+    weights = (encoder.adaln.weight, encoder.adaln.bias)
+    return not any(weight.is_meta or weight.any() for weight in weights)
 
 
 def _parts(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from fastdit.errors import UserError
 from .pretrained import misfit
 
 NORM_GROUP = 16  # channels that share statistics
+STAGES = 4  # blocks of a LatentResNet
 
 
 class LatentResNet(nn.Module):
@@ -74,14 +75,29 @@ class LatentResNet(nn.Module):
 
         Under autocast activations are in its dtype; statistics, the average over positions and the head are fp32.
         """
+        return self.head(self.feature_map(x).mean((2, 3), dtype=torch.float32))
+
+    def feature_map(self, x: Tensor, stage: int = STAGES) -> Tensor:
+        """Return the map (B, c, h, w) after block `stage`, 1 to 4, of x (B, channels, H, W), normalized, with its SiLU.
+
+        Stage 4, with 4 x width channels and a shorter side of at most 4, is what the features are the average of.
+        An earlier stage is normalized by the norm of the block that follows, on its own, finer grid. Raises ValueError
+        for other shapes.
+        """
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise ValueError(f"x must be (B, {self.channels}, H, W), got {tuple(x.shape)}")
         x = self.stem(x.to(self.norm.weight.dtype))
-        for block in self.blocks:
+        for block in list(self.blocks)[:stage]:
             x = block(_halved(x))
+        if stage < STAGES:
+            return self.blocks[stage].norm1(x)
         while min(x.shape[2:]) > 4:
             x = self.blocks[-1](_halved(x))
-        return self.head(self.norm(x).mean((2, 3), dtype=torch.float32))
+        return self.norm(x)
+
+    def channels_of(self, stage: int) -> int:
+        """Return the number of channels of `feature_map` at `stage`."""
+        return self.width * min(2 ** (stage - 1), 4)
 
     def settings(self) -> dict[str, str]:
         """What weights must have in common to be this network's."""

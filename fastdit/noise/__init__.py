@@ -12,6 +12,8 @@ training method never asks which one it holds. With x0 and eps (B, C, H, W) and 
     clean(out, x_t, level)               the same x0_hat from x_t, where x0 and eps are not known
     noise_to_signal(level)               (B,) noise / signal: EDM's sigma, comparable between processes
     level_at(noise_to_signal, n, device) (n,) float32, the level of that ratio; ValueError unless it is positive
+    at_quantile(share)                   the level below which that share of the training levels lies; share in (0, 1)
+    quantile_of(level)                   the share of the training levels below `level`, the inverse of `at_quantile`
 
 All of it is computed in `level`'s dtype (float32 in training, float64 in the samplers) whatever the dtype of
 `out`, the network's raw output, and nothing waits for the device. `sampling.py` holds the samplers and

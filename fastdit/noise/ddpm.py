@@ -103,6 +103,14 @@ class DDPM:
         timestep = np.abs(_log_ratio(self) - math.log(noise_to_signal)).argmin()
         return torch.full((n,), int(timestep), dtype=torch.float32, device=device)
 
+    def at_quantile(self, share: Tensor) -> Tensor:
+        """Return the timestep below which `share` of the training timesteps lie, rounded down."""
+        return (share * self.steps).floor().clamp(0, self.steps - 1)
+
+    def quantile_of(self, level: Tensor) -> Tensor:
+        """Return the share of the training timesteps below `level`, which itself counts half."""
+        return (level + 0.5) / self.steps
+
     def chain(self, steps: int | None = None) -> Chain:
         """The whole chain, or `steps` of its timesteps, evenly spaced from first to last (Nichol, section 4).
 

@@ -90,6 +90,14 @@ class EDM:
             raise ValueError(f"noise_to_signal={noise_to_signal}; must be positive and finite")
         return torch.full((n,), noise_to_signal, dtype=torch.float32, device=device)
 
+    def at_quantile(self, share: Tensor) -> Tensor:
+        """Return the sigma below which `share` of the training sigmas lie."""
+        return (self.p_mean + self.p_std * torch.special.ndtri(share)).exp()
+
+    def quantile_of(self, level: Tensor) -> Tensor:
+        """Return the share of the training sigmas below `level`."""
+        return torch.special.ndtr((level.log() - self.p_mean) / self.p_std)
+
     def ode_levels(self, steps: int) -> np.ndarray:
         """(steps + 1,) float64 sigmas from sigma_max to sigma_min, then 0 (Eq. 5)."""
         ramp = np.linspace(self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho), steps)

@@ -77,6 +77,16 @@ class Flow:
         time = noise_to_signal / (1 + noise_to_signal)
         return torch.full((n,), time, dtype=torch.float32, device=device)
 
+    def at_quantile(self, share: Tensor) -> Tensor:
+        """Return the time below which `share` of the training times lie."""
+        if self.law == "logit_normal":
+            share = (self.mean + self.std * torch.special.ndtri(share)).sigmoid()
+        return share.clamp(2**-24, 1 - 2**-24)
+
+    def quantile_of(self, level: Tensor) -> Tensor:
+        """Return the share of the training times below `level`."""
+        return level if self.law == "uniform" else torch.special.ndtr((level.logit() - self.mean) / self.std)
+
     def ode_levels(self, steps: int) -> np.ndarray:
         """(steps + 1,) float64 times, evenly from 1 to 0."""
         return np.linspace(1.0, 0.0, steps + 1)

@@ -1,0 +1,190 @@
+"""Settings of SD-DiT, and how they follow from the sizes of the network and the length of the run."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from fastdit.errors import UserError
+from fastdit.models import HiddenTokens
+
+PUBLISHED_WIDTH, PUBLISHED_DEPTH = 1152, 28  # XL, for which head and extra decoder are published
+IBOT_MOMENTUM = 0.996
+QUIET_QUANTILE = 0.05  # the teacher's level where the student's level does not say
+_DECODER_SIZES = ("decoder_width", "decoder_depth", "decoder_heads")
+_NOISE_FORMS = "a noise-to-signal ratio from 0.0001 to 1, quantile:SHARE or relative:SHARE with SHARE from 0.001 to 1"
+
+
+class TeacherLaw(NamedTuple):
+    """How the teacher's noise level is chosen: kind is fixed, quantile or relative."""
+
+    kind: str
+    amount: float
+
+
+class Sizes(NamedTuple):
+    """Sizes of projection head and extra decoder for one encoder."""
+
+    head_width: int
+    bottleneck: int
+    prototypes: int
+    decoder_width: int
+    decoder_depth: int
+    decoder_heads: int
+
+
+@dataclass(frozen=True)
+class SDDiT:
+    """Settings of SD-DiT. The paper gives mask_ratio; iBOT gives head, temperatures, centering and momenta; MaskDiT
+    gives the extra decoder; all others are ours.
+
+    Args:
+        decoder: split takes the last blocks of the DiT as decoder: the sampled network is a plain DiT, and its official
+            checkpoints and layouts fit. extra adds MaskDiT's decoder behind the whole DiT. Default: extra where a size
+            of the decoder is given, else split, which costs less (ours).
+        split: blocks of the encoder of `decoder split`: their number, or below 1 their share of the depth. Ours.
+        mask_ratio: share of the patches that the student's encoder does not see, drawn for each sample.
+        teacher_noise: noise level of the teacher's view. quantile:SHARE is a fixed level, below which that share of the
+            student's levels lies. relative:SHARE lies below the student's level by at most that share of the law, drawn
+            uniformly for each sample, as in SRA. A number is a fixed noise-to-signal ratio (EDM's sigma; flow's
+            t / (1 - t); the nearest timestep of a DDPM). The teacher's noise is the student's, scaled. Ours.
+        hidden_tokens: what the decoder gets at hidden patches: their noised pixels through the encoder's first layer
+            (ours), one learned token (MaskDiT; extra only), or zeros.
+        cls: the class-level loss compares the mean of the patches (the student's visible ones with all of the
+            teacher's), or a learned token (iBOT; extra only). Ours: blocks that start as the identity leave the token
+            blind for long.
+        beta: weight of the discriminative loss. Ours: see `discriminative_gradient_ratio`, which 0.2 to 0.8 suits.
+        every: steps per step with a discriminative loss; the others cost no teacher and no head. Ours.
+        share: share of each micro-batch that the discriminative loss compares. Ours.
+        until: share of the run after which the discriminative loss is off. Then nothing is hidden either: a step is
+            that of a plain DiT, and the network is trained as it is sampled. Ours.
+        student_temperature: tau_S.
+        teacher_temperature: tau_T after the warm-up.
+        teacher_temperature_start: tau_T at the start; it rises linearly.
+        teacher_temperature_warmup: share of the run that this takes. Ours.
+        centering: keeps the teacher from collapse: ema (DINO, iBOT), sinkhorn (SwAV, DINOv2), or none.
+        center_momentum: mu.
+        momentum: m at the start; it rises to momentum_end as half a cosine. Default: iBOT's 0.996, and in short runs
+            what makes the teacher's time constant, 1 / (1 - m) steps, momentum_share of the run. 1 freezes the teacher.
+        momentum_end: m at the end of the run. Equal to `momentum`: constant.
+        momentum_share: see `momentum`. Ours.
+        decoder_width: features per token of the extra decoder. Default: in proportion to the encoder's, 512 for 1152.
+        decoder_depth: blocks of the extra decoder. Default: in proportion to the encoder's, 8 for 28.
+        decoder_heads: attention heads of the extra decoder. Default: heads of 32 features.
+        head_width: features of the projection head's hidden layers. Default: in proportion to the encoder's width,
+            iBOT's 2048 for 1152.
+        bottleneck: features that are compared with prototypes. Default: in the same proportion, iBOT's 256 for 1152.
+        prototypes: number of prototypes, K. Default: in the same proportion, iBOT's 8192 for 1152.
+    """
+
+    decoder: Literal["split", "extra"] | None = None
+    split: float = 0.5
+    mask_ratio: float = 0.2
+    teacher_noise: float | str = f"quantile:{QUIET_QUANTILE}"
+    hidden_tokens: HiddenTokens = "noised_patch"
+    cls: Literal["token", "mean"] = "mean"
+    beta: float = 0.3
+    every: int = 1
+    share: float = 1.0
+    until: float = 1.0
+    student_temperature: float = 0.1
+    teacher_temperature: float = 0.07
+    teacher_temperature_start: float = 0.04
+    teacher_temperature_warmup: float = 0.1
+    centering: Literal["ema", "sinkhorn", "none"] = "ema"
+    center_momentum: float = 0.9
+    momentum: float | None = None
+    momentum_end: float = 1.0
+    momentum_share: float = 0.05
+    decoder_width: int | None = None
+    decoder_depth: int | None = None
+    decoder_heads: int | None = None
+    head_width: int | None = None
+    bottleneck: int | None = None
+    prototypes: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError for settings that exclude each other."""
+        sized = self._sized_decoder
+        if self.named_decoder == "split":
+            if sized:
+                raise UserError(
+                    f"sd_dit.{sized[0]}: decoder split takes blocks of the DiT; leave it out, or add "
+                    "--sd_dit.decoder extra"
+                )
+            for name, value in (("hidden_tokens", "mask_token"), ("cls", "token")):
+                if getattr(self, name) == value:
+                    raise UserError(
+                        f"sd_dit.{name}: {value} is a weight that a plain DiT does not have; add --sd_dit.decoder extra"
+                    )
+        _ = self.teacher_law
+
+    @property
+    def _sized_decoder(self) -> list[str]:
+        """Sizes of the extra decoder that are given. A run from before `decoder` existed has all in its config.yaml."""
+        return [name for name in _DECODER_SIZES if getattr(self, name) is not None]
+
+    @property
+    def named_decoder(self) -> Literal["split", "extra"]:
+        """The decoder, chosen where none is named."""
+        return self.decoder or ("extra" if self._sized_decoder else "split")
+
+    @property
+    def teacher_law(self) -> TeacherLaw:
+        """Parsed `teacher_noise`. Raises UserError."""
+        kind, colon, amount = str(self.teacher_noise).rpartition(":")
+        try:
+            law = TeacherLaw(kind if colon else "fixed", float(amount))
+        except ValueError:
+            law = TeacherLaw("", math.nan)
+        lowest = {"fixed": 1e-4, "quantile": 1e-3, "relative": 1e-3}.get(law.kind, math.inf)
+        if not lowest <= law.amount <= 1 or law == ("quantile", 1):
+            raise UserError(f"sd_dit.teacher_noise: must be {_NOISE_FORMS}, got {self.teacher_noise}")
+        return law
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the teacher stays as it starts."""
+        return self.momentum == 1 and self.momentum_end == 1
+
+    def teacher_temperature_at(self, progress: float) -> float:
+        """Return tau_T when the share `progress` of the run is done."""
+        warmup = self.teacher_temperature_warmup
+        done = min(1.0, progress / warmup) if warmup else 1.0
+        return self.teacher_temperature_start + done * (self.teacher_temperature - self.teacher_temperature_start)
+
+    def momentum_at(self, step: int, steps: int) -> float:
+        """Return m of step `step` (0-based) of `steps`."""
+        start = self.momentum
+        if start is None:
+            start = min(IBOT_MOMENTUM, max(0.0, 1 - 1 / (self.momentum_share * steps)))
+        return self.momentum_end - (self.momentum_end - start) * (1 + math.cos(math.pi * step / steps)) / 2
+
+    def split_of(self, depth: int) -> int:
+        """Return the number of encoder blocks of a split DiT. Raises UserError where `depth` leaves no decoder."""
+        blocks = self.split
+        if blocks < 1:
+            blocks = min(max(round(blocks * depth), 1), depth - 1)
+        if blocks != int(blocks) or not 1 <= blocks < depth:
+            raise UserError(
+                f"sd_dit.split: {self.split:g} must be a share below 1, or a whole number of blocks that leaves at "
+                f"least one of model.depth ({depth}) to the decoder; change one, or add --sd_dit.decoder extra"
+            )
+        return int(blocks)
+
+    def sizes_for(self, width: int, depth: int) -> Sizes:
+        """Return the sizes of head and extra decoder for an encoder of `width` and `depth`."""
+        decoder_width = self.decoder_width or _in_proportion(512, width, 64)
+        heads = next(n for n in range(max(1, decoder_width // 32), 0, -1) if decoder_width % n == 0)
+        return Sizes(
+            head_width=self.head_width or _in_proportion(2048, width, 64),
+            bottleneck=self.bottleneck or _in_proportion(256, width, 32),
+            prototypes=self.prototypes or _in_proportion(8192, width, 256),
+            decoder_width=decoder_width,
+            decoder_depth=self.decoder_depth or max(1, round(8 * depth / PUBLISHED_DEPTH)),
+            decoder_heads=self.decoder_heads or heads,
+        )
+
+
+def _in_proportion(published: int, width: int, multiple: int) -> int:
+    """Return a size that is to `width` as `published` is to XL's width, as a multiple of `multiple`."""
+    return max(1, round(published * width / PUBLISHED_WIDTH / multiple)) * multiple
