@@ -12,8 +12,9 @@ from fastdit.models import LatentDecoder
 from fastdit.noise.sampling import PerSampleNoise, sample
 
 # The number of samples drawn at once never changes, because matrix products round differently for another number of
-# rows. A CPU draws few, so that a few samples are quick (more at once is no faster there), and not 8: MKL's AVX2 product
-# of 8, 32 or 200 rows rounds by a row's position, that of 12, 16, 24, 48 or 192 does not. A GPU draws enough to fill it.
+# rows. A CPU draws few, so that a few samples are quick (more at once is no faster there). It does not draw 8: MKL's
+# AVX2 product of 8, 32 or 200 rows rounds by a row's position, that of 12, 16, 24, 48 or 192 does not. A GPU draws
+# enough to fill it.
 BATCH = {"cpu": 12, "cuda": 128}
 
 
