@@ -12,7 +12,8 @@ TORCH_INDEX ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo https://download.py
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 # Stops with one line unless PYTHON is new enough.
-CHECK_PYTHON = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+CHECK_PYTHON = @command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not found; name a Python: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }; \
+  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
   { echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 # Of the machine that `make wheelhouse` collects for. WITH="eval dali": more than the core. PIECE_MB=55: cut larger files.
 PLATFORM ?= linux-x86_64

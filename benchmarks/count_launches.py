@@ -75,6 +75,11 @@ def _count(argv: list[str]) -> None:
         raise UserError(f"--depths {args.depths}: must be whole numbers from 1 on, as 1,2")
     path = writable("json", args.json) if args.json else None
 
+    own_flags = {"--model.depth": "--depths", "--model.width": "--width", "--model.heads": "--heads"}
+    for word in dotted:
+        if (name := word.partition("=")[0]) in own_flags:
+            raise UserError(f"{name}: is set by {own_flags[name]} here; give that instead")
+
     # All steps run in this process, one after another.
     small = SMALL if args.method != "dit" else ""
     words = f"{RUN} {SAMPLE} --model.width {args.width} --model.heads {args.heads} --method {args.method} {small}"

@@ -12,6 +12,7 @@ imports no torch, so that it always keeps time.
 """
 
 import ctypes
+import fcntl
 import importlib.util
 import os
 import re
@@ -24,9 +25,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from journal import Journal, read_journal
-
 try:
+    from journal import Journal, read_journal
+
     from fastdit.command_line import OneLineParser
     from fastdit.errors import UserError, run_command
 except ModuleNotFoundError as missing:
@@ -38,6 +39,7 @@ OUT = ROOT / "runs" / "gpu_suite"
 LINES, LOG = "measurements.jsonl", "log.txt"
 GPU_DEVICE = Path("/dev/nvidiactl")
 NEEDED = ("torch", "deepspeed", "fastdit.kernels")
+LEAST_BUDGET = 45.0  # seconds: the reserve, and a start
 RESERVE = 25.0  # seconds of the budget kept for ending the last part and building the record
 GRACE, PATIENCE = 5.0, 5.0  # seconds from a part's SIGTERM to its SIGKILL, and from that to giving it up
 WELL, CUT_OFF = "well", "cut off"
@@ -126,6 +128,7 @@ PARTS = (
     Part("operations", ("benchmarks/kernels.py", "--sizes", "XL,S,B"), 240),
 )  # fmt: skip
 _TINY = "--model.depth 1 --model.width 32 --model.heads 2"
+_TWO_BLOCKS = _TINY.replace("depth 1", "depth 2")  # an encoder and a decoder
 TINY = (
     _profile("steps", 120, f"S/4 dit 2 {_TINY}", f"S/4 sd_dit 2 {_TINY} --sd_dit.decoder_depth 1"),
     Part("rates", ("benchmarks/rates.py", "--batch", "2", "--sizes", "S"), 120),
@@ -140,7 +143,7 @@ TINY = (
             "7",
             "--batch",
             "8",
-            f"--common={_TINY}",
+            f"--common={_TWO_BLOCKS}",
             "--rates",
             "1e-3,4e-3",
             "--rate_seconds",
@@ -175,7 +178,9 @@ def main(argv: list[str] | None = None) -> None:
 def _parser() -> OneLineParser:
     parser = OneLineParser(prog="gpu_suite.py", description="Test and measure fastdit on this machine's GPU.")
     switch = {"type": bool, "default": False, "nargs": "?", "const": True}
-    parser.add_argument("--budget", type=float, default=520.0, help="seconds after which the suite has ended")
+    parser.add_argument(
+        "--budget", type=float, default=520.0, help="seconds after which the suite has ended; 25 are kept for ending"
+    )
     parser.add_argument("--out", type=str, default=str(OUT), help="folder of the results")
     parser.add_argument(
         "--continue",
@@ -209,7 +214,14 @@ def _suite(argv: list[str]) -> None:
     if not (args.tiny or GPU_DEVICE.exists() or shutil.which("nvidia-smi")):
         raise UserError("gpu_suite.py: this machine has no NVIDIA GPU; --tiny runs a small suite on the CPU")
 
+    if not LEAST_BUDGET <= args.budget < float("inf"):
+        raise UserError(f"--budget {args.budget:g}: must be at least {LEAST_BUDGET:.0f} seconds")
+    if not parts:
+        raise UserError("--parts: names no part; leave it out to run all")
+
+    # From here on one suite owns the folder, until this process ends.
     out = _folder(args.out)
+    lock = _lock(out)
     earlier = getattr(args, "continue")
     lines = out / LINES
     if earlier is None:
@@ -220,11 +232,27 @@ def _suite(argv: list[str]) -> None:
     journal = Journal(lines)
     command = shlex.join(["python", "benchmarks/gpu_suite.py", *argv])
     journal.write("suite", command=command, budget=args.budget, parts=[part.name for part in parts])
-    ended = _run_all(parts, journal, out / LOG, "cpu" if args.tiny else "cuda", began + args.budget)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both ask the suite to stop
+    try:
+        ended = _run_all(parts, journal, out / LOG, "cpu" if args.tiny else "cuda", began + args.budget)
+    except KeyboardInterrupt:
+        ended = [False]
+        print("stopped; the same command with --continue goes on", flush=True)
     print(f"lines: {lines}\nlog: {out / LOG}", flush=True)
-    _build_record(out, args.tiny, began + args.budget - time.monotonic() - 1)
+    _build_record(out, began + args.budget - time.monotonic() - 1)
+    lock.close()
     if not all(ended):
         sys.exit(1)
+
+
+def _lock(out: Path):
+    """Return the log, locked against another suite. Raises UserError where one has locked it."""
+    log = (out / LOG).open("a")
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"--out {out}: another suite writes there; wait for its end, or give another --out") from None
+    return log
 
 
 def _chosen(parts: tuple[Part, ...], names: str | None) -> list[Part]:
@@ -232,7 +260,7 @@ def _chosen(parts: tuple[Part, ...], names: str | None) -> list[Part]:
         return list(parts)
     by_name = {part.name: part for part in parts}
     found, rest = [], names
-    while rest:  # names hold commas themselves: the longest that fits is meant
+    while rest.strip():  # names hold commas themselves: the longest that fits is meant
         fitting = [name for name in by_name if rest == name or rest.startswith(f"{name},")]
         if not fitting:
             raise UserError(f"--parts {names}: {rest!r} is unknown; choose of {', '.join(map(repr, by_name))}")
@@ -259,7 +287,7 @@ def _folder(path: str) -> Path:
         (Path(path) / LOG).open("a").close()
     except OSError as error:
         raise UserError(f"--out {path}: cannot be written ({error.strerror}); give a folder") from None
-    return Path(path)
+    return Path(path).resolve()  # parts run in the checkout's root
 
 
 def _bring(earlier: str, lines: Path) -> None:
@@ -276,9 +304,10 @@ def _bring(earlier: str, lines: Path) -> None:
 
 def _run_all(parts: list[Part], journal: Journal, log: Path, device: str, end: float) -> list[bool]:
     """Run what is left of the parts until the budget is spent. Return which ended well, now or in an earlier call."""
-    last = {line["part"]: line["ended"] for line in read_journal(journal.path) if line["what"] == "part ended"}
+    ends = [line for line in read_journal(journal.path) if line["what"] == "part ended" and "ended" in line]
+    last = {line.get("part"): line["ended"] for line in ends}
     # What failed of itself comes last: it would probably fail again.
-    failed = [part for part in parts if last.get(part.name, WELL).startswith("exit code")]
+    failed = [part for part in parts if last.get(part.name, WELL).startswith(("exit code", "killed"))]
     results = [True for part in parts if last.get(part.name) == WELL]
     for part in [part for part in parts if part not in failed and last.get(part.name) != WELL] + failed:
         missing = [module for module in part.needs if not _installed(module)]
@@ -287,7 +316,7 @@ def _run_all(parts: list[Part], journal: Journal, log: Path, device: str, end: f
         if missing:
             ended = f"not run: {missing[0]} is not installed"
         elif limit < min(part.least, part.limit):
-            ended = "not run: the budget was spent"
+            ended = f"not run: it needs {min(part.least, part.limit):.0f} s, and {max(limit, 0):.0f} s were left"
         else:
             journal.write("part began", part=part.name, command=f"python {_shown(part)}", limit=round(limit, 1))
             ended = _wait(part, part.argv(journal.path, device, limit), limit, log)
@@ -334,6 +363,8 @@ def _wait(part: Part, command: list[str], limit: float, log: Path) -> str:
             gone = _end(process)
     if code is None:
         return f"{CUT_OFF} after {limit:.0f} s" + ("" if gone else ", and could not be ended")
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
     return WELL if code == 0 else f"exit code {code}: {_last_words(log, begin)}"
 
 
@@ -363,7 +394,7 @@ def _last_words(log: Path, begin: int) -> str:
     return re.sub(r"\s+", " ", said[-1])[:500] if said else "it said nothing"
 
 
-def _build_record(out: Path, tiny: bool, seconds: float) -> None:
+def _build_record(out: Path, seconds: float) -> None:
     """Build the record in a process with a time limit; the lines are there in any case."""
     command = [sys.executable, __file__, "--record", "--out", str(out)]
     try:

@@ -6,36 +6,61 @@ Imports only the standard library: `gpu_suite.py`, which has to keep its own tim
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
+
+from fastdit.errors import UserError
 
 
 class Journal:
     """Holds lines and, if it has a file, appends each new one to it. What the file holds already comes first.
 
-    A line is one `write` to a file opened for appending: it is whole or missing, also after SIGKILL, and several
-    processes may share the file.
+    A line is one `write` to a file opened for appending, so it is whole or missing after SIGKILL, and several processes
+    may share the file. A full disk or a lost machine may leave a torn last line; the next journal begins a new line
+    after it, and readers pass over it.
 
     Args:
-        path: the file, created if needed; None keeps lines in memory only.
+        path: the file, created if needed, its folder too; None keeps lines in memory only.
+
+    Raises UserError when the file cannot be written.
     """
 
     def __init__(self, path: str | Path | None = None):
-        self.path = Path(path) if path else None
-        self.lines = read_journal(self.path) if self.path else []
-        self._file = os.open(self.path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644) if self.path else None
+        self.path = Path(path).resolve() if path else None
+        self.lines: list[dict] = []
+        self._file: int | None = None
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
+            self.lines = read_journal(self.path)
+            size = os.fstat(self._file).st_size
+            if size and os.pread(self._file, 1, size - 1) != b"\n":
+                self._append(b"\n")
+        except OSError as error:
+            raise UserError(f"--journal {path}: cannot be written ({error.strerror}); give a file") from None
 
     def write(self, what: str, **fields) -> dict:
         """Append the line {"what": what, "at": seconds since 1970, **fields} and return it.
 
-        Raises ValueError when a field is not JSON.
+        Raises TypeError when a field is not JSON, and UserError when the disk is full.
         """
         line = {"what": what, "at": round(time.time(), 3), **fields}
         text = json.dumps(line)
         self.lines.append(line)
         if self._file is not None:
-            os.write(self._file, (text + "\n").encode())
+            try:
+                self._append((text + "\n").encode())
+            except OSError as error:
+                raise UserError(
+                    f"{self.path}: cannot be written ({error.strerror}); make room, then run the same command again to "
+                    "go on (gpu_suite.py: with --continue)"
+                ) from None
         return line
+
+    def _append(self, data: bytes) -> None:
+        if os.write(self._file, data) < len(data):
+            raise OSError(28, "No space left on device")  # a part of the line fitted
 
     def done(self, what: str, key: str) -> set:
         """Return the values of field `key` in the lines of kind `what`: what need not run again."""
@@ -43,15 +68,27 @@ class Journal:
 
 
 def read_journal(path: str | Path) -> list[dict]:
-    """Return the lines of a journal in order. A line cut short by a full disk or a lost machine is left out."""
-    return list(_whole_lines(Path(path))) if Path(path).exists() else []
+    """Return the whole lines of a journal in order; an empty list where there is no file."""
+    return _split_lines(path)[0]
 
 
-def _whole_lines(path: Path) -> Iterator[dict]:
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+def count_torn(path: str | Path) -> int:
+    """Return how many lines of a journal cannot be read."""
+    return _split_lines(path)[1]
+
+
+def _split_lines(path: str | Path) -> tuple[list[dict], int]:
+    """Return the whole lines, and the number of others."""
+    if not Path(path).is_file():
+        return [], 0
+    lines, torn = [], 0
+    for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
         except ValueError:
-            continue
-        if isinstance(line, dict) and "what" in line:
-            yield line
+            line = None
+        if isinstance(line, dict) and isinstance(line.get("what"), str):
+            lines.append(line)
+        elif text.strip():
+            torn += 1
+    return lines, torn

@@ -10,6 +10,7 @@ A case that does not fit in memory is tried again with half its batch. A case th
 """
 
 import gc
+import re
 import shlex
 import time
 import traceback
@@ -110,9 +111,16 @@ def _parser() -> OneLineParser:
 
 def _benchmark(argv: list[str]) -> None:
     # Cases are positional and hold spaces; jsonargparse would read those with dotted settings as flags.
-    cases = [Case.parse(word) for word in argv if " " in word]
-    args = _parser().parse([word for word in argv if " " not in word])
-    cases = cases or [Case.parse(text) for text in DEFAULT]
+    words = [word for word in argv if " " in word or re.match(r"[A-Z]+/\d", word)]
+    cases = [Case.parse(word) for word in words]
+    args = _parser().parse([word for word in argv if word not in words])
+    if not cases:
+        if args.device == "cpu" or not torch.cuda.is_available():
+            raise UserError(
+                "profile_steps.py: the default cases are for a GPU, and torch sees none; name a small case, such as "
+                "'S/4 dit 2', with --device cpu"
+            )
+        cases = [Case.parse(text) for text in DEFAULT]
     configs = [case.config(args.device, "auto", args.size) for case in cases]  # every bad case is told before any runs
     file = records.writable("json", args.json) if args.json else None
     journal = Journal(args.journal)

@@ -111,6 +111,8 @@ def lines(record: dict) -> list[str]:
     """A Markdown table, a line for each case, size and phase. Others' times: in fastdit's."""
     cells = [("operation", "size", "phase", "fastdit runs", "ms (20-80 %)", "GB/s", "of copy", "others", "peak MiB")]
     for rows in groups(record):
+        if OURS not in rows:  # cut off before
+            continue
         ours = rows[OURS]
         others = [row for name, row in rows.items() if name != OURS]
         if ours["ms_p50"] is None:

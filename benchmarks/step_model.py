@@ -58,6 +58,7 @@ class Rates:
     def __init__(self, lines: list[dict] | None = None):
         lines = lines or []
         self.lines = [line for line in lines if line["what"] == "rates" and "failed" not in line]
+        self.devices = [line for line in lines if line["what"] == "device"]
         devices = [line["copy_gb_per_s"] for line in lines if line["what"] == "device" and line.get("copy_gb_per_s")]
         self.copy = Rate(devices[-1] * 1e9, "measured") if devices else Rate(COPY, "guess")
         self.used: dict[str, Rate] = {"copy, bytes/s": self.copy}
@@ -181,6 +182,9 @@ def _model(argv: list[str]) -> None:
         raise UserError(f"--batches {args.batches}: must be whole numbers from 1 on, as 256,32")
     cases = [(size, int(batch)) for size in args.sizes.split(",") for batch in args.batches.split(",")]
     rates = Rates(_lines_of(args.rates, "rates", "rates.py") if args.rates else None)
+    for line in rates.devices:
+        if (line.get("gemm_tflops") or 1.0) < 1:
+            raise UserError(f"--rates {args.rates}: holds rates of a dry run on {line['name']}; measure them on a GPU")
 
     print("\n".join([*scenario_lines(cases, rates), "", *group_lines(cases, rates)]))
     if args.measured:

@@ -6,7 +6,7 @@ from pathlib import Path
 import record as records
 from convergence_tables import CONVERGENCE
 from gpu_suite import LINES, ROOT
-from journal import read_journal
+from journal import count_torn, read_journal
 from loaders import LOADER, loader_record
 from profile_steps import PROFILE, profile_record
 from rates import RATES, rates_record
@@ -36,6 +36,8 @@ def write_record(out: Path) -> Path:
         if section and part["rows"]:
             print("\n" + "\n".join(section.lines(part)))
     print("\n" + "\n".join(suite_lines(record)))
+    if torn := count_torn(out / LINES):
+        print(f"{out / LINES}: {torn} lines cannot be read and are left out")
     print(f"record: {path}")
     return path
 
@@ -48,11 +50,16 @@ def suite_record(lines: list[dict]) -> dict | None:
     heads = [line for line in lines if line["what"] == "record"]
     if not heads:
         return None
-    suites = [line for line in lines if line["what"] == "suite"]
+    suite = next(
+        (line for line in lines if line["what"] == "suite"),
+        {"budget": None, "command": heads[0].get("command", "unknown")},
+    )
     head = {key: heads[0][key] for key in ("date", "device", "kind", "driver", "versions", "load")}
-    settings = {"dtype": heads[0]["settings"]["dtype"], "batch": "by part", "budget_seconds": suites[0]["budget"]}
-    rows = [_part_row(name, own) for name, own in _by_part(lines).items()]
-    return {"benchmark": "suite", "command": suites[0]["command"], **head, "settings": settings, "rows": rows}
+    settings = {"dtype": heads[0]["settings"]["dtype"], "batch": "by part", "budget_seconds": suite["budget"]}
+    # Lines of a benchmark that ran by itself are a part without a name.
+    parts = _by_part(lines) or {"no part of a suite": lines}
+    rows = [_part_row(name, own) for name, own in parts.items()]
+    return {"benchmark": "suite", "command": suite["command"], **head, "settings": settings, "rows": rows}
 
 
 def _by_part(lines: list[dict]) -> dict[str, list[dict]]:
@@ -60,7 +67,7 @@ def _by_part(lines: list[dict]) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
     current = None
     for line in lines:
-        if line["what"] in ("part began", "part ended"):
+        if line["what"] in ("part began", "part ended") and "part" in line:
             current = line["part"] if line["what"] == "part began" else None
             found.setdefault(line["part"], []).append(line)
         elif current is not None:
@@ -71,9 +78,9 @@ def _by_part(lines: list[dict]) -> dict[str, list[dict]]:
 def _part_row(name: str, lines: list[dict]) -> dict:
     last = lines[-1]
     ended = [line for line in lines if line["what"] == "part ended"]
-    command = next(line["command"] for line in lines if "command" in line)
-    killed = "the suite was killed" if last["what"] != "part ended" else last["ended"]
-    seconds = round(sum(line["seconds"] for line in ended), 1)
+    command = next((line["command"] for line in lines if "command" in line), "unknown")
+    killed = "the suite was killed" if last["what"] != "part ended" else last.get("ended", "unknown")
+    seconds = round(sum(line.get("seconds", 0.0) for line in ended), 1)
     return {"part": name, "command": command, "seconds": seconds, "ended": killed, "record": _part_record(lines)}
 
 

@@ -21,12 +21,17 @@ from email import message_from_string
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from pip._vendor.packaging.markers import default_environment
-from pip._vendor.packaging.requirements import Requirement
-from pip._vendor.packaging.utils import canonicalize_name
+try:
+    from packaging.markers import default_environment
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+except ModuleNotFoundError:  # pip has a copy; importing pip makes distutils the standard library's, which breaks others
+    from pip._vendor.packaging.markers import default_environment
+    from pip._vendor.packaging.requirements import Requirement
+    from pip._vendor.packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # fastdit itself need not be installed here
+sys.path.append(str(ROOT))  # fastdit itself need not be installed here
 from fastdit.engine.commit import commit_file, find_commit  # noqa: E402
 from fastdit.errors import UserError, run_command  # noqa: E402
 

@@ -17,7 +17,8 @@ fail() {
 pip() { "$python" -m pip "$@"; }
 export PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 
-# Check the folder: every file that MANIFEST names is there and unchanged.
+# Check the folder: it can be written, and every file that MANIFEST names is there and unchanged.
+[ -w "$here" ] || fail "$here cannot be written; copy the folder to where you may write"
 [ -f "$here/MANIFEST" ] || fail "$here/MANIFEST is missing; copy the whole folder again"
 field() { sed -n "s/^# $1 //p" "$here/MANIFEST"; }
 wheels=()
@@ -48,7 +49,7 @@ has torch || fail "$python has no torch, which the wheelhouse leaves out; name a
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 log=$here/install.log
-: >"$log" 2>/dev/null || log=$scratch/install.log
+: >"$log"
 for index in "${!wheels[@]}"; do
   name=${wheels[index]}
   [ -f "$here/$name" ] || cat "$here/$name".part* >"$scratch/$name"
@@ -113,4 +114,4 @@ if missing:
 EOF
 echo "fastdit is installed for $("$python" -c 'import sys; print(sys.executable)') after $((SECONDS - start)) s," \
   "commit $(head -1 "$here/commit")"
-[ -z "$site" ] || echo "now run:  . $here/activate"
+[ -z "$site" ] || echo "now run:  . '$here/activate'"

@@ -1,6 +1,7 @@
 """benchmarks/gpu_suite.py: real parts on a CPU, kills, the time budget, and the record that is built from lines."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from launching import ROOT, Launched, python, run
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -115,7 +117,11 @@ def test_parts_end_inside_the_budget(tmp_path, quick):
     assert time.monotonic() - began < 4 + 0.5 + 2
     assert results == [True, False, False]
     ended = {line["part"]: line["ended"] for line in journal.lines if line["what"] == "part ended"}
-    assert ended == {"short": "well", "stubborn": "cut off after 4 s", "late": "not run: the budget was spent"}
+    assert ended == {
+        "short": "well",
+        "stubborn": "cut off after 4 s",
+        "late": "not run: it needs 0 s, and 0 s were left",
+    }
     assert "said" in (tmp_path / LOG).read_text()
     pids = pids_in(tmp_path / LOG)
     assert len(pids) == 2
@@ -179,6 +185,65 @@ def test_going_on_repeats_what_failed_last(tmp_path, quick):
     assert results == [True] * 4
     said = [line for line in (tmp_path / LOG).read_text().splitlines() if line.startswith("ran ")]
     assert said == ["ran cut", "ran new", "ran failed"]
+
+
+def test_a_killed_part_says_by_what(tmp_path):
+    part = script("killed", "import os, signal; print('before', flush=True); os.kill(os.getpid(), signal.SIGKILL)")
+    assert gpu_suite._wait(part, [sys.executable, *part.command], 30, tmp_path / LOG) == "killed by SIGKILL"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_suite_says_how_to_go_on(tmp_path, number):
+    """It ends its part, builds the record and leaves no traceback; a second suite may not write there meanwhile."""
+    command = python(
+        "benchmarks/gpu_suite.py", "--tiny", "--budget", 600, "--parts", "rates", "--out", tmp_path / "out"
+    )
+    with Launched(command, tmp_path / "log") as launched:
+        launched.until(lambda: len(lines_of(tmp_path / "out", "rates")) > 2, "some rates")
+        second = subprocess.run([*command, "--continue"], cwd=ROOT, capture_output=True, text=True)
+        assert second.returncode == 2
+        assert "another suite writes there" in second.stderr
+        launched.process.send_signal(number)
+        ended = launched.wait()
+    assert ended.code == 1
+    assert "stopped; the same command with --continue goes on" in ended.text
+    assert "Traceback" not in ended.text
+    assert [*(tmp_path / "out").glob("*.json")]
+
+
+def test_paths_are_those_of_the_caller(tmp_path):
+    """Parts run in the checkout's root, and still write where the suite was told to from elsewhere."""
+    command = [sys.executable, ROOT / "benchmarks/gpu_suite.py", "--tiny", "--parts", "operations", "--out", "results"]
+    subprocess.run([*command, "--budget", "300"], cwd=tmp_path, capture_output=True, check=True)
+    assert lines_of(tmp_path / "results", "row")
+    assert len([*(tmp_path / "results").glob("*.json")]) == 1
+    assert not (ROOT / "results").exists()
+
+
+def test_a_record_is_built_from_damaged_lines(tmp_path, capsys):
+    """Torn lines are counted, and lines without a suite are a record too."""
+    from suite_record import write_record
+
+    lines = tmp_path / LINES
+    lines.write_text('{"what": "part ended"}\n{"what": "record", "torn')
+    journal = Journal(lines)
+    head = records.start("python x", torch.device("cpu"), {"dtype": "fp32", "batch": 1})
+    journal.write("record", **head)
+    row = dict.fromkeys(records.COLUMNS, "x") | {"contender": "fastdit", "ms_p50": None, "peak_bytes": None}
+    journal.write("row", **row)
+    record = json.loads(write_record(tmp_path).read_text())
+    assert [row["part"] for row in record["rows"]] == ["no part of a suite"]
+    assert len(record["rows"][0]["record"]["rows"]) == 1
+    assert "1 lines cannot be read and are left out" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_line(monkeypatch):
+    """A part of the line fits; the next journal begins a new line after it."""
+    journal = Journal("/dev/full")
+    with pytest.raises(UserError, match=r"/dev/full: cannot be written .*; make room, then run the same command"):
+        journal.write("row")
+    with pytest.raises(UserError, match="--journal /dev/null/x: cannot be written"):
+        Journal("/dev/null/x")
 
 
 def test_a_plan_with_runs_left_is_not_finished(tmp_path, quick):
@@ -303,6 +368,11 @@ def test_parts_and_refusals(monkeypatch, tmp_path):
     (tmp_path / LINES).write_text("{}\n")
     with pytest.raises(UserError, match="holds an earlier call's results; add --continue"):
         gpu_suite._suite(["--tiny", "--out", str(tmp_path)])
+    for budget in ("-5", "nan", "30"):
+        with pytest.raises(UserError, match="budget"):
+            gpu_suite._suite(["--tiny", "--budget", budget, "--out", str(tmp_path / "new")])
+    with pytest.raises(UserError, match="--parts: names no part"):
+        gpu_suite._suite(["--tiny", "--parts", "", "--out", str(tmp_path / "new")])
     monkeypatch.setattr(gpu_suite, "NEEDED", ("torch", "no_such_module.part"))
     with pytest.raises(UserError, match=r"no_such_module\.part is not installed; docs/offline\.md"):
         gpu_suite._suite(["--tiny"])
