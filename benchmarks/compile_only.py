@@ -74,7 +74,7 @@ def compile_only(on_launch: Callable[[str, CompiledKernel], None]) -> Iterator[N
 
 
 class Resources(NamedTuple):
-    """What one thread or block of a compiled kernel needs."""
+    """Hold what one thread or block of a compiled kernel needs."""
 
     registers: int
     spilled: int  # bytes of local memory a thread, which hold spilled registers

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 from compile_only import compile_only
+from flags import split_flags
 from record import writable
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -68,7 +69,7 @@ def _count(argv: list[str]) -> None:
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--method", type=METHODS, default="dit")
     parser.add_argument("--json", type=str | None, default=None, help="write the counts")
-    own, dotted = _split(argv)
+    own, dotted = split_flags(argv)
     args = parser.parse(own)
     depths = args.depths.split(",")
     if not all(depth.isdecimal() and int(depth) for depth in depths):
@@ -93,18 +94,6 @@ def _count(argv: list[str]) -> None:
     if path:
         path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     torch.distributed.destroy_process_group()
-
-
-def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Return this command's own flags and a run's dotted settings, each with its values."""
-    own: list[str] = []
-    dotted: list[str] = []
-    target = own
-    for word in argv:
-        if word.startswith("--"):
-            target = dotted if "." in word.partition("=")[0] else own
-        target.append(word)
-    return own, dotted
 
 
 def count_step(config: Config, ranks: runtime.Runtime) -> Launches:

@@ -15,6 +15,7 @@ from typing import Literal
 
 import record as records
 import torch
+from flags import split_flags
 from journal import Journal
 from loaders import LOADER, measure_loaders
 from made_data import MADE, at_hand
@@ -93,7 +94,7 @@ def _parser() -> OneLineParser:
 
 
 def _benchmark(argv: list[str]) -> None:
-    own, dotted = _split(argv)
+    own, dotted = split_flags(argv)
     args = _parser().parse(own)
     if args.readme:
         for section in (THROUGHPUT, LOADER):
@@ -255,18 +256,6 @@ def _check_loader_only(args) -> None:
         raise UserError(f"--data {args.data}: there is nothing to decode; give fashion_mnist, a folder or shards")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("--loader_only: measures one process; start it with python")
-
-
-def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Own flags, and a run's dotted settings, each with its values."""
-    own: list[str] = []
-    dotted: list[str] = []
-    target = own
-    for word in argv:
-        if word.startswith("--"):
-            target = dotted if "." in word.partition("=")[0] else own
-        target.append(word)
-    return own, dotted
 
 
 def _config(args, dotted: list[str]) -> Config:

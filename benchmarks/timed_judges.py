@@ -84,7 +84,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What the judges see of a run.
+    """Hold what the judges see of a run.
 
     Args:
         network: with the EMA weights, in eval mode, in the dtype of the training.

@@ -32,7 +32,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Plan:
-    """What shall be run.
+    """Describe what is to be run.
 
     Args:
         contenders: flags of fastdit/train.py by name; `BASELINE` is among them.

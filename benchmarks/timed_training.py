@@ -28,7 +28,7 @@ class SilentRuntime(Runtime):
 
 
 class Price(NamedTuple):
-    """What a contender's run costs, in seconds: `fixed`, and `step` for each of its steps.
+    """Hold what a contender's run costs, in seconds: `fixed`, and `step` for each of its steps.
 
     rehearsed is the number of steps that were timed, warm_up what it took until all was compiled.
     """

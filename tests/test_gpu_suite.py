@@ -408,7 +408,7 @@ def test_every_part_is_a_command_that_parses(part):
         for text in flags:
             profile_steps.Case.parse(text).config("cpu", "fp32", 32)
     elif "throughput" in script:
-        own, dotted = throughput._split([*flags, "--device", "cpu"])
+        own, dotted = throughput.split_flags([*flags, "--device", "cpu"])
         args = throughput._parser().parse(own)
         throughput._against(args.against)
         throughput._config(args, dotted)

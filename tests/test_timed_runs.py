@@ -261,7 +261,7 @@ def shard(path, pixels, labels):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_decoded_images_are_exact(tmp_path, monkeypatch, channels):
-    """What trains and what judges are the images' own levels, also without DALI; mirrored views are mirrored images."""
+    """Train and judge on the images' own levels, also without DALI; mirrored views are mirrored images."""
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (20, 6, 8, 3)[: 3 + (channels == 3)], dtype=np.uint8)

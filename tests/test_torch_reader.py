@@ -265,7 +265,7 @@ def test_closing_ends_the_workers(endless):
 
 
 def test_a_killed_worker_ends_in_one_line(endless):
-    """What is prepared still comes. After the error the loader can start again, at the same place."""
+    """Deliver what is prepared; after the error the loader can start again, at the same place."""
     workers()[0].kill()
     begin = time.monotonic()
     with pytest.raises(UserError, match=r"^data.threads: a process that decodes images ended unexpectedly") as error:

@@ -51,7 +51,7 @@ class Job(NamedTuple):
 
 @dataclass
 class Note:
-    """What a worker reports about a batch. Where everything is empty, the batch is in its slot.
+    """Report about a batch, from a worker. Where everything is empty, the batch is in its slot.
 
     corrupt: ids of the images that cannot be decoded. wrong: id and number of channels of the first image that does not
     fit. error: a UserError's text. crash: the traceback of any other exception. shapes: of the files, if asked for.
