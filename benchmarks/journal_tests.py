@@ -23,6 +23,7 @@ def pytest_configure(config):
     worker = getattr(config, "workerinput", None)
     if worker is None:
         journal = Journal(path)
+        journal.write("machine", **_machine())
         config.pluginmanager.register(_Writer(journal), "journal writer")
         config.finished_tests = {
             line["id"] for line in read_journal(path) if line["what"] == "test" and line["outcome"] in GOOD
@@ -42,6 +43,16 @@ def pytest_collection_modifyitems(config, items):
     if left_out:
         items[:] = [item for item in items if item.nodeid not in finished]
         config.hook.pytest_deselected(items=left_out)
+
+
+def _machine() -> dict:
+    """Return what a record says of the machine and the versions."""
+    import record
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = record.start("pytest", device, {}, "tests")
+    return {name: found[name] for name in ("date", "device", "kind", "driver", "versions", "load")}
 
 
 class _Writer:

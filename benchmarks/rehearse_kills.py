@@ -20,7 +20,17 @@ from gpu_suite import LINES, ROOT, TINY, Part
 from journal import read_journal
 
 PATIENCE = 300.0  # seconds for a part's first measurement, and for its end
-NO_MEASUREMENTS = ("suite", "part began", "part ended", "record", "device", "test began", "tests ended", "timed plan")
+NO_MEASUREMENTS = (
+    "suite",
+    "part began",
+    "part ended",
+    "record",
+    "device",
+    "machine",
+    "test began",
+    "tests ended",
+    "timed plan",
+)
 # Fields that name a measurement, of those that a continued part does not repeat.
 NAMED = {"step": "asked", "profile": "asked", "rates": "piece", "operation": "name", "run": "key"}
 

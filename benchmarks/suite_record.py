@@ -47,7 +47,7 @@ def suite_record(lines: list[dict]) -> dict | None:
 
     None where no part has said yet what machine it runs on.
     """
-    heads = [line for line in lines if line["what"] == "record"]
+    heads = [line for line in lines if line["what"] in ("record", "machine")]
     if not heads:
         return None
     suite = next(
@@ -55,7 +55,8 @@ def suite_record(lines: list[dict]) -> dict | None:
         {"budget": None, "command": heads[0].get("command", "unknown")},
     )
     head = {key: heads[0][key] for key in ("date", "device", "kind", "driver", "versions", "load")}
-    settings = {"dtype": heads[0]["settings"]["dtype"], "batch": "by part", "budget_seconds": suite["budget"]}
+    dtypes = [line["settings"]["dtype"] for line in heads if "settings" in line]
+    settings = {"dtype": dtypes[0] if dtypes else "none", "batch": "by part", "budget_seconds": suite["budget"]}
     # Lines of a benchmark that ran by itself are a part without a name.
     parts = _by_part(lines) or {"no part of a suite": lines}
     rows = [_part_row(name, own) for name, own in parts.items()]
