@@ -11,8 +11,8 @@ import torch
 from fp64_reference import MasterWeights, rank_inputs
 from launching import TINY, Launched, averages, checkpoint, deepspeed, forked, metrics, run
 from test_config import complaint
+from test_image_resnet import resnet18_weights
 from test_resume import assert_same_run
-from test_structure_encoders import resnet18_weights
 
 from fastdit.config import parse, presets
 from fastdit.engine import build

@@ -26,8 +26,8 @@ from structure_game_helpers import (
     tiny_psi,
 )
 from test_config import complaint
+from test_image_resnet import resnet18_weights
 from test_structure_cost import Free, NoSync, Recorder
-from test_structure_encoders import resnet18_weights
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdit.config import parse

@@ -24,7 +24,7 @@ from structure_game_helpers import (
     seeded,
     tiny_psi,
 )
-from test_structure_encoders import resnet18_weights
+from test_image_resnet import resnet18_weights
 
 from fastdit.config import parse
 from fastdit.engine.build import Shape, build_training
