@@ -1,4 +1,4 @@
-"""What takes training steps in the throughput benchmark: fastdit's engine, plain PyTorch; and a product beside them.
+"""Define the contenders of the throughput benchmark: fastdit's engine, plain PyTorch, and a product beside them.
 
 All train on batches of their own loader, with the same method, noise process and sizes.
 """
@@ -20,13 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastdit.config import Config
 from fastdit.engine import build
-from fastdit.engine.loop import train_step
+from fastdit.engine.loop import Run, train_step
 from fastdit.engine.runtime import Runtime
 from fastdit.engine.session import Session
 from fastdit.methods.denoising import Denoising, Outcome
 from fastdit.methods.psi_alignment import PsiAlignment
 from fastdit.methods.self_discrimination import SelfDiscrimination
 from fastdit.methods.structure_game import StructureGame
+from fastdit.methods.wrapper import Wrapper
 from fastdit.models import SplitDiT
 
 PRODUCT = {"cuda": 8192, "cpu": 2048}  # rows and columns
@@ -34,13 +35,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class _Silent(Runtime):
-    """A rank that leaves no files of a run behind."""
+    """Stand for a rank that leaves no files of a run behind."""
 
     first = False
 
 
 class Engine(Contender):
-    """fastdit as it trains: a `Session`, and the steps of `fastdit.engine.loop.train`."""
+    """Train as fastdit does: a `Session`, and the steps of `fastdit.engine.loop.train`."""
 
     def __init__(self, config: Config, runtime: Runtime, watch: Stopwatch):
         super().__init__(watch)
@@ -53,33 +54,29 @@ class Engine(Contender):
         self.ran = f"ZeRO-{self.run.plan.stage}, {self.session.attention}{graphs}"
         self.flops = self.run.method.flops(self.run.engine.module)
         self.names = {"backward": "backward/network", "followers": "extras", "method": "extras"}
-        method = self.run.method
-        if config.uses("psi_align"):
-            self.names["forward"] = "forward/network"
-            cut_alignment(method, watch)
-            method = method.base
-        if config.uses("sadm"):
-            self.names |= {"forward": "forward/structure", "method": "extras/psi"}
-            cut_game(method, watch, "forward" if config.uses("sd_dit") else "forward/network")
-            method = method.base
-        if config.uses("sd_dit"):
-            last = cut_components(self.run.engine.module, method, watch, config.cuda_graphs)
-            self.names |= {"backward": f"backward/{last}", "followers": "extras/refresh"}
+        for name, method in layers(self.run.method):
+            if name in CUTS:
+                self.names |= CUTS[name](self.run, method, watch)
+        cut_step(self.run, self._lap)
 
     def step(self) -> None:
         self.watch.start()
-        train_step(self.run, self.done, lambda part: self.watch.lap(self.names.get(part, part)))
+        train_step(self.run, self.done)
+        self._lap("rest")
         self.done += 1
 
+    def _lap(self, part: str) -> None:
+        self.watch.lap(self.names.get(part, part))
+
     def sizes(self) -> Trained:
-        """What scales with the number of GPUs."""
+        """Return the sizes that a prediction for other numbers of GPUs needs."""
         module, plan, method = self.run.engine.module, self.run.plan, self.run.method
         weights = {p: getattr(p, "ds_numel", p.numel()) for p in module.parameters()}
         trained = [numel for p, numel in weights.items() if p.requires_grad]
         zero = plan.deepspeed.get("zero_optimization", {})
         small = zero.get("stage3_param_persistence_threshold", KEPT)
         followers = [next(iter(follower.tensors.values())) for follower in self.run.followers]
-        players = [each for each in (method, getattr(method, "base", method)) if getattr(each, "plays", False)]
+        players = [each for _, each in layers(method) if getattr(each, "adversarial", False)]
         psi = players[0].psi.parameters() if players else ()
         return Trained(
             parameters=sum(trained),
@@ -99,9 +96,54 @@ class Engine(Contender):
         self.run.loader.close()
 
 
+def cut_step(run: Run, lap: Callable[[str], None]) -> None:
+    """Make everything that `train_step` calls end a lap: `lap` is called with the name of the part."""
+
+    def cut(owner: object, name: str, part: str) -> None:
+        call = getattr(owner, name)
+
+        def timed(*args, **kwargs):
+            result = call(*args, **kwargs)
+            lap(part)
+            return result
+
+        setattr(owner, name, timed)
+
+    cut(run.optimizer, "forget_nonfinite", "rest")
+    run.loader = _CutLoader(run.loader, lap)
+    cut(run.method, "loss", "forward")
+    cut(run.engine, "backward", "backward")
+    cut(run.engine, "step", "optimizer")
+    cut(run, "follow", "followers")
+    cut(run.method, "end_step", "method")
+
+
+class _CutLoader:
+    """Stand for a loader; each batch ends a lap."""
+
+    def __init__(self, loader, lap: Callable[[str], None]):
+        self._loader, self._lap = loader, lap
+
+    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = next(self._loader)
+        self._lap("data")
+        return batch
+
+    def __getattr__(self, name: str):
+        return getattr(self._loader, name)
+
+
+def layers(method: Denoising) -> Iterator[tuple[str, Denoising]]:
+    """Yield the method and those that it wraps, the outermost first, with their names."""
+    yield method.name, method
+    while isinstance(method, Wrapper):
+        method = method.base
+        yield method.name, method
+
+
 def _own_tensors(method: Denoising) -> list[torch.Tensor]:
-    """What a method keeps whole on every rank: a teacher, Psi and its optimizer's state, centres."""
-    fields, found = [*vars(method).values(), *vars(getattr(method, "base", method)).values()], []
+    """Return what a method keeps whole on every rank: a teacher, Psi and its optimizer's state, centers."""
+    fields, found = [value for _, each in layers(method) for value in vars(each).values()], []
     for value in dict(zip(map(id, fields), fields)).values():
         if isinstance(value, nn.Module):
             found += [*value.parameters(), *value.buffers()]
@@ -186,8 +228,32 @@ def cut_alignment(method: PsiAlignment, watch: Stopwatch) -> None:
     method.targets_of = cut
 
 
+def _cut_sd_dit(run: Run, method: SelfDiscrimination, watch: Stopwatch) -> dict[str, str]:
+    last = cut_components(run.engine.module, method, watch, run.config.cuda_graphs)
+    return {"backward": f"backward/{last}", "followers": "extras/refresh"}
+
+
+def _cut_sadm(run: Run, method: StructureGame, watch: Stopwatch) -> dict[str, str]:
+    cut_game(method, watch, "forward" if run.config.uses("sd_dit") else "forward/network")
+    return {"forward": "forward/structure", "method": "extras/psi"}
+
+
+def _cut_psi_align(run: Run, method: PsiAlignment, watch: Stopwatch) -> dict[str, str]:
+    cut_alignment(method, watch)
+    return {"forward": "forward/network"}
+
+
+# By method: a function that makes a step end laps after the method's components, and returns the names of the laps of
+# `train_step` where they differ then. The steps of a method that is not here have their phases alone.
+CUTS: dict[str, Callable[[Run, Denoising, Stopwatch], dict[str, str]]] = {
+    "sd_dit": _cut_sd_dit,
+    "sadm": _cut_sadm,
+    "psi_align": _cut_psi_align,
+}
+
+
 class Plain(Contender):
-    """A DiT trained by PyTorch alone: torch.optim.AdamW (fused), `torch._foreach_lerp_` for the average; for bf16
+    """Train a DiT by PyTorch alone: torch.optim.AdamW (fused), `torch._foreach_lerp_` for the average; for bf16
     autocast over fp32 weights, for several ranks DistributedDataParallel. fastdit's operations run as their references.
 
     Args:
@@ -259,7 +325,7 @@ def _reference_kernels() -> Iterator[None]:
 
 
 class Product(Contender):
-    """A large square product: what the device's GEMMs can do, in FLOP/s, while the others run."""
+    """Compute a large square product: what the device's GEMMs can do, in FLOP/s, while the others run."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, watch: Stopwatch):
         super().__init__(watch)
@@ -273,13 +339,15 @@ class Product(Contender):
         self.watch.lap("forward")
 
     def rate(self, milliseconds: float) -> float:
-        """FLOP/s."""
+        """Return the rate in FLOP/s."""
         return 2 * self.n**3 / milliseconds * 1e3
 
 
 def warm(make: Callable[[], Contender], device: torch.device) -> Contender:
-    """make(), after a few steps, with its memory measured: what it holds by the first, and the second's own; and on a
-    GPU the host's time."""
+    """Return make() after a few steps, with its memory measured: after the first step and during the second.
+
+    On a GPU the host's time is measured too.
+    """
     before = _held(device)
     contender = make()
     contender.step()
@@ -299,7 +367,7 @@ def _host_time(contender: Contender) -> float:
 
 
 def _held(device: torch.device) -> int:
-    """Bytes of all tensors on the device: on a GPU by the allocator's counter."""
+    """Return the bytes of all tensors on the device: on a GPU by the allocator's counter."""
     gc.collect()
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
@@ -308,7 +376,7 @@ def _held(device: torch.device) -> int:
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, int]:
-    """Where its storage lies, and the bytes of that; a compiler leaves tensors behind that have none."""
+    """Return the address and the bytes of its storage; a compiler leaves tensors behind that have none."""
     storage = tensor.untyped_storage()
     try:
         return storage.data_ptr(), storage.nbytes()

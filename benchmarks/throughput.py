@@ -43,11 +43,10 @@ SWITCHES = {
     "readme": "measure nothing; write the README's tables from benchmarks/records",
 }
 Against = dict[str, type[nn.Module] | None]  # by name; the class of a peer
-METHODS = Config.__dataclass_fields__["method"].type
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Leaves the process: 0, or 2 after a UserError."""
+    """Run the command. It ends the process with 0, or with 2 after a UserError."""
     run_command(_benchmark, argv)
 
 
@@ -58,7 +57,7 @@ def _parser() -> OneLineParser:
         "--sd_dit.mask_ratio 0.5 (see fastdit/train.py --help).",
     )
     parser.add_argument("--model", type=str, default="S/2", help="size and patch")
-    parser.add_argument("--method", type=METHODS, default=PLAIN, help="any other runs beside dit")
+    parser.add_argument("--method", type=str, default=PLAIN, help="as in training; any other runs beside dit")
     parser.add_argument("--batch", type=int, default=8, help="samples of a step, over all ranks")
     parser.add_argument("--size", type=int, default=32, help="height and width of an image or latent")
     parser.add_argument("--channels", type=int, default=4)
@@ -281,7 +280,7 @@ def _config(args, dotted: list[str]) -> Config:
 
 
 def _against(text: str | None) -> Against:
-    """Contenders by name, with the class of those that are peers. Raises UserError."""
+    """Return contenders by name, with the class of those that are peers. Raises UserError."""
     chosen = {}
     for name in text.split(",") if text else ():
         kind, *rest = name.split(":", 2)
@@ -295,7 +294,7 @@ def _against(text: str | None) -> Against:
 
 
 def _command(argv: list[str]) -> str:
-    """As given, but for where peers' clones lie and what the launcher adds."""
+    """Return the command as given, without the place of peers' clones and the launcher's flags."""
     words = [word for word in argv if not word.startswith("--local_rank")]
     command = shlex.join(["python", "benchmarks/throughput.py", *words])
     return re.sub(r"(peer:[\w-]+):[^,\s']+", r"\1:FOLDER", command)

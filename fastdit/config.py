@@ -1,11 +1,11 @@
-"""One typed tree of settings: what every run reads, and what it writes beside its results.
+"""Define the settings of a run, as one typed tree. Every run writes its tree beside its results.
 
 A preset (`fastdit/presets/NAME.yaml`, or a path) differs from these defaults only where it must; any field is a
 flag (`--lr 2e-4 --model.patch 4`). Parsing, type checks and `--help` are jsonargparse's.
 """
 
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, make_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -14,13 +14,10 @@ import yaml
 from jsonargparse import Namespace
 
 from fastdit.command_line import OneLineParser
-from fastdit.config_checks import check
-from fastdit.errors import UserError
-from fastdit.methods.psi_alignment import PsiAlign
-from fastdit.methods.self_discrimination import SDDiT
-from fastdit.methods.structure_game import SADM
+from fastdit.errors import UserError, check_ranges
+from fastdit.methods.registry import METHODS, canonical_name, methods_of
 from fastdit.models import SIZES
-from fastdit.noise import DDPM, EDM, Flow
+from fastdit.noise import PROCESSES, NoiseProcess
 
 PRESETS = Path(__file__).parent / "presets"
 CONFIG_FILE = "config.yaml"  # in a run's folder
@@ -28,7 +25,7 @@ CONFIG_FILE = "config.yaml"  # in a run's folder
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where training samples come from.
+    """Choose the training samples and how they are read.
 
     Args:
         source: name of a shipped set (fashion_mnist), folder of class folders, WebDataset shards (a tar, a folder of
@@ -38,7 +35,7 @@ class DataConfig:
         classes: number of classes; none reads it from the source.
         flip: mirror each sample with probability one half. Latents need the mirrored latent in the shards.
         on_corrupt: an undecodable image stops the run, or is replaced by the next one and counted.
-        convert: images with other than `channels` channels are made to fit (grey repeated, colour made grey,
+        convert: images with other than `channels` channels are made to fit (gray repeated, color made gray,
             transparency dropped); else they stop the run.
         reader: library that reads files: dali (NVIDIA DALI), torch (its DataLoader with Pillow), or auto (DALI where
             it is installed). Samples, their order and latents are the same; pixels differ by a few levels.
@@ -52,7 +49,7 @@ class DataConfig:
         cache: latents are read anew (none), or kept in memory: the device's, or the host's (cpu), shared out among the
             ranks. auto: the device where they fill a tenth of its memory at most, else the host up to a quarter.
             The order is the same.
-        autoencoder: what decodes latents into pictures: identity, space_to_depth:K, a folder that diffusers saved
+        autoencoder: decoder of latents into pictures: identity, space_to_depth:K, a folder that diffusers saved
             (AutoencoderKL, AutoencoderTiny), or taef2's pair of files. none: no pictures are drawn of latents.
     """
 
@@ -71,10 +68,18 @@ class DataConfig:
     cache: Literal["auto", "none", "cpu", "device"] = "auto"
     autoencoder: str | None = None
 
+    def __post_init__(self) -> None:
+        """Raise UserError for the first setting that cannot be."""
+        check_ranges(self, "data.", {"size channels classes threads": (1,), "latent_scale": (1e-6,)})
+        for name in ("latent_scale", "latent_shift"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != self.channels:
+                raise UserError(f"data.{name}: {len(value)} numbers for {self.channels} channels; give one a channel")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The DiT. `size` gives depth, width and heads as published; each may be overridden.
+    """Choose the DiT. `size` gives depth, width and heads as published; each may be overridden.
 
     Args:
         size: S, B, L or XL.
@@ -94,51 +99,78 @@ class ModelConfig:
     mlp_ratio: float = 4.0
     attention: Literal["auto", "flash_attn", "sdpa", "cudnn", "flash", "efficient", "math"] = "auto"
 
+    def __post_init__(self) -> None:
+        """Raise UserError for the first setting that cannot be."""
+        check_ranges(self, "model.", {"patch depth width heads": (1,), "mlp_ratio": (0.01, 100)})
+        dims = self.dims()
+        width, heads = dims["width"], dims["heads"]
+        if width % heads or width % 4:
+            raise UserError(f"model.width: {width} must be a multiple of model.heads ({heads}) and of 4; change one")
+        if width * self.mlp_ratio < 1:
+            raise UserError(f"model.mlp_ratio: {self.mlp_ratio} of model.width ({width}) is no hidden unit; raise one")
+
     def dims(self) -> dict[str, int]:
-        """depth, width and heads after overrides."""
+        """Return depth, width and heads after overrides."""
         base = SIZES[self.size]
         return {key: getattr(self, key) or base[key] for key in ("depth", "width", "heads")}
 
 
+def _noise_fields() -> type:
+    """Build a dataclass with a `name`, and for each registered process a field with its settings."""
+    *others, last = PROCESSES
+    named = ("name", Literal[tuple(PROCESSES)], "edm")
+    built = make_dataclass(
+        "_NoiseFields", [named, *((name, kind, kind()) for name, kind in PROCESSES.items())], frozen=True
+    )
+    # jsonargparse takes the headings and texts of --help from the docstring.
+    texts = {"name": f"{', '.join(others)} or {last}"} | {name: kind.summary for name, kind in PROCESSES.items()}
+    lines = (f"    {name}: {text}." for name, text in texts.items())
+    built.__doc__ = "\n".join(["Hold the name of a noise process and the settings of each.", "", "Args:", *lines])
+    return built
+
+
 @dataclass(frozen=True)
-class NoiseConfig:
-    """The noise process; only the chosen one's own settings are used.
+class NoiseConfig(_noise_fields()):
+    """Choose a noise process by `name`. Only the settings of the chosen process are used."""
 
-    Args:
-        name: edm, ddpm or flow.
-        edm: Karras et al. 2022.
-        ddpm: Ho et al. 2020 with learned-range variance (Nichol and Dhariwal 2021).
-        flow: linear flow matching.
-    """
+    def __post_init__(self) -> None:
+        """Raise UserError for a name that is not registered."""
+        if self.name not in PROCESSES:
+            raise UserError(f"noise.name: unknown process {self.name!r}; choose one of {', '.join(PROCESSES)}")
 
-    name: Literal["edm", "ddpm", "flow"] = "edm"
-    edm: EDM = EDM()
-    ddpm: DDPM = DDPM()
-    flow: Flow = Flow()
+    @property
+    def process(self) -> NoiseProcess:
+        """Return the chosen process with its settings."""
+        return getattr(self, self.name)
 
 
 @dataclass(frozen=True)
 class EMAConfig:
-    """The exponential moving average that is sampled.
+    """Choose the EMA whose weights are sampled.
 
     Args:
         kind: `fixed` decay with the usual warm-up min(decay, (1+t)/(10+t)), or `power` (Karras et al. 2024, eq. 127:
             a profile whose width is a fixed share of the run, with nothing to warm up).
-        decay: for `fixed`.
-        std: for `power`: relative width of the profile.
+        decay: decay of `fixed`.
+        std: relative width of the profile of `power`.
     """
 
     kind: Literal["fixed", "power"] = "fixed"
     decay: float = 0.9999
     std: float = 0.1
 
+    def __post_init__(self) -> None:
+        """Raise UserError for the first setting that cannot be."""
+        # A power-function profile cannot be wider than 12^-1/2.
+        check_ranges(self, "ema.", {"decay": (0, 1), "std": (0.001, 0.28)})
+
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How pictures are drawn during and after training.
+    """Choose how pictures are drawn, during and after training.
 
     Args:
-        sampler: none takes the process's default (edm, flow: heun; ddpm: ddpm).
+        sampler: name of a sampler; none takes the default of the noise process (edm, flow: heun; ddpm: ddpm).
         steps: sampler steps.
         guidance: classifier-free guidance scale; 1 is off.
         interval: lowest and highest noise-to-signal ratio at which guidance acts; none is everywhere.
@@ -158,20 +190,27 @@ class SampleConfig:
     max_classes: int = 16
     agreement: int = 0
 
+    def __post_init__(self) -> None:
+        """Raise UserError for the first setting that cannot be."""
+        counts = "steps guided_channels per_class max_classes"
+        check_ranges(self, "sample.", {counts: (1,), "interval agreement": (0,)})
+        if self.interval and not self.interval[0] < self.interval[1]:
+            raise UserError(f"sample.interval: {list(self.interval)}; the first must be below the second")
+
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Figures of the averaged weights: Frechet and kernel distance, precision and recall, class agreement.
+    """Choose how the EMA weights are evaluated: Frechet and kernel distance, precision and recall, class agreement.
 
     Args:
-        every: steps between evaluations, the last step has one too; 0 is off. Its time is not counted as training.
+        every: steps between evaluations; the last step has one too; 0 is off. Their time does not count as training.
         n: samples drawn.
         n_real: images of the data, chosen at random but always the same; none takes all.
         data: reference: a source as in data.source, or statistics of the ADM evaluator (.npz); none: the training data.
-        labels: of the samples: balanced (counts differ by at most one) or random (uniform).
+        labels: class labels of the samples: balanced (counts differ by at most one) or random (uniform).
         features: network: lite0 (packaged; gives FD-lite0) or inception (gives FID; weights are yours).
         weights: file of the network's weights; none: the packaged ones, or those in torch's cache.
-        seed: of noise and random labels; sample i depends on it and on i alone.
+        seed: seed of noise and random labels; sample i depends on it and on i alone.
     """
 
     every: int = 0
@@ -183,16 +222,19 @@ class EvalConfig:
     weights: str | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Raise UserError for the first setting that cannot be."""
+        # A covariance takes two samples, and so does each half of the real images.
+        check_ranges(self, "eval.", {"every seed": (0,), "n": (2,), "n_real": (4,)})
+
 
 @dataclass(frozen=True)
-class Config:
-    """Everything a training run depends on.
+class _RunConfig:
+    """Hold the settings of a training run, but for those of methods.
 
     Args:
-        method: what is trained: dit, the plain denoising loss; sd_dit, self-supervised discrimination beside it; sadm,
-            the structure game; psi_align, alignment with an encoder that knows the classes; joined by +, both.
         out: folder of the run.
-        resume: go on from the newest good checkpoint in `out`.
+        resume: continue from the newest good checkpoint in `out`.
         ds_config: DeepSpeed configuration: zero0, zero1, zero2, zero3, zero3_offload, or a path to a JSON file.
         init_from: start from these weights: official DiT .pt, a folder saved by diffusers, or fastdit's own export.
         finetune: carry `init_from` to other data: a new label table, and all weights trained, or diffit's subset
@@ -205,15 +247,15 @@ class Config:
         lr: peak learning rate.
         warmup: steps of linear warm-up.
         schedule: after the warm-up: constant, or cosine to zero at `steps`.
-        optimizer: who does AdamW's arithmetic: fastdit, or apex (FusedAdam of NVIDIA's apex, where that is installed).
-        betas: AdamW's.
-        eps: AdamW's.
-        weight_decay: AdamW's, decoupled.
+        optimizer: implementation of AdamW: fastdit, or apex (FusedAdam of NVIDIA's apex, where that is installed).
+        betas: AdamW's decay rates of both moments.
+        eps: AdamW's epsilon.
+        weight_decay: AdamW's decoupled weight decay.
         grad_clip: largest gradient norm; 0 is off; none reads it from the DeepSpeed file.
         label_drop: probability of training a sample without its label (classifier-free guidance).
-        seed: of weights, data order, noise.
-        cuda_graphs: replay the networks' passes as CUDA graphs, for small networks or batches, whose kernels take the
-            GPU less than their launches the host. Not with ZeRO-3, nor with accumulation.
+        seed: seed of weights, data order and noise.
+        cuda_graphs: replay the networks' passes as CUDA graphs. This helps when launching the kernels takes longer than
+            running them, with small networks or batches. ZeRO-3 and accumulation exclude it.
         threads: CPU threads per rank; 0 shares the cores evenly.
         log_every: steps between records; scalars leave the device only then.
         save_every: steps between checkpoints; the last step always has one.
@@ -223,15 +265,12 @@ class Config:
         data: where samples come from.
         model: the network.
         noise: the noise process.
-        ema: the weights that are sampled.
+        ema: the EMA weights, which are sampled.
         sample: how pictures are drawn.
-        eval: figures on the way, drawn as `sample` says.
-        sd_dit: settings of that method.
-        sadm: settings of that method.
-        psi_align: settings of that method.
+        eval: evaluations during the run, of samples that are drawn as `sample` says.
     """
 
-    method: Literal["dit", "sd_dit", "sadm", "sd_dit+sadm", "psi_align", "psi_align+sadm"] = "dit"
+    method: str = "dit"
     out: str = "runs/default"
     resume: bool = False
     ds_config: str = "zero1"
@@ -265,24 +304,69 @@ class Config:
     ema: EMAConfig = EMAConfig()
     sample: SampleConfig = SampleConfig()
     eval: EvalConfig = EvalConfig()
-    sd_dit: SDDiT = SDDiT()
-    sadm: SADM = SADM()
-    psi_align: PsiAlign = PsiAlign()
+
+
+# One field for the settings of each registered method that has some.
+_WITH_SETTINGS = {name: method.settings_type for name, method in METHODS.items() if method.settings_type}
+_MethodFields = make_dataclass(
+    "_MethodFields", [(name, settings, settings()) for name, settings in _WITH_SETTINGS.items()], frozen=True
+)
+# jsonargparse reads help texts from here.
+_MethodFields.__doc__ = "\n    ".join(
+    [
+        "Hold the settings of each method.\n\nArgs:",
+        f"method: what is trained: {'; '.join(f'{name}, {method.summary}' for name, method in METHODS.items())}; "
+        "joined by +, several.",
+        *(f"{name}: settings of that method." for name in _WITH_SETTINGS),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Config(_MethodFields, _RunConfig):
+    """Hold everything that a training run depends on."""
 
     def uses(self, method: str) -> bool:
-        """Whether `method`, sd_dit, sadm or psi_align, is part of what is trained."""
+        """Return whether the method of this name is part of what is trained."""
         return method in self.method.split("+")
 
-    @property
-    def shares_psi(self) -> bool:
-        """Whether psi_align takes its Psi from SADM."""
-        both = self.uses("psi_align") and self.uses("sadm")
-        return both and self.sadm.psi == "latent_resnet" and self.sadm.structure != "off"
+    def __post_init__(self) -> None:
+        """Raise UserError for the first setting that cannot be, or does not fit those of another group."""
+        # Check the numbers of this group; every other group has checked its own.
+        counts = "steps batch micro_batch log_every save_every keep_checkpoints max_nonfinite"
+        ranges = {counts: (1,), "warmup lr eps weight_decay grad_clip seed threads sample_every": (0,)}
+        check_ranges(self, "", ranges | {"betas": (0, 0.999999), "label_drop": (0, 1)})
 
-    def __post_init__(self):
-        # The run's config.yaml names the decoder.
-        object.__setattr__(self, "sd_dit", replace(self.sd_dit, decoder=self.sd_dit.named_decoder))
-        check(self)
+        # Check what depends on two groups.
+        if self.finetune and not self.init_from:
+            raise UserError("finetune: needs the weights to start from; give --init_from")
+        self._check_size()
+        self._check_sampling()
+
+        # A method names what its settings leave open, then checks them against the others.
+        object.__setattr__(self, "method", canonical_name(self.method))
+        for name in _WITH_SETTINGS:
+            object.__setattr__(self, name, METHODS[name].complete(getattr(self, name)))
+        for method in methods_of(self.method):
+            method.check(self)
+
+    def _check_size(self) -> None:
+        """Raise UserError if patches do not tile the samples."""
+        size, patch = self.data.size, self.model.patch
+        for side in (size,) if isinstance(size, int) else size:
+            if side % patch:
+                raise UserError(f"data.size: {side} is not a multiple of model.patch ({patch}); change one")
+
+    def _check_sampling(self) -> None:
+        """Raise UserError if the sampler does not fit the noise process or the samples."""
+        process, settings = self.noise.process, self.sample
+        if settings.sampler not in (None, *process.samplers):
+            choices = ", ".join(process.samplers)
+            raise UserError(f"sample.sampler: {process.name} has no {settings.sampler!r}; choose one of {choices}")
+        process.check_sampling_steps(settings.steps)
+        guided = settings.guided_channels or 0
+        if guided > self.data.channels:
+            raise UserError(f"sample.guided_channels: {guided}; data.channels is {self.data.channels}")
 
 
 def _parser() -> OneLineParser:
@@ -294,7 +378,7 @@ def _parser() -> OneLineParser:
 
 
 def presets() -> list[str]:
-    """Names of the shipped presets."""
+    """Return the names of the shipped presets."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
@@ -307,7 +391,7 @@ def _preset_path(name: str) -> str:
 
 
 def parse(argv: list[str]) -> Config:
-    """Command line to `Config`. A preset is read first wherever it stands; flags override it.
+    """Return the `Config` of a command line. A preset is read first wherever it stands; flags override it.
 
     Raises UserError for an unknown field, a wrong type or an impossible value.
     """
@@ -331,7 +415,7 @@ def parse(argv: list[str]) -> Config:
 
 
 def _saved_settings(args: list[str]) -> list[str]:
-    """A resumed run needs no more than `--resume --out DIR`: its own config.yaml stands for the preset."""
+    """Return the config.yaml of a run that is resumed without a preset: `--resume --out DIR` is enough for it."""
     given = dict(pairwise(args))
     path = Path(given.get("--out", Config.out)) / CONFIG_FILE
     return [str(path)] if given.get("--resume") == "true" and "--preset" not in args and path.is_file() else []
@@ -348,7 +432,7 @@ def _config(values: Namespace) -> Config:
 
 
 def dump(config: Config) -> str:
-    """`Config` as YAML text that `load` reads back to an equal one."""
+    """Return `config` as YAML text that `load` reads back to an equal one."""
 
     def plain(value):
         if isinstance(value, dict):

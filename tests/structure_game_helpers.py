@@ -53,8 +53,8 @@ def seeded(seed: int = 3) -> torch.Generator:
 class Silent(Denoising):
     """A base whose own loss is zero, so that only the structure loss is differentiated."""
 
-    def judge(self, out, x0, eps, level):
-        outcome = super().judge(out, x0, eps, level)
+    def compute_loss(self, out, x0, eps, level):
+        outcome = super().compute_loss(out, x0, eps, level)
         return outcome._replace(loss=0 * outcome.loss)
 
 

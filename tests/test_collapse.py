@@ -33,7 +33,7 @@ def signals(decoder: str, **settings) -> list[dict[str, float]]:
         network = EncoderDecoder(Encoder(**sizes), out_channels=1, width=32, depth=1, heads=2)
     student = Student(network, head_width=64, bottleneck=16, prototypes=PROTOTYPES)
     method = SelfDiscrimination(EDM(), 10, 0.1, settings, student)
-    ((teacher, sources),) = method.followers(student).values()
+    ((teacher, sources),) = method.ema_replicas(student).values()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     generator, means = torch.Generator().manual_seed(0), []
     here = {"rank": 0, "world": 1, "device": torch.device("cpu"), "threads": 1}

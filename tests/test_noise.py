@@ -1,6 +1,7 @@
 """Noise processes against float64 transcriptions of the papers. DDPM's own tests: test_ddpm.py."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,13 +10,14 @@ from noise_helpers import SHAPE, batch, randn, raw_output
 from scipy import stats
 
 from fastdit.errors import UserError
-from fastdit.noise import DDPM, EDM, Flow, make_noise
+from fastdit.noise import DDPM, EDM, Flow
 
-PROCESSES = [EDM(), DDPM(), Flow(), Flow(law="uniform")]
-BY_NAME = pytest.mark.parametrize("process", PROCESSES, ids=["edm", "ddpm", "flow", "flow_uniform"])
+PROCESSES = [EDM(), DDPM(), Flow(), Flow(law="uniform"), EDM(weighting="x0"), Flow(weighting="x0")]
+IDS = ["edm", "ddpm", "flow", "flow_uniform", "edm_x0", "flow_x0"]
+BY_NAME = pytest.mark.parametrize("process", PROCESSES, ids=IDS)
 
 
-# ---------------------------------------------------------------- what every process owes
+# ---------------------------------------------------------------- the interface, for every process
 
 
 @BY_NAME
@@ -222,29 +224,112 @@ def test_flow_target_and_time():
     assert process.loss(eps - x0, x0, eps, t)[0].abs().max() == 0
 
 
-# ---------------------------------------------------------------- by name
+# ---------------------------------------------------------------- weighting
+
+WEIGHTED = pytest.mark.parametrize(
+    "process",
+    [
+        EDM(weighting="x0"),
+        EDM(sigma_data=0.7, weighting="x0"),
+        Flow(weighting="x0"),
+        Flow(law="uniform", weighting="x0"),
+    ],
+    ids=["edm", "edm_wide_data", "flow", "flow_uniform"],
+)
 
 
-def test_make_noise():
-    assert make_noise("edm", sigma_data=1.0) == EDM(sigma_data=1.0)
-    assert make_noise("ddpm", steps=50) == DDPM(steps=50)
-    assert make_noise("flow", law="uniform") == Flow(law="uniform")
+def x0_error(process, out, x0, eps, level):
+    """Return mean((x0_hat - x0)^2) of each sample as the papers define x0_hat, from x_t."""
+    level = level[:, None, None, None]
+    if isinstance(process, EDM):
+        c_skip = process.sigma_data**2 / (level**2 + process.sigma_data**2)
+        c_out = level * process.sigma_data / (level**2 + process.sigma_data**2).sqrt()
+        x0_hat = c_skip * (x0 + level * eps) + c_out * out
+    else:
+        x0_hat = (1 - level) * x0 + level * eps - level * out
+    return ((x0_hat - x0) ** 2).mean((1, 2, 3))
+
+
+@WEIGHTED
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+def test_x0_weighting_is_the_squared_error_of_the_x0_prediction(process, out_dtype):
+    out, x0, eps, level = batch(process)
+    out = out.to(out_dtype).requires_grad_()
+    upstream = torch.linspace(-1, 2, len(level))
+    loss, x0_hat = process.loss(out, x0, eps, level)
+    (gradient,) = torch.autograd.grad(loss, out, upstream)
+
+    exact = out.detach().double().requires_grad_()
+    expected = x0_error(process, exact, x0.double(), eps.double(), level.double())
+    (expected_gradient,) = torch.autograd.grad(expected, exact, upstream.double())
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=0)
+    rounding = 4e-3 if out_dtype == torch.bfloat16 else 2e-6
+    bound = 1e-6 * expected_gradient.abs().amax((1, 2, 3), keepdim=True)
+    assert ((gradient.double() - expected_gradient).abs() <= rounding * expected_gradient.abs() + bound).all()
+
+    default, default_x0_hat = replace(process, weighting="output").loss(out, x0, eps, level)
+    assert torch.equal(x0_hat, default_x0_hat), "the weighting is of the loss alone"
+    assert not torch.allclose(loss, default)
+
+
+@WEIGHTED
+def test_x0_weighting_in_float64(process):
+    out, x0, eps, level = (tensor.double() for tensor in batch(process))
+    loss, x0_hat = process.loss(out, x0, eps, level)
+    torch.testing.assert_close(loss, (x0_hat - x0).square().mean((1, 2, 3)), rtol=1e-9, atol=0)
+    torch.testing.assert_close(loss, x0_error(process, out, x0, eps, level), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("process", [EDM(), Flow()], ids=["edm", "flow"])
+def test_output_weighting_is_the_default_and_multiplies_by_one(process):
+    """Compare with the plain PyTorch implementation and no weight at all, to the bit."""
+    out, x0, eps, level = batch(process)
+    assert process == type(process)(weighting="output")
+    if isinstance(process, EDM):
+        inv_total = (level.square() + process.sigma_data**2).rsqrt()
+        of_x0, of_eps = level / process.sigma_data * inv_total, -process.sigma_data * inv_total
+    else:
+        of_x0, of_eps = -torch.ones_like(level), torch.ones_like(level)
+    target = of_x0[:, None, None, None] * x0 + of_eps[:, None, None, None] * eps
+    loss, _ = process.loss(out, x0, eps, level)
+    assert torch.equal(loss, (out - target).square().flatten(1).mean(1))
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_a_ddpm_predicts_the_variance_too():
     assert [process.out_channels(4) for process in (EDM(), DDPM(), Flow())] == [4, 8, 4]
 
 
+def test_data_std_is_the_deviation_that_the_process_is_made_for():
+    assert [process.data_std for process in (EDM(), EDM(sigma_data=0.7), DDPM(), Flow())] == [0.5, 0.7, 1.0, 1.0]
+
+
+def test_only_a_ddpm_limits_the_sampling_steps():
+    for process in (EDM(), Flow(), DDPM(steps=5000)):
+        process.check_sampling_steps(5000)
+    with pytest.raises(UserError, match=r"sample.steps: 51; noise.ddpm.steps allows at most 50"):
+        DDPM(steps=50).check_sampling_steps(51)
+
+
 @pytest.mark.parametrize(
-    ("name", "settings", "message"),
+    ("kind", "settings", "message"),
     [
-        ("vp", {}, "unknown process 'vp'; choose one of edm, ddpm, flow"),
-        ("edm", {"steps": 3}, "noise.edm.steps: no such field; edm has p_mean"),
-        ("edm", {"sigma_min": 90.0}, "noise.edm.sigma_min, noise.edm.sigma_max: 90.0 and 80.0"),
-        ("edm", {"sigma_data": 0.0}, "noise.edm.sigma_data: 0.0"),
-        ("ddpm", {"steps": 1}, "noise.ddpm.steps: 1;"),
-        ("ddpm", {"beta_end": 1.0}, "noise.ddpm.beta_start, noise.ddpm.beta_end"),
-        ("flow", {"law": "cosine"}, "noise.flow.law: unknown law 'cosine'; choose one of logit_normal, uniform"),
-        ("flow", {"std": 0.0}, "noise.flow.std: 0.0"),
+        (EDM, {"sigma_min": 90.0}, "noise.edm.sigma_min, noise.edm.sigma_max: 90.0 and 80.0"),
+        (EDM, {"sigma_data": 0.0}, "noise.edm.sigma_data: 0.0"),
+        (EDM, {"weighting": "eps"}, "noise.edm.weighting: unknown weighting 'eps'; choose one of output, x0"),
+        (DDPM, {"steps": 1}, "noise.ddpm.steps: must be from 2 to 16777216, got 1"),
+        (DDPM, {"steps": 2**24 + 1}, "noise.ddpm.steps: must be from 2 to 16777216, got 16777217"),
+        (DDPM, {"beta_end": math.nan}, "noise.ddpm.beta_end: must be a finite number, got nan"),
+        (EDM, {"p_mean": math.inf}, "noise.edm.p_mean: must be a finite number, got inf"),
+        (Flow, {"mean": math.nan}, "noise.flow.mean: must be a finite number, got nan"),
+        (DDPM, {"beta_end": 1.0}, "noise.ddpm.beta_start, noise.ddpm.beta_end"),
+        (Flow, {"law": "cosine"}, "noise.flow.law: unknown law 'cosine'; choose one of logit_normal, uniform"),
+        (Flow, {"std": 0.0}, "noise.flow.std: 0.0"),
+        (Flow, {"weighting": "eps"}, "noise.flow.weighting: unknown weighting 'eps'; choose one of output, x0"),
     ],
 )
-def test_unusable_processes_are_refused(name, settings, message):
+def test_unusable_settings_are_refused(kind, settings, message):
     with pytest.raises(UserError, match=message):
-        make_noise(name, **settings)
+        kind(**settings)

@@ -164,13 +164,13 @@ def test_kernels_know_nothing_of_the_rest():
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_arrows_point_down(room):
-    allowed = (f"fastdit.{room}", "fastdit.errors", *ROOMS[room])
+    allowed = (f"fastdit.{room}", "fastdit.errors", "fastdit.files", *ROOMS[room])
     found = room_imports(FASTDIT / room, f"fastdit.{room}") - {"fastdit"}
     assert [name for name in found if not name.startswith(allowed)] == []
 
 
 def test_the_engine_and_the_settings_know_no_command():
-    settings = {"config", "config_checks", "errors", "command_line"}
+    settings = {"config", "errors", "command_line", "files"}
     commands = {path.stem for path in FASTDIT.glob("*.py")} - {"__init__", *settings}
     assert {"train", "sample"} <= commands
     for path in (*FASTDIT.glob("engine/*.py"), *(FASTDIT / f"{name}.py" for name in settings)):

@@ -18,7 +18,7 @@ from fastdit.engine import build
 from fastdit.errors import UserError
 from fastdit.export import main as export
 from fastdit.methods.denoising import Denoising
-from fastdit.methods.psi_alignment import PsiAlign, PsiAlignment
+from fastdit.methods.psi_alignment import PsiAlign, PsiAlignment, shares_psi
 from fastdit.methods.structure_game import SADM, StructureGame
 from fastdit.models import AlignedDiT, DiT, LatentResNet, TokenTargets
 from fastdit.models.structure_encoders import save_structure_encoder
@@ -282,7 +282,7 @@ def test_every_preset_aligns(preset):
     settings, dims = config.psi_align, config.model.dims()
     assert settings.block_of(dims["depth"]) == {6: 2, 12: 4, 24: 8, 28: 9}[dims["depth"]]
     assert settings.hidden_of(dims["width"]) == min(2048, 2 * dims["width"])
-    assert parse(["--preset", preset, "--method", "psi_align+sadm"]).shares_psi
+    assert shares_psi(parse(["--preset", preset, "--method", "psi_align+sadm"]))
 
 
 @pytest.mark.parametrize(("preset", "plain_steps"), [("quickstart", 1.11), ("imagenet256_s2", 1.06)])
@@ -377,7 +377,7 @@ def test_what_does_not_go_together_is_one_line():
     text = complaint("--method", "psi_align+sadm", "--psi_align.psi_width", "32")
     assert "psi_align.psi_width: 32" in text
     assert "sadm.psi_width 96" in text
-    assert "psi_align+sadm" in complaint("--method", "sd_dit+psi_align")
+    assert "sd_dit+psi_align (psi_align aligns" in complaint("--method", "sd_dit+psi_align")
     with pytest.raises(UserError, match="single class"):
         PsiAlign(psi_warm_steps=7).warm_steps(1000, 1)
     assert [PsiAlign().warm_steps(steps, 10) for steps in (9, 400_000)] == [5, 10_000]

@@ -156,7 +156,7 @@ def test_a_frozen_teacher_of_a_new_dit_skips_its_blocks():
     for block in method.teacher.encoder.blocks:
         block.register_forward_hook(lambda *_: called.append(1))
     assert method.begin_step(0, 9) == {}
-    assert method.followers(student) == {}
+    assert method.ema_replicas(student) == {}
     x0, y = batch()
     quiet = method.loss(student, x0, y, seeded())
     assert called == []

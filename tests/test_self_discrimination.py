@@ -211,7 +211,7 @@ def test_the_teacher_gets_no_gradient_and_keeps_nothing():
 
 def test_the_teacher_starts_as_the_student_and_shares_nothing_with_it():
     method, student = make(random=False)
-    teacher, sources = method.followers(student)["teacher"]
+    teacher, sources = method.ema_replicas(student)["teacher"]
     assert [p.shape for p in teacher] == [p.shape for p in sources]
     assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in zip(teacher, sources))
     names = {name for name, p in student.named_parameters() if any(p is source for source in sources)}
@@ -221,7 +221,8 @@ def test_the_teacher_starts_as_the_student_and_shares_nothing_with_it():
 def test_a_split_students_teacher_is_its_first_blocks():
     method, student = make(decoder="split", depth=3, split=2, random=False)
     randomise(student, seed=1)
-    teacher, sources = SelfDiscrimination(EDM(), CLASSES, 0.1, method.settings, student).followers(student)["teacher"]
+    other = SelfDiscrimination(EDM(), CLASSES, 0.1, method.settings, student)
+    teacher, sources = other.ema_replicas(student)["teacher"]
     assert all(torch.equal(a.flatten(), b.flatten()[: a.numel()]) for a, b in zip(teacher, sources, strict=True))
     names = {name for name, p in student.named_parameters() if any(p is source for source in sources)}
     skipped = ("network.blocks.2.", "network.head.")

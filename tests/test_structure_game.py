@@ -120,8 +120,8 @@ def test_off_is_the_base_to_the_bit_and_fixed_never_moves_psi():
 
 
 class Perfect(Silent):
-    def judge(self, out, x0, eps, level):
-        outcome = super().judge(out, x0, eps, level)
+    def compute_loss(self, out, x0, eps, level):
+        outcome = super().compute_loss(out, x0, eps, level)
         return outcome._replace(x0_hat=x0 + 0 * outcome.x0_hat)
 
 

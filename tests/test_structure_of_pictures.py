@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastdit.config import parse
 from fastdit.engine import build
 from fastdit.methods.denoising import Denoising
+from fastdit.methods.encoder_build import count_flops
 from fastdit.methods.structure_game import SADM, StructureGame
 from fastdit.models import LatentDecoder, LatentResNet, open_autoencoder
 from fastdit.noise import EDM, Flow
@@ -161,11 +162,11 @@ def test_the_gradient_penalty_is_in_pixels(decoder):
     ],
 )
 def test_a_step_costs_what_it_says(decoder, settings, passes, decoded):
-    """In FLOPs, of a step and of the two networks that build.py counts."""
+    """In FLOPs, of a step and of the two networks that encoder_build.py counts."""
     psi, shape = LatentResNet(channels=3, features=8, width=16), build.Shape(CHANNELS, *SIZE, 5)
     if not settings.get("psi_decoder_gradient", True):
         decoder.approximate_gradient()
-    of_decoder, of_psi = build._flops(decoder, shape), build._flops(psi, build.Shape(*PICTURE, 5))
+    of_decoder, of_psi = count_flops(decoder, shape), count_flops(psi, build.Shape(*PICTURE, 5))
     method = StructureGame(Free(EDM(), 5, 0.1), SADM(**settings), psi, of_psi, decoder, of_decoder)
     method.to(CPU, torch.float32)
     (x0, y), network = samples(4), Recorder()
@@ -223,8 +224,8 @@ def test_what_is_built(flags):
         _, method = build.build_training(parse([str(flag) for flag in (*flags, *more)]), shape, decoder)
         assert method.decoder is decoder
         assert (decoder.colours is not None) == approximate
-        assert method.psi_flops == build._flops(method.psi, build.Shape(3, 32, 32, 2))
-        assert method.decoder_flops == build._flops(decoder, shape) > 0
+        assert method.psi_flops == count_flops(method.psi, build.Shape(3, 32, 32, 2))
+        assert method.decoder_flops == count_flops(decoder, shape) > 0
     latents = replace(config, sadm=replace(config.sadm, psi="latent_resnet", psi_weights=None))
     _, method = build.build_training(latents, shape, decoder)
     assert method.decoder is None, "it sees the latents themselves"

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     loop.train(run, session.first_step, lambda step: None)
     optimizer = run.engine.optimizer
     held = {"centers": run.method.centers, "averages": {}, "persistent": []}
-    for teacher, sources in run.method.followers(run.engine.module).values():
+    for teacher, sources in run.method.ema_replicas(run.engine.module).values():
         names = [name for name, _ in run.method.teacher.named_parameters()]
         held["teacher"] = dict(zip(names, teacher, strict=True))
         for name, source in zip(names, sources, strict=True):

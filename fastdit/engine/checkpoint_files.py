@@ -18,11 +18,10 @@ from safetensors.torch import load_file
 
 from fastdit.engine.layout import CHECKPOINTS, METRICS
 from fastdit.errors import UserError
+from fastdit.methods.registry import METHODS
 
 EMA_FILE = "ema.safetensors"
 MANIFEST = "manifest.json"
-# What manifests of SD-DiT did not say before there was a choice.
-_BEFORE_SPLIT = {"sd_dit.decoder": "extra", "sd_dit.teacher": "moving"}
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -95,7 +94,10 @@ def newest_good(folder: Path, say=print) -> Path | None:
 def manifest(checkpoint: Path) -> dict:
     """Return the step, number of ranks and network that a checkpoint belongs to."""
     written = json.loads((checkpoint / MANIFEST).read_text())
-    return _BEFORE_SPLIT | written if "sd_dit" in written.get("method", "") else written
+    for name in written.get("method", "").split("+"):
+        if name in METHODS:
+            written = METHODS[name].older_signature | written
+    return written
 
 
 def sampled_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
 """The training loop. No host sync in a step: scalars leave the device at the log interval only."""
 
 import time
-from collections.abc import Callable, Container
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -154,32 +154,29 @@ def _prepare(run: Run) -> None:
         run.seconds += run.runtime.agree([time.perf_counter() - begun])[0]
 
 
-def train_step(run: Run, step: int, lap: Callable[[str], None] = lambda part: None) -> None:
-    """Optimizer step `step` (0-based). `lap` is called after each part of it, by name: for who measures."""
+def train_step(run: Run, step: int) -> None:
+    """Take optimizer step `step` (0-based)."""
     config, meter = run.config, run.meter
+
+    # Set the schedules' values for this step.
     decays = {EMA: schedules.ema_decay(config.ema, step), **run.method.begin_step(step, config.steps)}
     for group in run.optimizer.param_groups:
         group["lr"] = schedules.learning_rate(config, step)
         group["emas"] = decays
     run.optimizer.forget_nonfinite()
-    lap("rest")
 
+    # Accumulate gradients over the micro-batches; the last `engine.step` updates the weights and their EMAs.
     for _ in range(run.plan.accumulation):
         x0, y = next(run.loader)
-        lap("data")
         outcome = run.method.loss(run.engine, x0, y, run.generator)
-        lap("forward")
         run.engine.backward(outcome.loss)
-        lap("backward")
         run.engine.step()
-        lap("optimizer")
         meter.add(outcome.terms)
+
+    # Refresh the replicas of the EMAs, let the method end the step, and note whether the update was skipped.
     run.follow(decays)
-    lap("followers")
     meter.add(run.method.end_step())
-    lap("method")
     meter.step(_skipped(run), step + 1)
-    lap("rest")
 
 
 def _skipped(run: Run) -> torch.Tensor:

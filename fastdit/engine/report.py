@@ -1,4 +1,4 @@
-"""`report.html`: one file that shows a run, with nothing to fetch: pictures, curves, figures, settings, versions."""
+"""Write `report.html`, which shows a run in one file: pictures, curves, figures, settings and versions."""
 
 import base64
 import io
@@ -17,34 +17,31 @@ from fastdit.config import CONFIG_FILE
 from fastdit.engine import eval_records
 from fastdit.engine.layout import CURVES, FACTS, GRID, REPORT, VERSIONS
 from fastdit.engine.records import read_metrics
+from fastdit.methods.denoising import Panels
+from fastdit.methods.registry import METHODS
 
 COLUMNS = 3
-# Title of each panel, and the metrics in it by label. A panel without data is left out: a method's are its own.
-PANELS = {
+# Title of each panel, and the label of each metric in it. A panel without data is left out.
+_OF_RUNS: Panels = {
     "loss": {"loss": "loss"},
     "gradient norm": {"grad_norm": "gradient norm"},
     "images / s": {"images_per_sec": "images / s"},
-    "discriminative loss": {"discriminative_loss": "discriminative loss"},
-    "teacher entropy (nats)": {"teacher_entropy": "patches", "cls_teacher_entropy": "class"},
-    "KL(teacher || student) (nats)": {"teacher_student_kl": "patches", "cls_teacher_student_kl": "class"},
-    "share of prototypes in use": {"prototype_usage": "patches"},
-    "norm of the centre": {"centre_norm": "patches"},
-    "extra term's gradient / denoising loss's": {
-        "gradient_ratio": "structure, at the output",
-        "discriminative_gradient_ratio": "discrimination, at the encoder's output",
-        "alignment_gradient_ratio": "alignment, at the tokens",
-    },
-    "cosine of tokens with Psi": {"alignment": "cosine"},
-    "structure loss": {"structure_loss": "structure loss"},
-    "weight of the structure loss": {"structure_weight": "weight"},
-    "mean distance of features": {"real_distance": "clean samples", "fake_distance": "estimates"},
-    "correlation of the distances": {"distance_correlation": "correlation"},
-    "Psi's gradient norm": {"psi_grad_norm": "Psi's gradient norm"},
+}
+_OF_EVALUATIONS: Panels = {
     "FID": {"eval/FID": "FID", "eval/sFID": "sFID"},
     "FD-lite0": {"eval/FD-lite0": "FD-lite0"},
     "KID": {"eval/KID": "KID", "eval/KID-lite0": "KID-lite0"},
     "class agreement": {"eval/class agreement": "class agreement"},
 }
+
+
+def _all_panels() -> Panels:
+    """Return the panels of every run, of each registered method and of evaluations; methods may share a panel."""
+    found: Panels = {}
+    for part in (_OF_RUNS, *(method.panels for method in METHODS.values()), _OF_EVALUATIONS):
+        for title, labels in part.items():
+            found[title] = found.get(title, {}) | labels
+    return found
 
 
 def write_report(folder: Path, facts: dict[str, str], versions: dict[str, str]) -> Path:
@@ -69,7 +66,7 @@ def write_report(folder: Path, facts: dict[str, str], versions: dict[str, str]) 
 
 
 def refresh_report(folder: Path) -> Path:
-    """The report once more, with the evaluations made since; before training ends there are no facts yet."""
+    """Write the report again, with the evaluations made since; before training ends there are no facts yet."""
     paths = (folder / FACTS, folder / VERSIONS)
     facts, versions = (json.loads(path.read_text()) if path.exists() else {} for path in paths)
     return write_report(folder, facts, versions)
@@ -80,9 +77,9 @@ def _embedded(path: Path) -> str | None:
 
 
 def panels(metrics: list[dict]) -> list[tuple[str, dict[str, list[tuple[int, float]]]]]:
-    """What there is to draw: titles, and under each (step, value) points by label, all from metrics.jsonl."""
+    """Return the panels that have data: titles, and under each its (step, value) points by label."""
     found = []
-    for title, keys in PANELS.items():
+    for title, keys in _all_panels().items():
         lines = {
             label: points
             for key, label in keys.items()
@@ -94,7 +91,7 @@ def panels(metrics: list[dict]) -> list[tuple[str, dict[str, list[tuple[int, flo
 
 
 def _curves(metrics: list[dict], path: Path) -> None:
-    """Every panel against the step, COLUMNS in a row."""
+    """Draw every panel against the step, COLUMNS in a row, into a PNG file."""
     shown = panels(metrics) or [("no metrics yet", {})]
     rows = math.ceil(len(shown) / COLUMNS)
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(12, 3.2 * rows), layout="constrained", squeeze=False)

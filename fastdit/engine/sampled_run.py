@@ -80,7 +80,7 @@ def open_run(args: Namespace, config: Config, decide: Callable[[Callable], objec
     checkpoint = decide(lambda: choose(run, args.checkpoint))
     shape = build.shape_of(config, classes_of(checkpoint))
     written = manifest(checkpoint)
-    for field, value in build.identity(config, shape).items():
+    for field, value in build.checkpoint_signature(config, shape).items():
         if written.get(field) != value:
             raise UserError(f"{checkpoint}: has {field} {written.get(field)}, {run} has {value}; give one of that run")
     network = build.build_network(config, shape)

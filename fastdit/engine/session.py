@@ -22,6 +22,7 @@ from fastdit.engine.runtime import Runtime
 from fastdit.engine.weights import EMA, ema_state
 from fastdit.errors import UserError
 from fastdit.kernels import AdamWEMA, ApexAdamEMA, describe_attention, describe_native, describe_optimizer
+from fastdit.methods.registry import methods_of
 from fastdit.models.dit import Block
 
 
@@ -34,8 +35,8 @@ class Session:
         agreed = plan(config, runtime.world, runtime.device.type == "cuda")
         if config.cuda_graphs:
             graphs.check(agreed, runtime.device)
-        if config.uses("sadm") and agreed.micro_batch * runtime.world < 2:
-            raise UserError("batch: sadm compares samples of one micro-batch over all ranks; it needs at least two")
+        for kind in methods_of(config.method):
+            kind.check_batch(agreed.micro_batch * runtime.world)
         self.source = build.open_data(config)
         self.config = config = build.standardised(config, self.source)
         self.shape = build.shape_of(config, self.source.classes)
@@ -78,11 +79,11 @@ class Session:
             plan=agreed,
             runtime=runtime,
             folder=folder,
-            identity=build.identity(config, self.shape),
+            identity=build.checkpoint_signature(config, self.shape),
             engine=engine,
             optimizer=optimizer,
             method=method,
-            followers=[Followers(engine, name, *lists) for name, lists in method.followers(module).items()],
+            followers=[Followers(engine, name, *lists) for name, lists in method.ema_replicas(module).items()],
             loader=loader,
             generator=generator,
             meter=Meter(runtime.device, runtime.world),

@@ -1,24 +1,37 @@
-"""The plain method: it maps a noisy sample to a denoising loss, as all diffusion transformers do.
+"""Define the plain method, which maps a noisy sample to a denoising loss, as all diffusion transformers do.
 
 x0 --add_noise--> x_t --network(x_t, level, y)--> out --loss--> scalar
 
-`Denoising` is also the interface of every method to the training loop: other methods override its members.
+`Denoising` is also the interface of every method, and other methods override its members. Class members describe a
+method and build it from a run's settings. The others take part in training. `registry.py` lists all methods.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastdit.models import flops_per_image
+from fastdit.models import DiT, LatentDecoder, flops_per_image
 
 Network = Callable[..., Tensor]
+Panels = dict[str, dict[str, str]]  # by title: the label of each metric
+GRADIENTS = "extra term's gradient / denoising loss's"  # title of a panel that methods share
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Hold the shape of the samples that a network must fit, and the number of their classes."""
+
+    channels: int
+    height: int
+    width: int
+    classes: int
 
 
 class Outcome(NamedTuple):
-    """The result of a method for one micro-batch."""
+    """Hold the result of a method for one micro-batch."""
 
     loss: Tensor  # () float32, to be differentiated
     terms: dict[str, Tensor]  # its named parts and health signals, () float32, detached
@@ -29,7 +42,7 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Denoising:
-    """Loss of a class-conditional denoiser under one noise process.
+    """Compute the loss of a class-conditional denoiser under one noise process.
 
     Args:
         noise: a process of `fastdit.noise`.
@@ -41,11 +54,69 @@ class Denoising:
     classes: int
     label_drop: float
 
+    name: ClassVar[str] = "dit"
+    """Name of the method in `--method`, in configuration files and in benchmarks."""
+
+    summary: ClassVar[str] = "the plain denoising loss"
+    """Description of the method in `--help`."""
+
+    settings_type: ClassVar[type | None] = None
+    """Frozen dataclass of the method's settings, with defaults. Their group of flags has the method's name."""
+
+    refuses: ClassVar[dict[str, str]] = {}
+    """Methods that this one cannot be combined with, by name, and the reason."""
+
+    panels: ClassVar[Panels] = {}
+    """Panels of the report for the metrics that the method adds."""
+
+    older_signature: ClassVar[dict[str, object]] = {}
+    """Values that checkpoints without these fields of `checkpoint_signature` were written with."""
+
+    @classmethod
+    def complete(cls, settings):
+        """Return `settings` as a run's config.yaml shall name them, with choices made that they leave open."""
+        return settings
+
+    @classmethod
+    def check(cls, config) -> None:
+        """Raise UserError if the method's settings do not fit other settings of the run's `config`."""
+
+    @classmethod
+    def check_batch(cls, samples: int) -> None:
+        """Raise UserError if the method cannot train on micro-batches of so many samples over all ranks."""
+
+    @classmethod
+    def build_network(cls, config, sizes: dict, out_channels: int) -> nn.Module:
+        """Return the network that is sampled, on the CPU. A wrapper is not asked.
+
+        sizes: arguments of a `DiT`. The weights depend on `config.seed` alone.
+        """
+        return DiT(**sizes, out_channels=out_channels, seed=config.seed)
+
+    @classmethod
+    def build(
+        cls, config, shape: Shape, module: nn.Module, base: "Denoising", decoder: LatentDecoder | None = None
+    ) -> tuple[nn.Module, "Denoising"]:
+        """Return the module that is trained, on the CPU, and the method. Raises UserError.
+
+        module, base: those of the method that this one is built on. The first is the network with the plain method.
+        decoder: makes pictures of the samples; None: they are pictures, or nothing makes pictures of them.
+        """
+        return module, base
+
+    @classmethod
+    def checkpoint_signature(cls, config) -> dict[str, object]:
+        """Return the settings that a run must share with the checkpoints that it reads, by flag."""
+        return {}
+
     def loss(self, network: Network, x0: Tensor, y: Tensor, generator: torch.Generator) -> Outcome:
-        """x0 (B, C, H, W) float32, y (B,) int64, both on the generator's device. No host sync."""
+        """Return the outcome for samples x0 (B, C, H, W) float32 of classes y (B,) int64. No host sync.
+
+        All are on the generator's device.
+        """
         level, eps, y = self.draw(x0, y, generator)
         net_in, net_t = self.noise.network_input(self.noise.add_noise(x0, eps, level), level)
-        return self.judge(network(net_in, net_t, y), x0, eps, level)
+        return self.compute_loss(network(net_in, net_t, y), x0, eps, level)
 
     def draw(self, x0: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Draw a step's noise levels (B,), noise of x0's shape, and labels of which some are dropped."""
@@ -53,7 +124,7 @@ class Denoising:
         eps = torch.randn(x0.shape, generator=generator, device=x0.device)
         return level, eps, self.drop_labels(y, generator)
 
-    def judge(self, out: Tensor, x0: Tensor, eps: Tensor, level: Tensor) -> Outcome:
+    def compute_loss(self, out: Tensor, x0: Tensor, eps: Tensor, level: Tensor) -> Outcome:
         """Return the denoising loss, a mean over the batch, of the network's output."""
         # A view: its gradient can be asked for without running the hooks that DeepSpeed 0.19 puts on the engine's
         # output. They scale gradients and start the engine's backward pass.
@@ -88,8 +159,11 @@ class Denoising:
         """Return the part of the trained module that draws samples."""
         return module
 
-    def followers(self, module: nn.Module) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
-        """Map each EMA's name to (tensors that must equal it after each update, the parameters that it averages)."""
+    def ema_replicas(self, module: nn.Module) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+        """Map each EMA's name to (replica tensors, source parameters).
+
+        Replicas are refreshed from the EMA after every optimizer step.
+        """
         return {}
 
     def graphed(self, module: nn.Module, batch: int) -> list[tuple[nn.Module, tuple[Tensor, ...]]]:

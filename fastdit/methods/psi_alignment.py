@@ -27,15 +27,20 @@ XL/2. The warm start comes on top: half as many steps as the run has, up to 10,0
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fastdit.methods.denoising import Denoising, Network, Outcome, image_inputs
+from fastdit.errors import UserError, check_ranges
+from fastdit.methods.denoising import GRADIENTS, Denoising, Network, Outcome, Panels, Shape, image_inputs
+from fastdit.methods.encoder_build import build_latent_resnet, count_flops
 from fastdit.methods.encoder_warm_start import count_warm_steps, warm_start_before_run
 from fastdit.methods.ranks import sum_over_ranks
+from fastdit.methods.wrapper import Wrapper
 from fastdit.models import AlignedDiT, LatentResNet, TokenTargets
+from fastdit.models.structure_encoders import NORM_GROUP, STAGES
 
 WIDEST = 2048  # REPA's projector
 
@@ -69,6 +74,13 @@ class PsiAlign:
     psi_width: int = 96
     psi_features: int = 512
 
+    def __post_init__(self) -> None:
+        """Raise UserError for the first setting that cannot be."""
+        ranges = {"weight psi_warm_steps": (0,), "depth until": (0, 1), "stage": (1, STAGES)}
+        check_ranges(self, "psi_align.", ranges | {"projector_width psi_width psi_features": (1,)})
+        if self.psi_width % NORM_GROUP:
+            raise UserError(f"psi_align.psi_width: {self.psi_width} must be a multiple of {NORM_GROUP}; change it")
+
     def block_of(self, depth: int) -> int:
         """Return the number of blocks before the aligned tokens in a DiT of `depth` blocks."""
         return min(depth, max(1, round(self.depth * depth)))
@@ -84,17 +96,72 @@ class PsiAlign:
         return count_warm_steps("psi_align", self.psi_warm_steps, steps, classes)
 
 
-class PsiAlignment(Denoising):
-    """Another method, `base`, whose network is an `AlignedDiT`, with the alignment loss.
+class PsiAlignment(Wrapper):
+    """Add the alignment loss to another method, `base`. The module that is trained is an `AlignedDiT`.
 
     Args:
-        base: the method that computes outcomes; its hooks are called in turn, with the DiT as its module.
+        base: the method that computes outcomes, with the DiT as its module.
         settings: see `PsiAlign`.
         module: the module that is trained, before it is sharded.
         psi: maps (B, C, H, W) float32 to features; frozen.
         psi_flops: FLOPs of its forward pass for one sample, up to its map.
         shared: SADM's encoder, which `base` warm-starts and of which psi becomes a copy. None: psi has its own start.
     """
+
+    name = "psi_align"
+    summary = "alignment with an encoder that knows the classes"
+    settings_type = PsiAlign
+    refuses: ClassVar[dict[str, str]] = {"sd_dit": "psi_align aligns the tokens of a plain DiT"}
+    panels: ClassVar[Panels] = {
+        GRADIENTS: {"alignment_gradient_ratio": "alignment, at the tokens"},
+        "cosine of tokens with Psi": {"alignment": "cosine"},
+    }
+
+    @classmethod
+    def check(cls, config) -> None:
+        """Raise UserError if settings of Psi differ from those of SADM, whose Psi it is."""
+        if not shares_psi(config):
+            return
+        for field in fields(PsiAlign):
+            asked, used = getattr(config.psi_align, field.name), getattr(config.sadm, field.name, None)
+            if field.name.startswith("psi_") and asked not in (field.default, used):
+                raise UserError(
+                    f"psi_align.{field.name}: {asked}, but beside sadm the one Psi has sadm.{field.name} {used}; "
+                    "make them equal"
+                )
+
+    @classmethod
+    def build(
+        cls, config, shape: Shape, module: nn.Module, base: Denoising, decoder=None
+    ) -> tuple[AlignedDiT, "PsiAlignment"]:
+        """Return the DiT `module` with a projector, and the method. Raises UserError if Psi's file cannot be read."""
+        # Build Psi, which is SADM's where both methods have one.
+        settings, shared = config.psi_align, shares_psi(config)
+        psi = build_latent_resnet(config.sadm if shared else settings, shape, config.seed)
+
+        # Attach the projector to the DiT.
+        aligned = AlignedDiT(
+            module,
+            block=settings.block_of(module.depth),
+            hidden=settings.hidden_of(module.width),
+            features=psi.channels_of(settings.stage),
+            seed=config.seed,
+        )
+        flops = count_flops(TokenTargets(psi, settings.stage, module.grid), shape)
+        return aligned, cls(base, settings, aligned, psi, flops, base.psi if shared else None)
+
+    @classmethod
+    def checkpoint_signature(cls, config) -> dict[str, object]:
+        """Return the settings that fix the tensors of a checkpoint, and the target of the alignment."""
+        settings, dims = config.psi_align, config.model.dims()
+        fixed = {
+            "block": settings.block_of(dims["depth"]),
+            "stage": settings.stage,
+            "projector_width": settings.hidden_of(dims["width"]),
+        }
+        if not shares_psi(config):
+            fixed |= {name: getattr(settings, name) for name in ("psi_width", "psi_features")}
+        return {f"psi_align.{name}": value for name, value in fixed.items()}
 
     def __init__(
         self,
@@ -105,8 +172,8 @@ class PsiAlignment(Denoising):
         psi_flops: float = 0.0,
         shared: LatentResNet | None = None,
     ) -> None:
-        super().__init__(base.noise, base.classes, base.label_drop)
-        self.base, self.settings, self.shared, self.psi_flops = base, settings, shared, psi_flops
+        super().__init__(base)
+        self.settings, self.shared, self.psi_flops = settings, shared, psi_flops
         self.targets = TokenTargets(psi.eval().requires_grad_(False), settings.stage, module.network.grid)
         self.gradients = module.gradients
         self.aligns = True  # whether the step has the alignment loss
@@ -125,7 +192,7 @@ class PsiAlignment(Denoising):
             cosines.append(cosine)
             return out
 
-        outcome = self.base.loss(generate, x0, y, generator)
+        outcome = super().loss(generate, x0, y, generator)
         (cosine,) = cosines
         if targets is None:
             return outcome._replace(loss=outcome.loss + cosine)
@@ -135,7 +202,7 @@ class PsiAlignment(Denoising):
 
     @property
     def psi(self) -> LatentResNet:
-        """The frozen encoder."""
+        """Return the frozen encoder."""
         return self.targets.psi
 
     @torch.no_grad()
@@ -146,7 +213,7 @@ class PsiAlignment(Denoising):
 
     def prepare(self, batches: Iterator[tuple[Tensor, Tensor]], steps: int, say: Callable[[str], None]) -> None:
         """Prepare the base, then take its warm Psi, or train Psi as a classifier of the data."""
-        self.base.prepare(batches, steps, say)
+        super().prepare(batches, steps, say)
         if self.shared is not None:
             self.psi.load_state_dict(self.shared.state_dict())
         elif count := self.settings.warm_steps(steps, self.classes):
@@ -156,23 +223,19 @@ class PsiAlignment(Denoising):
         """Decide whether the step aligns, and begin the base's step."""
         self.aligns = step < self.settings.until * steps
         self.gradients.reset()
-        return self.base.begin_step(step, steps)
+        return super().begin_step(step, steps)
 
     def end_step(self) -> dict[str, Tensor]:
         """Return the base's signals, and the ratio |lambda grad L_align| / |grad L_denoise| at the aligned tokens."""
-        terms = self.base.end_step()
+        terms = super().end_step()
         if not self.aligns:
             return terms
         squares = sum_over_ranks(self.gradients.squares.clone())
         return terms | {"alignment_gradient_ratio": self.gradients.read(squares)}
 
-    def sampled_network(self, module: AlignedDiT) -> nn.Module:
+    def base_module(self, module: AlignedDiT) -> nn.Module:
         """Return the DiT, without the projector."""
-        return self.base.sampled_network(module.network)
-
-    def followers(self, module: AlignedDiT) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
-        """Return the base's."""
-        return self.base.followers(module.network)
+        return module.network
 
     def graphed(self, module: AlignedDiT, batch: int) -> list[tuple[nn.Module, tuple[Tensor, ...]]]:
         """Return the module with and, if the alignment ends before the run does, without targets."""
@@ -185,11 +248,11 @@ class PsiAlignment(Denoising):
         """Return FLOPs by part of a step as the last `begin_step` left it; once nothing is aligned the rest is zero."""
         rows, columns = module.network.grid
         own = {"projector": 6 * module.projector.products(rows * columns), "psi": self.psi_flops}
-        return self.base.flops(module.network) | (own if self.aligns else dict.fromkeys(own, 0.0))
+        return super().flops(module) | (own if self.aligns else dict.fromkeys(own, 0.0))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move everything. Psi keeps fp32 weights and computes in `dtype`; on GPUs its weights are channels-last."""
-        self.base.to(device, dtype)
+        super().to(device, dtype)
         self.psi.to(device)
         if device.type == "cuda":
             self.psi.to(memory_format=torch.channels_last)
@@ -198,9 +261,15 @@ class PsiAlignment(Denoising):
 
     def state_dict(self) -> dict:
         """Return the base's state and Psi's weights, which no file holds if the run has warm-started them."""
-        return {"base": self.base.state_dict(), "psi": self.psi.state_dict()}
+        return super().state_dict() | {"psi": self.psi.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take a `state_dict`."""
-        self.base.load_state_dict(state["base"])
+        """Load a `state_dict`."""
+        super().load_state_dict(state)
         self.psi.load_state_dict(state["psi"])
+
+
+def shares_psi(config) -> bool:
+    """Return whether psi_align takes its Psi from SADM in the run of `config`."""
+    both = config.uses("psi_align") and config.uses("sadm")
+    return both and config.sadm.psi == "latent_resnet" and config.sadm.structure != "off"

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from fastdit.errors import UserError
+from fastdit.errors import UserError, check_ranges
 from fastdit.models import HiddenTokens
 
 PUBLISHED_WIDTH, PUBLISHED_DEPTH = 1152, 28  # XL, for which head and extra decoder are published
@@ -15,14 +15,14 @@ _NOISE_FORMS = "a noise-to-signal ratio from 0.0001 to 1, quantile:SHARE or rela
 
 
 class TeacherLaw(NamedTuple):
-    """How the teacher's noise level is chosen: kind is fixed, quantile or relative."""
+    """Say how the teacher's noise level is chosen: kind is fixed, quantile or relative."""
 
     kind: str
     amount: float
 
 
 class Sizes(NamedTuple):
-    """Sizes of projection head and extra decoder for one encoder."""
+    """Hold the sizes of projection head and extra decoder for one encoder."""
 
     head_width: int
     bottleneck: int
@@ -103,7 +103,13 @@ class SDDiT:
     prototypes: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises UserError for settings that exclude each other."""
+        """Raise UserError for the first setting that cannot be, or that another one excludes."""
+        # An fp32 number must hold exp(1 / temperature).
+        temperatures = "student_temperature teacher_temperature teacher_temperature_start"
+        sizes = "decoder_width decoder_depth decoder_heads head_width bottleneck prototypes"
+        ranges = {f"{sizes} every": (1,), temperatures: (0.025,), "beta": (0,), "mask_ratio": (0, 0.95)}
+        ranges |= {"center_momentum momentum momentum_end teacher_temperature_warmup until": (0, 1)}
+        check_ranges(self, "sd_dit.", ranges | {"split": (0.01,), "share momentum_share": (0.001, 1)})
         sized = self._sized_decoder
         if self.named_decoder == "split":
             if sized:
@@ -120,17 +126,18 @@ class SDDiT:
 
     @property
     def _sized_decoder(self) -> list[str]:
-        """Sizes of the extra decoder that are given. A run from before `decoder` existed has all in its config.yaml."""
+        """Return the sizes of the extra decoder that are given, by name."""
+        # The config.yaml of a run from before `decoder` existed gives all of them.
         return [name for name in _DECODER_SIZES if getattr(self, name) is not None]
 
     @property
     def named_decoder(self) -> Literal["split", "extra"]:
-        """The decoder, chosen where none is named."""
+        """Return the decoder, chosen where none is named."""
         return self.decoder or ("extra" if self._sized_decoder else "split")
 
     @property
     def teacher_law(self) -> TeacherLaw:
-        """Parsed `teacher_noise`. Raises UserError."""
+        """Parse `teacher_noise`. Raises UserError."""
         kind, colon, amount = str(self.teacher_noise).rpartition(":")
         try:
             law = TeacherLaw(kind if colon else "fixed", float(amount))
@@ -143,7 +150,7 @@ class SDDiT:
 
     @property
     def frozen(self) -> bool:
-        """Whether the teacher stays as it starts."""
+        """Return whether the teacher stays as it starts."""
         return self.momentum == 1 and self.momentum_end == 1
 
     def teacher_temperature_at(self, progress: float) -> float:

@@ -26,17 +26,22 @@ decoder, 1.24 and 1.21 with the extra one; 0.95 with the split decoder and `ever
 """
 
 import math
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from fastdit.errors import UserError
 from fastdit.kernels import split_tokens
-from fastdit.methods.denoising import Denoising, Network, Outcome, image_inputs
+from fastdit.methods.denoising import GRADIENTS, Denoising, Network, Outcome, Panels, Shape, image_inputs
 from fastdit.methods.ranks import ranks, sum_over_ranks
 from fastdit.methods.sd_dit_settings import QUIET_QUANTILE, SDDiT
 from fastdit.models import (
+    Encoder,
     EncoderDecoder,
     GradientRatio,
+    SplitDiT,
     Student,
     Target,
     Teacher,
@@ -60,6 +65,91 @@ class SelfDiscrimination(Denoising):
         settings: see `SDDiT`.
         student: the module to be trained, before it is sharded. The teacher starts as its copy.
     """
+
+    name = "sd_dit"
+    summary = "self-supervised discrimination beside it"
+    settings_type = SDDiT
+    panels: ClassVar[Panels] = {
+        "discriminative loss": {"discriminative_loss": "discriminative loss"},
+        "teacher entropy (nats)": {"teacher_entropy": "patches", "cls_teacher_entropy": "class"},
+        "KL(teacher || student) (nats)": {"teacher_student_kl": "patches", "cls_teacher_student_kl": "class"},
+        "share of prototypes in use": {"prototype_usage": "patches"},
+        "norm of the centre": {"centre_norm": "patches"},
+        GRADIENTS: {"discriminative_gradient_ratio": "discrimination, at the encoder's output"},
+    }
+    older_signature: ClassVar[dict[str, object]] = {"sd_dit.decoder": "extra", "sd_dit.teacher": "moving"}
+
+    @classmethod
+    def complete(cls, settings: SDDiT) -> SDDiT:
+        """Return `settings` with their decoder named."""
+        return replace(settings, decoder=settings.named_decoder)
+
+    @classmethod
+    def check(cls, config) -> None:
+        """Raise UserError if the decoder does not fit the DiT."""
+        settings, dims = config.sd_dit, config.model.dims()
+        if settings.decoder == "split":
+            settings.split_of(dims["depth"])
+            return
+        sizes = settings.sizes_for(dims["width"], dims["depth"])
+        width, heads = sizes.decoder_width, sizes.decoder_heads
+        if width % heads or width % 4:
+            raise UserError(
+                f"sd_dit.decoder_width: {width} must be a multiple of sd_dit.decoder_heads ({heads}) and of 4; "
+                "change one"
+            )
+
+    @classmethod
+    def build_network(cls, config, sizes: dict, out_channels: int) -> EncoderDecoder | SplitDiT:
+        """Return SD-DiT's encoder and decoder for the sizes of a DiT."""
+        settings = config.sd_dit
+        if settings.decoder == "split":
+            return SplitDiT(
+                split=settings.split_of(sizes["depth"]),
+                hidden_tokens=settings.hidden_tokens,
+                out_channels=out_channels,
+                seed=config.seed,
+                **sizes,
+            )
+        decoder = settings.sizes_for(sizes["width"], sizes["depth"])
+        return EncoderDecoder(
+            Encoder(**sizes, class_token=settings.cls == "token"),
+            out_channels=out_channels,
+            width=decoder.decoder_width,
+            depth=decoder.decoder_depth,
+            heads=decoder.decoder_heads,
+            hidden_tokens=settings.hidden_tokens,
+            attention_backend=config.model.attention,
+            seed=config.seed,
+        )
+
+    @classmethod
+    def build(
+        cls, config, shape: Shape, module: nn.Module, base: Denoising, decoder=None
+    ) -> tuple[Student, "SelfDiscrimination"]:
+        """Return the network with a projection head, and the method with its teacher."""
+        settings, dims = config.sd_dit, config.model.dims()
+        head = settings.sizes_for(dims["width"], dims["depth"])
+        student = Student(
+            module,
+            head_width=head.head_width,
+            bottleneck=head.bottleneck,
+            prototypes=head.prototypes,
+            seed=config.seed,
+        )
+        return student, cls(base.noise, base.classes, base.label_drop, settings, student)
+
+    @classmethod
+    def checkpoint_signature(cls, config) -> dict[str, object]:
+        """Return the settings that fix the tensors of a checkpoint."""
+        settings, dims = config.sd_dit, config.model.dims()
+        sizes = settings.sizes_for(dims["width"], dims["depth"])._asdict()
+        fields = {"decoder": settings.decoder, "cls": settings.cls, "hidden_tokens": settings.hidden_tokens}
+        if settings.decoder == "split":
+            sizes = {name: size for name, size in sizes.items() if not name.startswith("decoder_")}
+            fields["split"] = settings.split_of(dims["depth"])
+        fields["teacher"] = "frozen" if settings.frozen else "moving"
+        return {f"sd_dit.{name}": value for name, value in (fields | sizes).items()}
 
     def __init__(self, noise, classes: int, label_drop: float, settings: SDDiT, student: Student) -> None:
         super().__init__(noise, classes, label_drop)
@@ -87,7 +177,7 @@ class SelfDiscrimination(Denoising):
         view, t = self.noise.network_input(self.noise.add_noise(x0, eps, level), level)
         if not self.compares:
             out, nothing = network(view, t, y, split, None)
-            outcome = self.judge(out, x0, eps, level)
+            outcome = self.compute_loss(out, x0, eps, level)
             return outcome._replace(loss=outcome.loss + nothing)
 
         # The teacher sees the first samples of the batch, or all of them.
@@ -106,7 +196,7 @@ class SelfDiscrimination(Denoising):
             all_reduce=sum_over_ranks,
         )  # fmt: skip
         self._accumulate(of_class, of_patches)
-        generative = self.judge(out, x0, eps, level)
+        generative = self.compute_loss(out, x0, eps, level)
         discriminative = of_class.loss + of_patches.loss
         terms = {
             "discriminative_loss": discriminative.detach(),
@@ -146,7 +236,7 @@ class SelfDiscrimination(Denoising):
 
     @property
     def hides(self) -> bool:
-        """Whether the step hides patches from the student's encoder."""
+        """Return whether the step hides patches from the student's encoder."""
         return self.keep < self.tokens and not self.finished
 
     def _compared(self, batch: int) -> int:
@@ -198,7 +288,7 @@ class SelfDiscrimination(Denoising):
         """Return the student's encoder and decoder, without head and teacher."""
         return module.network
 
-    def followers(self, module: Student) -> dict:
+    def ema_replicas(self, module: Student) -> dict:
         """Map the teacher's EMA to its replica's tensors and the student's parameters; a frozen teacher has none."""
         if self.settings.frozen:
             return {}
@@ -264,7 +354,7 @@ class SelfDiscrimination(Denoising):
         return {"centers": self.centers.cpu(), **frozen}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take a `state_dict`."""
+        """Load a `state_dict`."""
         self.centers = state["centers"].to(self.centers.device)
         if self.settings.frozen:
             self.teacher.load_state_dict(state["teacher"])

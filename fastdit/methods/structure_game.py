@@ -29,6 +29,7 @@ SADM runs on top of any other method: `StructureGame(Denoising(...))`, `Structur
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -36,23 +37,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from fastdit.errors import UserError
 from fastdit.kernels import AdamWEMA, StructureLoss, structure_loss
-from fastdit.methods.denoising import Denoising, Network, Outcome
+from fastdit.methods.denoising import GRADIENTS, Denoising, Network, Outcome, Panels, Shape
+from fastdit.methods.encoder_build import build_latent_resnet, count_flops
 from fastdit.methods.encoder_warm_start import warm_start_before_run
 from fastdit.methods.gradient_balance import GradientBalance
 from fastdit.methods.ranks import average_over_ranks, max_over_ranks, ranks
 from fastdit.methods.self_discrimination import SelfDiscrimination
 from fastdit.methods.structure_settings import SADM
-from fastdit.models import LatentDecoder
+from fastdit.methods.wrapper import Wrapper
+from fastdit.models import ImageResNet, LatentDecoder
+from fastdit.models.image_resnet import SMALLEST
 
 COINCIDENT = 1e-12  # mean squared distance below which all features count as one point
 
 
-class StructureGame(Denoising):
-    """Another method, `base`, with the structure loss and the second player.
+class StructureGame(Wrapper):
+    """Add the structure loss and the second player to another method, `base`.
 
     Args:
-        base: the method that computes outcomes; its hooks are called in turn.
+        base: the method that computes outcomes.
         settings: see `SADM`.
         psi: maps (B, C, H, W) float32 to features (B, d); trained here, in fp32, if the structure is adversarial.
         psi_flops: FLOPs of its forward pass for one sample.
@@ -61,6 +66,66 @@ class StructureGame(Denoising):
 
     Every rank holds all of Psi, which is a hundredth of a DiT. Its gradients are averaged over the ranks.
     """
+
+    name = "sadm"
+    summary = "the structure game"
+    settings_type = SADM
+    panels: ClassVar[Panels] = {
+        GRADIENTS: {"gradient_ratio": "structure, at the output"},
+        "structure loss": {"structure_loss": "structure loss"},
+        "weight of the structure loss": {"structure_weight": "weight"},
+        "mean distance of features": {"real_distance": "clean samples", "fake_distance": "estimates"},
+        "correlation of the distances": {"distance_correlation": "correlation"},
+        "Psi's gradient norm": {"psi_grad_norm": "Psi's gradient norm"},
+    }
+
+    @classmethod
+    def check(cls, config) -> None:
+        """Raise UserError if the run does not have what Psi needs."""
+        psi, data = config.sadm.psi, config.data
+        if psi == "teacher" and not config.uses("sd_dit"):
+            raise UserError(f"sadm.psi: teacher is SD-DiT's; it needs --method sd_dit+sadm, got {config.method}")
+        if psi == "image_resnet" and data.channels not in (1, 3) and data.autoencoder is None:
+            raise UserError(
+                f"sadm.psi: image_resnet sees pixels, and data.channels is {data.channels}; give --data.autoencoder, "
+                "which decodes latents, or choose another psi"
+            )
+
+    @classmethod
+    def check_batch(cls, samples: int) -> None:
+        """Raise UserError for a single sample, which has no distances."""
+        if samples < 2:
+            raise UserError("batch: sadm compares samples of one micro-batch over all ranks; it needs at least two")
+
+    @classmethod
+    def build(
+        cls, config, shape: Shape, module: nn.Module, base: Denoising, decoder: LatentDecoder | None = None
+    ) -> tuple[nn.Module, "StructureGame"]:
+        """Return the base's module, and the game. Raises UserError when Psi cannot be built or does not fit."""
+        # Build Psi, and find out the shape of what it sees.
+        settings, psi, seen = config.sadm, build_psi(config, shape, base), shape
+        decoder = decoder if settings.psi == "image_resnet" else None
+        if decoder is not None:
+            factor = decoder.autoencoder.factor
+            seen = Shape(3, factor * shape.height, factor * shape.width, shape.classes)
+            if not settings.psi_decoder_gradient:
+                decoder.approximate_gradient()
+        if settings.psi == "image_resnet" and min(seen.height, seen.width) < SMALLEST:
+            raise UserError(
+                f"sadm.psi: image_resnet needs at least {SMALLEST} rows and columns, it would see {seen.height} x "
+                f"{seen.width}; choose another psi, or larger samples"
+            )
+
+        # Count what a pass of both networks costs.
+        psi_flops = psi.flops if isinstance(psi, TeacherFeatures) else count_flops(psi, seen)
+        decoder_flops = count_flops(decoder, shape) if decoder is not None else 0
+        return module, cls(base, settings, psi, psi_flops, decoder, decoder_flops)
+
+    @classmethod
+    def checkpoint_signature(cls, config) -> dict[str, object]:
+        """Return the settings that fix Psi's tensors in a checkpoint."""
+        names = ("structure", "psi", "psi_width", "psi_features", "spectral_norm")
+        return {f"sadm.{name}": getattr(config.sadm, name) for name in names}
 
     def __init__(
         self,
@@ -71,10 +136,10 @@ class StructureGame(Denoising):
         decoder: LatentDecoder | None = None,
         decoder_flops: float = 0.0,
     ) -> None:
-        super().__init__(base.noise, base.classes, base.label_drop)
-        self.base, self.settings, self.psi, self.psi_flops = base, settings, psi.eval().requires_grad_(False), psi_flops
+        super().__init__(base)
+        self.settings, self.psi, self.psi_flops = settings, psi.eval().requires_grad_(False), psi_flops
         self.decoder, self.decoder_flops = decoder, decoder_flops
-        self.plays = settings.structure == "adversarial"
+        self.adversarial = settings.structure == "adversarial"
         self.begun = settings.structure != "off"
         self.balance = GradientBalance(
             settings.weight, settings.gradient_ratio, settings.weight_floor, settings.weight_cap
@@ -90,7 +155,7 @@ class StructureGame(Denoising):
         In a step of Psi, its gradients are left with its weights. Raises ValueError if all ranks together have only
         one sample.
         """
-        outcome = self.base.loss(network, x0, y, generator)
+        outcome = super().loss(network, x0, y, generator)
         if not self.begun:
             return outcome
 
@@ -128,7 +193,7 @@ class StructureGame(Denoising):
         Before a step of Psi, the gradient of L_str in Psi's weights, less that of the gradient penalty, is added to
         theirs.
         """
-        learns = self.plays and (self.step + 1) % self.settings.psi_every == 0
+        learns = self.adversarial and (self.step + 1) % self.settings.psi_every == 0
         penalty = self.settings.gradient_penalty if learns else 0.0
         self.psi.requires_grad_(learns)
         weights = list(self.psi.parameters()) if learns else []
@@ -152,14 +217,14 @@ class StructureGame(Denoising):
 
     def prepare(self, batches: Iterator[tuple[Tensor, Tensor]], steps: int, say: Callable[[str], None]) -> None:
         """Prepare the base, then train Psi as a classifier of the data for `SADM.warm_steps` steps."""
-        self.base.prepare(batches, steps, say)
+        super().prepare(batches, steps, say)
         if not (count := self.settings.warm_steps(steps, self.classes)):
             return
         warm_start_before_run("sadm", self.psi, self.classes, batches, count, self.autocast, say)
 
     def end_step(self) -> dict[str, Tensor]:
         """Return the base's signals, set lambda, and in one step of `psi_every` update Psi."""
-        terms = self.base.end_step()
+        terms = super().end_step()
         self.step += 1
         if self.begun:
             if self.balance.auto:
@@ -235,18 +300,10 @@ class StructureGame(Denoising):
         )
 
     def begin_step(self, step: int, steps: int) -> dict[str, float]:
+        """Decide whether the game is on, set Psi's learning rate, and begin the base's step."""
         self.begun = self.settings.structure != "off" and step >= self.settings.first_step(steps)
         self.psi_lr = self.settings.psi_lr_at(step, steps)
-        return self.base.begin_step(step, steps)
-
-    def sampled_network(self, module: nn.Module) -> nn.Module:
-        return self.base.sampled_network(module)
-
-    def followers(self, module: nn.Module) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
-        return self.base.followers(module)
-
-    def graphed(self, module: nn.Module, batch: int) -> list[tuple[nn.Module, tuple[Tensor, ...]]]:
-        return self.base.graphed(module, batch)
+        return super().begin_step(step, steps)
 
     def flops(self, module: nn.Module) -> dict[str, float]:
         """Return FLOPs by part of a step as the last `begin_step` left it.
@@ -256,14 +313,14 @@ class StructureGame(Denoising):
         """
         own = {}
         if self.begun:
-            passes = 3 + (3 / self.settings.psi_every if self.plays else 0)
+            passes = 3 + (3 / self.settings.psi_every if self.adversarial else 0)
             decoded = 4 if self.settings.psi_decoder_gradient else 2
             own["structure"] = passes * self.psi_flops + decoded * self.decoder_flops
-        return self.base.flops(module) | own
+        return super().flops(module) | own
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move everything. Psi keeps fp32 weights and computes in `dtype`; on GPUs its weights are channels-last."""
-        self.base.to(device, dtype)
+        super().to(device, dtype)
         self.psi.to(device)
         if device.type == "cuda":
             self.psi.to(memory_format=torch.channels_last)
@@ -271,30 +328,42 @@ class StructureGame(Denoising):
             self.decoder.to(device)
         self.balance.to(device)
         self.autocast = dtype == torch.bfloat16
-        if self.plays:
+        if self.adversarial:
             self.optimizer = AdamWEMA(self.psi.parameters(), lr=self.psi_lr, betas=self.settings.psi_betas)
 
     def state_dict(self) -> dict:
+        """Return the state of the base, of Psi and of its optimizer, and that of lambda."""
         own = {}
         if self.settings.structure != "off":
             own = {"step": self.step, "psi": self.psi.state_dict(), "balance": self.balance.state_dict()}
-        if self.plays:
+        if self.adversarial:
             own["optimizer"] = self.optimizer.state_dict()
-        return {"base": self.base.state_dict(), **own}
+        return super().state_dict() | own
 
     def load_state_dict(self, state: dict) -> None:
-        self.base.load_state_dict(state["base"])
+        """Load a `state_dict`."""
+        super().load_state_dict(state)
         if self.settings.structure != "off":
             self.step = state["step"]
             self.psi.load_state_dict(state["psi"])
             if "balance" in state:  # older checkpoints measured no gradients
                 self.balance.load_state_dict(state["balance"])
-        if self.plays:
+        if self.adversarial:
             self.optimizer.load_state_dict(state["optimizer"])
             # The checkpoint may be of another device, where weights and moments have another layout.
             for weight, moments in self.optimizer.state.items():
                 for name, value in moments.items():
                     moments[name] = torch.empty_like(weight).copy_(value) if value.shape == weight.shape else value
+
+
+def build_psi(config, shape: Shape, base: Denoising) -> nn.Module:
+    """Return SADM's structure encoder, on the CPU. Raises UserError when its weights cannot be read."""
+    settings = config.sadm
+    if settings.psi == "teacher":
+        return TeacherFeatures(base)
+    if settings.psi == "image_resnet":
+        return ImageResNet(settings.psi_weights)
+    return build_latent_resnet(settings, shape, config.seed)
 
 
 class TeacherFeatures(nn.Module):

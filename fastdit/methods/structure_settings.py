@@ -4,7 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from fastdit.errors import UserError, check_ranges
 from fastdit.methods.encoder_warm_start import count_warm_steps
+from fastdit.models.structure_encoders import NORM_GROUP
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,28 @@ class SADM:
     penalty: Literal["l2", "l1", "huber"] = "l2"
     huber_delta: float = 0.2
     sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Raise UserError for the first setting that cannot be, or that another one excludes."""
+        # Check the numbers.
+        ranges = {"psi_width psi_features psi_every": (1,), "huber_delta sigma_data clamp max_noise": (1e-6,)}
+        ranges |= {"weight gradient_ratio weight_floor weight_cap gradient_penalty psi_lr psi_warm_steps": (0,)}
+        check_ranges(self, "sadm.", ranges | {"psi_betas": (0, 0.999999), "psi_warmup start": (0, 1)})
+        if self.weight_floor > self.weight_cap:
+            raise UserError(
+                f"sadm.weight_floor: {self.weight_floor} is above sadm.weight_cap ({self.weight_cap}); lower it"
+            )
+
+        # Check Psi.
+        if self.psi == "latent_resnet" and self.psi_width % NORM_GROUP:
+            raise UserError(f"sadm.psi_width: {self.psi_width} must be a multiple of {NORM_GROUP}; change it")
+        if self.psi == "teacher" and self.structure == "adversarial":
+            raise UserError(
+                "sadm.psi: teacher (of --method sd_dit+sadm) follows the student and is no player; "
+                "set --sadm.structure fixed"
+            )
+        if self.psi == "image_resnet" and self.psi_weights is None:
+            raise UserError("sadm.psi: image_resnet needs weights; give torchvision's resnet18 as sadm.psi_weights")
 
     def first_step(self, steps: int) -> int:
         """Return the step (0-based) of `steps` in which the game begins."""

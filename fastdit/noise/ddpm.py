@@ -2,7 +2,7 @@
 
 Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", 2020, with the learned-range variance and hybrid
 loss of Nichol, Dhariwal, "Improved Denoising Diffusion Probabilistic Models", 2021: what the original DiT is
-trained with. The level is the timestep 0 .. steps - 1, as float32. `fastdit.noise` says what each member is;
+trained with. The level is the timestep 0 .. steps - 1, as float32. `fastdit.noise.process` documents each member;
 the samplers are in `sampling.py`.
 """
 
@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdit.errors import UserError
+from fastdit.errors import UserError, check_ranges
+
+LONGEST = 2**24  # timesteps are float32, which holds no larger whole numbers exactly
 
 
 class Chain(NamedTuple):
@@ -31,43 +33,56 @@ class Chain(NamedTuple):
 
 @dataclass(frozen=True)
 class DDPM:
-    """`steps` betas, linear from beta_start to beta_end (not rescaled where steps is not 1000)."""
+    """Train at `steps` timesteps with betas linear from beta_start to beta_end, not rescaled for other `steps`.
+
+    There is no `weighting`, unlike in EDM and Flow. The loss has two terms, and only the eps error has a counterpart
+    weighted for x0. The variational term is a likelihood in bits, which has no such weight.
+    """
 
     steps: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
 
     name: ClassVar[str] = "ddpm"
+    summary: ClassVar[str] = "Ho et al. 2020 with learned-range variance (Nichol and Dhariwal 2021)"
     samplers: ClassVar[tuple[str, ...]] = ("ddpm", "ddim")
 
     def __post_init__(self):
-        if self.steps < 2:
-            raise UserError(f"noise.ddpm.steps: {self.steps}; a chain needs at least 2")
+        check_ranges(self, "noise.ddpm.", {"steps": (2, LONGEST)})
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise UserError(
                 f"noise.ddpm.beta_start, noise.ddpm.beta_end: {self.beta_start} and {self.beta_end}; "
                 "need 0 < start <= end < 1"
             )
 
+    @property
+    def data_std(self) -> float:
+        return 1.0
+
     def out_channels(self, channels: int) -> int:
-        """Twice `channels`: eps, then the variance."""
+        """Return twice `channels`: eps, then the variance."""
         return 2 * channels
 
+    def check_sampling_steps(self, steps: int) -> None:
+        """Raise UserError for more sampler steps than the chain has."""
+        if steps > self.steps:
+            raise UserError(f"sample.steps: {steps}; noise.ddpm.steps allows at most {self.steps}")
+
     def draw(self, n: int, *, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
-        """(n,) timesteps, uniform over 0 .. steps - 1, as float32."""
+        """Draw (n,) timesteps, uniform over 0 .. steps - 1, as float32."""
         return torch.randint(self.steps, (n,), generator=generator, device=device).float()
 
     def add_noise(self, x0: Tensor, eps: Tensor, level: Tensor) -> Tensor:
-        """sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps (Ho Eq. 4)."""
+        """Return sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps (Ho Eq. 4)."""
         signal, noise, *_ = self._at(level)
         return signal * x0 + noise * eps
 
     def network_input(self, x_t: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t and the timestep."""
+        """Return x_t and the timestep."""
         return x_t, level
 
     def loss(self, out: Tensor, x0: Tensor, eps: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        """L_hybrid = L_simple + 0.001 L_vlb (Nichol Eq. 16), each a mean over the dimensions.
+        """Return L_hybrid = L_simple + 0.001 L_vlb (Nichol Eq. 16), each a mean over the dimensions, and x0_hat.
 
         L_simple is the eps error (Ho Eq. 14) and trains eps alone. L_vlb, of which a timestep is one in
         `steps` terms, is in bits and trains the variance alone: it sees eps detached. In its KL, variances
@@ -89,7 +104,7 @@ class DDPM:
         return per_sample, x0 - ratio * error
 
     def clean(self, out: Tensor, x_t: Tensor, level: Tensor) -> Tensor:
-        """(x_t - sqrt(1 - alpha_bar) eps_hat) / sqrt(alpha_bar) (Ho Eq. 4 solved for x0)."""
+        """Return (x_t - sqrt(1 - alpha_bar) eps_hat) / sqrt(alpha_bar) (Ho Eq. 4 solved for x0)."""
         signal, noise, *_ = self._at(level)
         return (x_t - noise * out.to(level.dtype).chunk(2, dim=1)[0]) / signal
 
@@ -97,7 +112,7 @@ class DDPM:
         return self._at(level)[2].flatten()
 
     def level_at(self, noise_to_signal: float, n: int, device: torch.device | str) -> Tensor:
-        """(n,) float32, the timestep of the nearest ratio on a log scale; 0 for all that are lower."""
+        """Return (n,) float32, each the timestep whose ratio is nearest on a log scale."""
         if not 0 < noise_to_signal < math.inf:
             raise ValueError(f"noise_to_signal={noise_to_signal}; must be positive and finite")
         timestep = np.abs(_log_ratio(self) - math.log(noise_to_signal)).argmin()
@@ -112,7 +127,7 @@ class DDPM:
         return (level + 0.5) / self.steps
 
     def chain(self, steps: int | None = None) -> Chain:
-        """The whole chain, or `steps` of its timesteps, evenly spaced from first to last (Nichol, section 4).
+        """Return the whole chain, or `steps` of its timesteps, evenly spaced from first to last (Nichol, section 4).
 
         The rounding is that of the published respacing, so that samples of a published model agree.
         Raises UserError for a number of steps that the chain does not have.
@@ -132,13 +147,13 @@ class DDPM:
         return Chain(timestep, beta, alpha_bar, prev, posterior_var)
 
     def _at(self, level: Tensor) -> tuple[Tensor, ...]:
-        """The columns of `_table` at each level, (B, 1, 1, 1) each, in level's dtype."""
+        """Return the columns of `_table` at each level, (B, 1, 1, 1) each, in level's dtype."""
         rows = _table(self, level.device)[level.long()].to(level.dtype)
         return rows[:, :, None, None, None].unbind(1)
 
 
 def _decoder_nll(x0: Tensor, error: Tensor, log_var: Tensor) -> Tensor:
-    """-log of the reverse Gaussian's mass in x0's bin of 2/255, in nats (Ho Eq. 13); error is x0 - mean.
+    """Return -log of the reverse Gaussian's mass in x0's bin of 2/255, in nats (Ho Eq. 13); error is x0 - mean.
 
     The outermost bins reach to infinity. The mass is bounded below as in the published code (1e-12), which
     approximates the normal distribution function by a tanh; here it is exact.
@@ -152,14 +167,14 @@ def _decoder_nll(x0: Tensor, error: Tensor, log_var: Tensor) -> Tensor:
 
 @lru_cache
 def _log_ratio(process: DDPM) -> np.ndarray:
-    """(steps,) float64: log of noise / signal at each timestep."""
+    """Return (steps,) float64, the log of noise / signal at each timestep."""
     alpha_bar = process.chain().alpha_bar
     return np.log((1 - alpha_bar) / alpha_bar) / 2
 
 
 @lru_cache
 def _table(process: DDPM, device: torch.device) -> Tensor:
-    """(steps, 6) float32, made once per device; the columns are named in the code."""
+    """Return a (steps, 6) float32 table, built once per device; the columns are named in the code."""
     c = process.chain()
     noise = np.sqrt(1 - c.alpha_bar)
     mean_shift = c.beta / (np.sqrt(1 - c.beta) * noise)  # per unit of eps error, Ho Eq. 11

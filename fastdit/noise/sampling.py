@@ -1,7 +1,7 @@
 """From noise to samples: ODE and ancestral samplers with classifier-free guidance, for every noise process.
 
-`sample` is the one entry. A sampler sees the network as a function of (x, level), which `_GuidedNetwork`
-makes of it; the sampler's state is float64, the network is called in float32.
+`sample` is the one entry point. `_GuidedNetwork` wraps the network as a function of (x, level) for the samplers. The
+sampler's state is float64; the network is called in float32.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdit.errors import UserError
+from fastdit.noise.process import NoiseProcess
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 DrawNoise = Callable[[Sequence[int]], Tensor]
@@ -21,7 +22,7 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 
 @torch.no_grad()
 def sample(
-    process,
+    process: NoiseProcess,
     network: Network,
     noise: Tensor,
     y: Tensor,
@@ -35,7 +36,7 @@ def sample(
     draw_noise: DrawNoise | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Samples (n, C, H, W) float32 of classes y (n,) int64 from unit-variance `noise` (n, C, H, W).
+    """Draw samples (n, C, H, W) float32 of classes y (n,) int64 from unit-variance `noise` (n, C, H, W).
 
     network: the raw model, (x (m, C, H, W) float32, t (m,) float32, y (m,)) -> (m, out_channels(C), H, W).
     steps: sampler steps. Heun calls the network 2 steps - 1 times, the others `steps` times.
@@ -73,14 +74,14 @@ def sample(
 
 
 class PerSampleNoise:
-    """A `draw_noise` whose row i depends on seed, indices[i] and how often it was called, and nothing else.
+    """Draw noise whose row i depends on seed, indices[i] and the number of calls before, and nothing else.
 
-    So a sample is the same whatever batch, rank or device it is drawn in: the numbers are made on the CPU.
+    A sample is therefore the same in every batch, on every rank and device. The numbers are drawn on the CPU.
     Use one object for both the initial noise (its first call) and a sampler's fresh noise.
     """
 
     def __init__(self, seed: int, indices: Sequence[int], device: torch.device | str):
-        """seed and indices: non-negative integers of any size."""
+        """Take a seed and the samples' indices, which are non-negative integers of any size."""
         self._device = device
         # torch's CPU generator keeps 32 bits of a seed, so 50,000 samples might hold duplicates
         self._rows = [
@@ -89,7 +90,7 @@ class PerSampleNoise:
         ]
 
     def __call__(self, shape: Sequence[int]) -> Tensor:
-        """Standard normal float32 of `shape` (n, C, H, W), n the number of indices (else ValueError)."""
+        """Draw standard normal float32 of `shape` (n, C, H, W). Raises ValueError unless n is the number of indices."""
         if shape[0] != len(self._rows):
             raise ValueError(f"noise of shape {tuple(shape)} asked of {len(self._rows)} sample indices")
         rows = [row.standard_normal(tuple(shape[1:]), dtype=np.float32) for row in self._rows]
@@ -98,9 +99,9 @@ class PerSampleNoise:
 
 @dataclass
 class _GuidedNetwork:
-    """(x (n, C, H, W), level) -> the network's raw output in x's dtype, guided where guidance acts."""
+    """Map (x (n, C, H, W), level) to the network's raw output in x's dtype, guided where guidance acts."""
 
-    process: object
+    process: NoiseProcess
     network: Network
     y: Tensor
     null_label: int | None
@@ -128,9 +129,9 @@ class _GuidedNetwork:
 
 
 def _ode(process, predict, noise, steps, draw_noise, progress, *, second_order: bool) -> Tensor:
-    """The probability-flow ODE dx/dlevel = (x - x0_hat) / level of EDM (Karras Alg. 1) and of straight flows.
+    """Solve the probability-flow ODE dx/dlevel = (x - x0_hat) / level of EDM (Karras Alg. 1) and of straight flows.
 
-    By Heun's method, or Euler's. The step to level 0, where the slope is not defined, is always Euler's.
+    The method is Heun's or Euler's. The step to level 0, where the slope is not defined, is always Euler's.
     """
 
     def slope(x: Tensor, level: float) -> Tensor:
@@ -150,7 +151,7 @@ def _ode(process, predict, noise, steps, draw_noise, progress, *, second_order: 
 
 
 def _ddpm(process, predict, noise, steps, draw_noise, progress) -> Tensor:
-    """Ancestral sampling with the learned variance (Ho Alg. 2, Nichol Eq. 15) on a chain of `steps`."""
+    """Draw ancestral samples with the learned variance (Ho Alg. 2, Nichol Eq. 15) on a chain of `steps`."""
     if draw_noise is None and steps > 1:
         raise ValueError("the ddpm sampler needs draw_noise")
     c, x = process.chain(steps), noise
@@ -167,7 +168,7 @@ def _ddpm(process, predict, noise, steps, draw_noise, progress) -> Tensor:
 
 
 def _ddim(process, predict, noise, steps, draw_noise, progress) -> Tensor:
-    """Deterministic DDIM (Song, Meng, Ermon 2021, Eq. 12 with sigma = 0) on a chain of `steps`."""
+    """Draw samples by deterministic DDIM (Song, Meng, Ermon 2021, Eq. 12 with sigma = 0) on a chain of `steps`."""
     c, x = process.chain(steps), noise
     signal, sigma = np.sqrt(c.alpha_bar).tolist(), np.sqrt(1 - c.alpha_bar).tolist()
     signal_prev, sigma_prev = np.sqrt(c.alpha_bar_prev).tolist(), np.sqrt(1 - c.alpha_bar_prev).tolist()

@@ -1,0 +1,92 @@
+"""Test the registry of methods, and that a wrapper passes every hook on."""
+
+import inspect
+from dataclasses import fields, is_dataclass
+
+import pytest
+
+from fastdit.config import Config
+from fastdit.engine.report import panels
+from fastdit.errors import UserError
+from fastdit.methods.denoising import Denoising
+from fastdit.methods.registry import METHODS, canonical_name, methods_of
+from fastdit.methods.wrapper import Wrapper
+
+# In config.yaml files and checkpoints.
+WRITTEN = ("dit", "sd_dit", "sadm", "sd_dit+sadm", "psi_align", "psi_align+sadm")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_says_what_others_ask(name):
+    method = METHODS[name]
+    assert (method.name, method.summary) == (name, method.summary.strip("."))
+    assert method.refuses.keys() <= METHODS.keys()
+    if method.settings_type is None:
+        assert not hasattr(Config(), name)
+        return
+    assert is_dataclass(method.settings_type)
+    assert getattr(Config(), name) == method.complete(method.settings_type())
+    hash(method.settings_type())  # frozen
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_combinations_keep_their_names(name):
+    assert canonical_name(name) == name
+    assert Config(method="+".join(reversed(name.split("+")))).method == name
+
+
+def test_methods_are_built_from_the_inside_out():
+    names = {name: [method.name for method in methods_of(name)] for name in WRITTEN}
+    assert names["dit"] == ["dit"]
+    assert names["sd_dit+sadm"] == ["sd_dit", "sadm"]
+    assert names["psi_align+sadm"] == ["dit", "sadm", "psi_align"]
+
+
+@pytest.mark.parametrize("name", ["", "gan", "sadm+gan", "sadm+sadm", "dit+sadm", "dit+dit", "sd_dit+psi_align", "+"])
+def test_what_is_refused_is_told_with_all_choices(name):
+    with pytest.raises(UserError) as caught:
+        methods_of(name)
+    text = str(caught.value)
+    assert text.startswith("method: must be one of dit, sd_dit, sadm, psi_align, or several joined by +, got ")
+    assert "dit+any (each other method contains dit), sd_dit+psi_align (psi_align aligns the tokens" in text
+
+
+def test_two_methods_that_build_a_network_are_refused(monkeypatch):
+    class Other(Denoising):
+        name = "other"
+
+    monkeypatch.setitem(METHODS, "other", Other)
+    assert [method.name for method in methods_of("sadm+other")] == ["other", "sadm"]
+    with pytest.raises(UserError, match=r"sd_dit\+other \(each builds a network of its own\)"):
+        methods_of("other+sd_dit")
+
+
+def test_a_wrapper_passes_every_hook_on():
+    """A hook that `Denoising` gets later must be passed on, too."""
+    own = {"draw", "compute_loss", "drop_labels"}  # parts of `Denoising.loss`
+    hooks = {name for name, member in inspect.getmembers(Denoising, inspect.isfunction) if not name.startswith("_")}
+    assert hooks - own - vars(Wrapper).keys() == set()
+
+    class Told(Denoising):
+        """A base that records the calls of its hooks."""
+
+        def __getattribute__(self, name):
+            if name in hooks:
+                return lambda *args: (name, args)
+            return super().__getattribute__(name)
+
+    base = Told("noise", 3, 0.5)
+    wrapper = Wrapper(base)
+    assert [getattr(wrapper, field.name) for field in fields(Denoising)] == ["noise", 3, 0.5]
+    for name in hooks - own - {"state_dict", "load_state_dict"}:
+        arguments = [object() for _ in list(inspect.signature(getattr(Denoising, name)).parameters)[1:]]
+        told = getattr(wrapper, name)(*arguments)
+        assert told in ((name, tuple(arguments)), None), name  # None: of hooks that return nothing
+    assert wrapper.state_dict() == {"base": ("state_dict", ())}
+
+
+def test_methods_may_share_a_panel():
+    lines = [{"step": 1, "gradient_ratio": 1.0, "alignment_gradient_ratio": 2.0}]
+    ((title, labels),) = panels(lines)
+    assert title == "extra term's gradient / denoising loss's"
+    assert labels == {"structure, at the output": [(1, 1.0)], "alignment, at the tokens": [(1, 2.0)]}
