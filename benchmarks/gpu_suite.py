@@ -60,7 +60,7 @@ class Part:
         least: seconds below which it is not worth starting.
         needs: modules without which it cannot run.
         paced: it takes --budget, the seconds granted, and stops by itself when the next run does not fit in them. Its
-            last "timed plan" line names what remains.
+            last "plan" line names what remains.
     """
 
     name: str
@@ -121,7 +121,7 @@ PARTS = (
     _against("XL/2", 64, "eager,compile", 220, 60.0),
     _tests("run tests", RUN_TESTS, 110, "-n", "4", "-m", "gpu"),
     _profile("other batches", 70, "S/2 dit 1024", "S/2 dit 256 graphs", "B/2 dit 256 graphs", "XL/2 dit 32"),
-    Part("convergence", ("benchmarks/timed_runs.py",), 600, 120.0, paced=True),
+    Part("convergence", ("benchmarks/convergence.py",), 600, 120.0, paced=True),
     Part("launch options", ("benchmarks/rates.py", "--batch", "256", "--sweep"), 100),
     _loader("latents", 32, 4, 256),
     _loader("photos", 256, 3, 128),
@@ -138,7 +138,7 @@ TINY = (
     Part(
         "convergence",
         (
-            "benchmarks/timed_runs.py",
+            "benchmarks/convergence.py",
             "--patch",
             "7",
             "--batch",
@@ -333,7 +333,7 @@ def _remaining(lines: Path) -> str:
     """Return how a part that paces itself has ended: WELL once its plan is finished."""
     found = read_journal(lines)
     begin = max(place for place, line in enumerate(found) if line["what"] == "part began")
-    plans = [line for line in found[begin:] if line["what"] == "timed plan"]
+    plans = [line for line in found[begin:] if line["what"] == "plan"]
     failed = [line["failed"] for line in found[begin:] if line["what"] == "run failed"]
     remaining = plans[-1]["remaining"] if plans else []
     if not remaining:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import record as records
-from convergence_tables import CONVERGENCE
+from convergence_tables import CONVERGENCE, convergence_record
 from gpu_suite import LINES, ROOT
 from journal import count_torn, read_journal
 from loaders import LOADER, loader_record
@@ -12,12 +12,16 @@ from profile_steps import PROFILE, profile_record
 from rates import RATES, rates_record
 from step_record import step_record
 from step_tables import THROUGHPUT, figures
-from timed_tables import TIMED, timed_record
 
 from fastdit.errors import UserError
 from kernels import kernels_record
 
-BUILDERS = {"profile": profile_record, "kernels": kernels_record, "rates": rates_record, "timed runs": timed_record}
+BUILDERS = {
+    "profile": profile_record,
+    "kernels": kernels_record,
+    "rates": rates_record,
+    "convergence": convergence_record,
+}
 SHOWN = 20  # failing tests named in the table
 FIGURES = ("<!-- figures: begin -->\n", "<!-- figures: end -->\n")
 
@@ -139,14 +143,16 @@ def _reason(failure: dict) -> str:
 
 
 SUITE = records.Section("suite", ("<!-- suite: begin -->\n", "<!-- suite: end -->\n"), suite_lines)
-_SECTIONS = {section.benchmark: section for section in (records.KERNELS, THROUGHPUT, LOADER, PROFILE, RATES, TIMED)}
+_SECTIONS = {
+    section.benchmark: section for section in (records.KERNELS, THROUGHPUT, LOADER, PROFILE, RATES, CONVERGENCE)
+}
 
 
 def write_readmes() -> None:
     """Put every benchmark's records, those within suites too, into both READMEs. Raises UserError."""
     write_figures(ROOT / "README.md")
     records.write_charts(CONVERGENCE)
-    for section in (SUITE, *_SECTIONS.values(), CONVERGENCE):
+    for section in (SUITE, *_SECTIONS.values()):
         records.write_readme(section=section)
 
 

@@ -251,8 +251,8 @@ def test_a_plan_with_runs_left_is_not_finished(tmp_path, quick):
     code = (
         "import sys; sys.path.insert(0, 'benchmarks'); from journal import Journal; flags = sys.argv;"
         "journal = Journal(flags[flags.index('--journal') + 1]); print('granted', flags[flags.index('--budget') + 1]);"
-        "left = [] if any(line['what'] == 'timed plan' for line in journal.lines) else ['one', 'two'];"
-        "journal.write('timed plan', remaining=left)"
+        "left = [] if any(line['what'] == 'plan' for line in journal.lines) else ['one', 'two'];"
+        "journal.write('plan', remaining=left)"
     )
     part, journal = script("plan", code, limit=20.0, paced=True), Journal(tmp_path / LINES)
     for result in (False, True):
@@ -394,7 +394,7 @@ def test_every_part_is_a_command_that_parses(part):
     import profile_steps
     import rates
     import throughput
-    import timed_runs
+    import convergence
 
     import kernels
 
@@ -413,5 +413,5 @@ def test_every_part_is_a_command_that_parses(part):
         throughput._against(args.against)
         throughput._config(args, dotted)
     else:
-        parser = {"rates": rates, "kernels": kernels, "timed_runs": timed_runs}[Path(script).stem]._parser()
+        parser = {"rates": rates, "kernels": kernels, "convergence": convergence}[Path(script).stem]._parser()
         parser.parse([*flags, "--device", "cpu"])

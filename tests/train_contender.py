@@ -1,4 +1,4 @@
-"""A program of tests/test_timed_runs.py: trains a fresh session as benchmarks/timed_runs.py does, after another one was
+"""A program of tests/test_convergence.py: trains a fresh session as benchmarks/convergence.py does, after another one was
 priced, and one by the training loop, and says whether the two end with the same weights, to the bit."""
 
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from timed_training import SilentRuntime, price_run, train
+from convergence_training import SilentRuntime, price_runs, train
 
 from fastdit.config import parse
 from fastdit.engine import runtime
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
         from fastdit.engine.session import Session
         from fastdit.engine.weights import ema_state
 
-        price_run(Session(config, SilentRuntime.like(ranks)), 0.01)
+        price_runs({"one": Session(config, SilentRuntime.like(ranks))}, 0.01)
         timed, plain = Session(config, SilentRuntime.like(ranks)), Session(config, ranks)
         notes = []
         trained = train(timed, 2, lambda *note: notes.append(note))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ import torch
 from fastdit.engine.runtime import Runtime
 
 SHORT = {"cuda": 10, "cpu": 4}  # steps of the rehearsal that compiles and tunes kernels and allocates memory
-LEAST, MOST = {"cuda": 20, "cpu": 10}, 1000  # steps of the rehearsal that is timed
+LEAST, MOST = {"cuda": 20, "cpu": 10}, 1000  # steps of a rehearsal that is timed
+TURNS = 5  # in which contenders are timed, one after the other in each
 PREPARED = (50, 100)  # steps of the runs by which a method's preparation is priced
 
 
@@ -46,24 +48,39 @@ class Trained(NamedTuple):
     diverged: int
 
 
-def price_run(session, seconds: float) -> Price:
-    """Price a contender by rehearsals in a session that is thrown away afterwards, the timed one of about `seconds`.
+def price_runs(sessions: dict[str, object], seconds: float) -> dict[str, Price]:
+    """Price contenders by rehearsals in their sessions, which are thrown away afterwards: about `seconds` for each.
 
-    A step does not cost the same all through a run: a method may begin or end a loss after a share of the run, or have
-    it in every n-th step only. So a rehearsal is a whole run of few steps. A method's preparation may take a number of
-    steps or a share of the run: it is priced by two lengths, which tell its fixed part from that for each step.
+    They rehearse in turns, and a price is the median of its turns, so that a machine that is busy for a while does not
+    favor one of them. A step does not cost the same all through a run: a method may begin or end a loss after a share
+    of the run, or have it in every n-th step only. So a rehearsal is a whole run of few steps. A method's preparation
+    may take a number of steps or a share of the run: it is priced by two lengths, which tell its fixed part from that
+    for each step.
     """
-    device, kind = session.run.runtime.device, session.run.runtime.device.type
-    first = _timed(device, lambda: (prepare(session.run, SHORT[kind]), _rehearse(session.run, SHORT[kind])))
-    quick = _timed(device, lambda: _rehearse(session.run, SHORT[kind])) / SHORT[kind]
+    runs = {name: session.run for name, session in sessions.items()}
+    device = next(iter(runs.values())).runtime.device
+    kind = device.type
 
-    few, many = (_timed(device, lambda steps=steps: prepare(session.run, steps)) for steps in PREPARED)
-    slope = max(0.0, (many - few) / (PREPARED[1] - PREPARED[0]))
-    fixed = max(0.0, few - slope * PREPARED[0])
+    # Warm up: compile and tune kernels, allocate memory.
+    warm_ups, steps = {}, {}
+    for name, run in runs.items():
+        warm_ups[name] = _timed(device, lambda run=run: (prepare(run, SHORT[kind]), _rehearse(run, SHORT[kind])))
+        quick = _timed(device, lambda run=run: _rehearse(run, SHORT[kind])) / SHORT[kind]
+        steps[name] = min(MOST, max(LEAST[kind], round(seconds / TURNS / quick)))
 
-    steps = min(MOST, max(LEAST[kind], round(seconds / quick)))
-    spent = _timed(device, lambda: _rehearse(session.run, steps))
-    return Price(spent / steps + slope, fixed, steps, first)
+    # Rehearse in turns.
+    turns = {name: [] for name in runs}
+    for _ in range(TURNS):
+        for name, run in runs.items():
+            few, many = (_timed(device, lambda n=n, run=run: prepare(run, n)) for n in PREPARED)
+            slope = max(0.0, (many - few) / (PREPARED[1] - PREPARED[0]))
+            fixed = max(0.0, few - slope * PREPARED[0])
+            spent = _timed(device, lambda run=run, name=name: _rehearse(run, steps[name]))
+            turns[name].append((spent / steps[name] + slope, fixed))
+    return {
+        name: Price(*(median(values) for values in zip(*turns[name])), TURNS * steps[name], warm_ups[name])
+        for name in runs
+    }
 
 
 def _timed(device: torch.device, work: Callable[[], object]) -> float:

@@ -8,7 +8,7 @@ An identity latent's mean is the image itself, and its mirrored view is the mirr
 memory, half of it for standard deviations that are all zero.) DALI is not needed.
 
 CIFAR-10 for a machine without network: `fastdit-data fetch cifar10`, then
-`python benchmarks/timed_runs.py --data data/cifar10/train --pack cifar10.tar.gz` writes its 50,000 training images as
+`python benchmarks/convergence.py --data data/cifar10/train --pack cifar10.tar.gz` writes its 50,000 training images as
 JPEGs of quality 95 without chroma subsampling, 45 MB. `--data cifar10.tar.gz` reads that file.
 """
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fastdit.config import DataConfig
 from fastdit.data import Source, make_loader, open_source, read_in_order, write_shard, write_shards
-from fastdit.data.latents import quantised_dtype
+from fastdit.data.latents import quantized_dtype as quantised_dtype
 from fastdit.errors import UserError
 
 QUALITY = 95  # of packed JPEGs

@@ -1,11 +1,14 @@
-"""Judge a timed run: `JUDGES` is a list of functions of a run's EMA weights and samples.
+"""Judge a run of the comparison: `JUDGES` is a list of functions of a run's EMA weights and samples.
 
 A judge is called with a `Sampled` run and the `Reference`, and returns figures by name. A figure is a dict with the
 `value`, `n` (the samples or images that it is made of) and, where real images can stand in the samples' place, `floor`:
 the same figure of other real images. A judge of samples returns one such dict for each guidance scale. A judge that
 does not apply returns {name: {"skipped": reason}}.
 
-    loss          denoising loss on the first images of the reference with fixed noise; all patches are visible
+    loss          denoising loss on the first images of the reference with fixed noise, by plain DiT's law and
+                  weighting of noise levels; all patches are visible
+    probe         for each block, the share of other images that a linear classifier of the block's tokens puts in the
+                  right class. Tokens are averaged; images are a little noisy, and the network is not told their class.
     FD-PCA        Frechet distance of pixels (ours): needs no network and no labels. Images are projected on the 64
                   principal components of the reference, each divided by its standard deviation there, so that details
                   count as much as overall brightness. It compares two normal distributions in 64 dimensions.
@@ -19,9 +22,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from convergence_judge import LOSS_IMAGES
-from convergence_judge import loss as denoising_loss
-from timed_data import Data, read_samples
+from convergence_data import Data, read_samples
 from torch import Tensor, nn
 
 from fastdit.config import Config
@@ -34,6 +35,9 @@ from fastdit.metrics.moments import Moments, frechet_distance
 from fastdit.metrics.summary import Collector, Summary, compare
 from fastdit.models.dit import Block, block_products
 
+LOSS_IMAGES = 2048
+PROBE_IMAGES = 2000  # from which the probe learns, and as many on which it is tested
+PROBE_QUANTILE = 0.2  # of the training levels: the noise level of the probe's images
 COMPONENTS = 64
 AT_ONCE = 500  # images that the feature network sees at once on a GPU, and 50 on a CPU
 COUNTED_RATE = {"cuda": 200e12, "cpu": 20e9}  # FLOP/s by which the time of sampling is estimated before it is measured
@@ -51,6 +55,7 @@ class Reference:
         pictures: whether they are images with values in [-1, 1].
         classes: number of classes.
         checksum: of all training data, from which they were taken.
+        noise: plain DiT's noise process, by which the losses of all runs are computed that have the same kind.
     """
 
     images: Tensor
@@ -60,6 +65,7 @@ class Reference:
     pictures: bool
     classes: int
     checksum: int
+    noise: object = None
     _made: dict[str, object] = field(default_factory=dict)
 
     @classmethod
@@ -73,7 +79,7 @@ class Reference:
         plain = (config.data.latent_scale, config.data.latent_shift) == (1.0, 0.0)
         pictures = plain and (data.pictures or config.data.autoencoder == "identity")
         halves = images[:count], labels[:count], images[count:], labels[count:]
-        return cls(*halves, pictures=pictures, classes=data.classes, checksum=checksum)
+        return cls(*halves, pictures=pictures, classes=data.classes, checksum=checksum, noise=build.build_noise(config))
 
     def once(self, name: str, make: Callable[[], object]) -> object:
         """Return make(), which is called the first time only: statistics of the reference serve all runs."""
@@ -146,8 +152,75 @@ def _by_scale(run: Sampled, figure: Callable[[Tensor], dict]) -> dict[str, dict]
 def judge_loss(run: Sampled, reference: Reference) -> Figures:
     """Compute the denoising loss of the EMA weights."""
     images, labels = reference.images[:LOSS_IMAGES], reference.labels[:LOSS_IMAGES]
-    value = denoising_loss(run.network, build.build_noise(run.config), images, labels)
+    noise = build.build_noise(run.config)
+    if isinstance(reference.noise, type(noise)):
+        noise = reference.noise
+    value = denoising_loss(run.network, noise, images, labels)
     return {"loss": {"value": value, "n": len(images)}}
+
+
+@torch.no_grad()
+def denoising_loss(network: nn.Module, noise, x0: Tensor, y: Tensor) -> float:
+    """Return the mean over samples x0 (n, C, H, W) with labels y (n,); the noise is the same in every call."""
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    generator, total = torch.Generator().manual_seed(0), 0.0
+    for images, classes in zip(x0.split(128), y.split(128)):
+        level = noise.draw(len(images), generator=generator, device="cpu").to(device)
+        eps = torch.randn(images.shape, generator=generator).to(device)
+        images = images.to(device)
+        out = network(*noise.network_input(noise.add_noise(images, eps, level), level), classes.to(device))
+        total += float(noise.loss(out, images, eps, level)[0].sum())
+    return total / len(x0)
+
+
+def judge_probe(run: Sampled, reference: Reference) -> Figures:
+    """Compute the linear probe of each block."""
+    if reference.classes < 2:
+        return {"probe": {"skipped": "for several classes only"}}
+    known, others = (
+        block_features(run.network, build.build_noise(run.config), images[:PROBE_IMAGES], reference.classes)
+        for images in (reference.images, reference.others)
+    )
+    labels, other_labels = reference.labels[:PROBE_IMAGES], reference.other_labels[:PROBE_IMAGES]
+    shares = [probe_accuracy(x, labels, z, other_labels) for x, z in zip(known, others)]
+    return {"probe": {"value": max(shares), "n": len(other_labels), "blocks": shares}}
+
+
+@torch.no_grad()
+def block_features(network: nn.Module, noise, x0: Tensor, null_label: int) -> list[Tensor]:
+    """Return for each block the mean of its tokens (n, width) float32, for noisy samples x0 (n, C, H, W).
+
+    The noise level is the `PROBE_QUANTILE` of the training levels, and labels are the null label.
+    """
+    blocks = [module for module in network.modules() if isinstance(module, Block)]
+    features: list[list[Tensor]] = [[] for _ in blocks]
+
+    def keep(at: int):
+        # A block returns the stream before its MLP's branch is added, and the branch; its gate is the last argument.
+        return lambda _, args, out: features[at].append((out[0] + args[-1][:, None] * out[1]).mean(1).float())
+
+    hooks = [block.register_forward_hook(keep(at)) for at, block in enumerate(blocks)]
+    generator = torch.Generator().manual_seed(0)
+    level = noise.at_quantile(torch.tensor(PROBE_QUANTILE)).to(x0.device)
+    for images in x0.split(128):
+        eps = torch.randn(images.shape, generator=generator).to(x0.device)
+        levels = level.expand(len(images))
+        y = torch.full((len(images),), null_label, device=x0.device)
+        network(*noise.network_input(noise.add_noise(images, eps, levels), levels), y)
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(parts) for parts in features]
+
+
+def probe_accuracy(x: Tensor, y: Tensor, z: Tensor, z_labels: Tensor) -> float:
+    """Return the share of features z (m, d) that a ridge regression on x (n, d) with labels y (n,) classifies right."""
+    mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
+    x, z = ((features - mean) / std for features in (x, z))
+    targets = nn.functional.one_hot(y).float()
+    targets = targets - targets.mean(0)
+    inner = x.T @ x + 1e-2 * len(x) * torch.eye(x.shape[1], device=x.device)
+    guessed = (z @ torch.linalg.solve(inner, x.T @ targets) + nn.functional.one_hot(y).float().mean(0)).argmax(1)
+    return float((guessed == z_labels).float().mean())
 
 
 @dataclass(frozen=True)
@@ -224,4 +297,6 @@ def _figure(value: float, n: int, reference: Reference, floor: float) -> dict:
     return {"value": value, "floor": floor, "n": n, "n_real": len(reference.images), "n_floor": len(reference.others)}
 
 
-JUDGES: list[Callable[[Sampled, Reference], Figures]] = [judge_loss, judge_pixels, judge_features, judge_agreement]
+JUDGES: list[Callable[[Sampled, Reference], Figures]] = [
+    judge_loss, judge_pixels, judge_features, judge_agreement, judge_probe,
+]  # fmt: skip
