@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from fastdit.data import write_shards
-from fastdit.data.latents import quantise
+from fastdit.data.latents import quantize as quantise
 from fastdit.errors import UserError
 
 CLASSES = 10

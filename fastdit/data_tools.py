@@ -1,4 +1,4 @@
-"""Sets of images and shards, obtained and verified: `fastdit-data fetch NAME`, `convert-imagenet TAR`, `check DIR`."""
+"""Obtain and verify sets of images: `fastdit-data fetch NAME`, `convert-imagenet TAR` and `check SOURCE`."""
 
 import importlib
 
@@ -12,12 +12,12 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command `fastdit-data`. Leaves the process: 0, or 2 after a UserError."""
+    """Run the command `fastdit-data` and leave the process with code 0, or 2 after a UserError."""
     run_command(_data, argv)
 
 
 def _data(argv: list[str]) -> None:
-    """Each of COMMANDS' modules has a function `run(argv)`."""
+    """Call `run(argv)` of the module that COMMANDS names. Raises UserError for an unknown command."""
     if argv[:1] in ([], ["-h"], ["--help"]):
         print("\n".join(["fastdit-data COMMAND --help", *(f"  {name}" for name in COMMANDS)]))
     elif argv[0] in COMMANDS:

@@ -1,6 +1,6 @@
-"""One rank of tests/test_cache.py: `cache_ranks.py RANK WORLD RENDEZVOUS SHARDS OUT`, any number of them together.
+"""Run one rank of tests/test_cache.py: `cache_ranks.py RANK WORLD RENDEZVOUS SHARDS OUT`.
 
-Reads batches with the cache shared out over the ranks, once straight and once resumed by other loaders, and saves them.
+The ranks share the cached latents. Each reads batches, once straight and once resumed by other loaders, and saves them.
 """
 
 import sys
@@ -24,14 +24,14 @@ def main(rank: int, world: int, rendezvous: str, shards: str, out: str) -> None:
 
     with closing(loader("device")) as straight:
         batches = [next(straight) for _ in range(STEPS)]
-        held = straight.held.bytes
+        size = straight.held.bytes
     with closing(loader("cpu")) as first, closing(loader("cpu")) as second:
         for _ in range(STOP):
             next(first)
         next(second)
         second.load_state_dict(first.state_dict())
         resumed = [next(second) for _ in range(STEPS - STOP)]
-    torch.save({"batches": batches, "resumed": resumed, "held": held}, f"{out}/{rank}.pt")
+    torch.save({"batches": batches, "resumed": resumed, "bytes": size}, f"{out}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 

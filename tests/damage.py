@@ -1,6 +1,7 @@
-"""Seeded ways to damage a tar shard, and an independent reader: tarfile's own parser of headers, walked here.
+"""Damage tar shards in seeded ways, and read them with an independent reader.
 
-`tarfile.open` itself ends silently at the first bad header that is not the file's first.
+The reader uses tarfile's parser of headers, but not `tarfile.open`, which ends silently at the first bad header that is
+not the file's first.
 """
 
 import faulthandler
@@ -23,7 +24,7 @@ Rng = np.random.Generator
 
 @contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Fails what takes longer; what hangs outside of Python's bytecode ends the process, and tells where."""
+    """Fail a block that takes longer; end the process with a traceback if the block hangs outside Python's bytecode."""
 
     def late(*_):
         raise TimeoutError(f"not done after {seconds} s")
@@ -43,7 +44,7 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 
 def walk(data: bytes) -> tuple[list[tuple[str, int, int]], int | None]:
-    """(name, offset of the content, size) of the members, and the byte where the structure breaks, if it does."""
+    """Return (name, offset of the content, size) of the members, and the byte where the structure breaks, or None."""
     at, members = 0, []
     while True:
         block = data[at : at + BLOCK]
@@ -63,7 +64,7 @@ def walk(data: bytes) -> tuple[list[tuple[str, int, int]], int | None]:
 
 
 def samples_held(path: Path) -> list[tuple[str, int, bytes]] | None:
-    """(key, label, payload) of a shard's samples in their order; None where it does not hold whole samples."""
+    """Return (key, label, payload) of a shard's samples in their order, or None if it does not hold whole samples."""
     data = path.read_bytes()
     members, broken = walk(data)
     if broken is not None:
@@ -76,18 +77,18 @@ def samples_held(path: Path) -> list[tuple[str, int, bytes]] | None:
             if extension.lower() in files:
                 return None
             files[extension.lower()] = data[offset : offset + size]
-    held = []
+    found = []
     for key, files in samples.items():
         payloads, labels = (([f for f in files if f in kinds]) for kinds in (PAYLOADS, LABELS))
         label = _label(files[labels[0]]) if len(labels) == 1 else None
         if len(payloads) != 1 or label is None:
             return None
-        held.append((key, label, files[payloads[0]]))
-    return held
+        found.append((key, label, files[payloads[0]]))
+    return found
 
 
 def _label(text: bytes) -> int | None:
-    """A number in ASCII, or JSON with one in `label` or `cls`."""
+    """Return the number in ASCII, or in JSON's `label` or `cls`, or None."""
     if text[:1] == b"{":
         try:
             fields = json.loads(text)
@@ -177,7 +178,7 @@ def other_bytes(rng: Rng, data: bytes) -> bytes:
 
 
 def other_size(rng: Rng, data: bytes) -> bytes:
-    """The header's checksum is right: only the size is not."""
+    """Change a member's size and correct the header's checksum."""
     offset = rng.choice([offset for _, offset, _ in walk(data)[0]])
     header = bytearray(data[offset - BLOCK : offset])
     octal = (b"77777777777\0", b"00000000000\0", b"-0000000100\0", b"%11o\0" % 512)
@@ -284,7 +285,7 @@ DAMAGES: tuple[Callable[[Rng, bytes], bytes], ...] = (
 
 
 def damaged(damage: Callable[[Rng, bytes], bytes], rng: Rng, data: bytes) -> bytes:
-    """Drawn again while the damage leaves the bytes as they were."""
+    """Return damaged bytes; damage again while the bytes stay as they were."""
     while (found := damage(rng, data)) == data:
         pass
     return found

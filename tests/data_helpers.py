@@ -1,4 +1,4 @@
-"""Images, trees and shards for the data tests."""
+"""Make images, trees and shards for the data tests."""
 
 import io
 from contextlib import closing
@@ -12,7 +12,7 @@ from fastdit.data import make_loader, open_source, write_shards
 
 
 def picture(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
-    """Smooth shapes and a little grain, uint8 (H, W) or (H, W, 3)."""
+    """Return an image of smooth shapes and a little grain, uint8 (H, W) or (H, W, 3)."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (height // 9 + 2, width // 9 + 2, 3), dtype=np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
@@ -27,13 +27,13 @@ def encode(image: np.ndarray | Image.Image, form: str, **options) -> bytes:
 
 
 def decode(data: bytes) -> np.ndarray:
-    """Pillow's pixels, (H, W, C)."""
+    """Return the pixels that Pillow decodes, (H, W, C)."""
     pixels = np.asarray(Image.open(io.BytesIO(data)))
     return pixels.reshape(*pixels.shape[:2], -1)
 
 
 def numbered(n: int, size: tuple[int, int] = (5, 7)) -> list[bytes]:
-    """`n` grey PNGs; image i's pixels are i, but for a bright right edge that shows mirroring."""
+    """Return `n` gray PNGs; image i's pixels are i, except for a bright right edge that shows mirroring."""
     images = np.empty((n, *size), dtype=np.uint8)
     images[:] = np.arange(n)[:, None, None]
     images[..., -1] = 255
@@ -41,32 +41,32 @@ def numbered(n: int, size: tuple[int, int] = (5, 7)) -> list[bytes]:
 
 
 def numbered_source(folder: Path, n: int, per_shard: int = 4):
-    """`numbered` images in shards; image i has label i % 3."""
+    """Return a source of `numbered` images in shards; image i has label i % 3."""
     samples = ((f"s{i:03d}", {"png": p, "cls": str(i % 3).encode()}) for i, p in enumerate(numbered(n)))
     write_shards(folder / "n-%02d.tar", samples, per_shard)
     return open_source(str(folder))
 
 
 def numbers_and_flips(x: torch.Tensor) -> tuple[list[int], list[bool]]:
-    """What `numbered` images a batch holds, and which are mirrored."""
+    """Return the numbers of the `numbered` images in a batch, and which are mirrored."""
     pixels = ((x + 1) * 127.5).round().int()
     flips = pixels[:, 0, 0, 0] == 255
     return pixels[:, 0, 0, 3].tolist(), flips.tolist()
 
 
 def take(count: int, source, **options) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The first `count` batches of a new loader."""
+    """Return the first `count` batches of a new loader."""
     with closing(make_loader(source, **options)) as loader:
         return [next(loader) for _ in range(count)]
 
 
 def levels(x: torch.Tensor) -> np.ndarray:
-    """A batch (b, C, H, W) in [-1, 1] as pixel values (b, H, W, C) in float64."""
+    """Convert a batch (b, C, H, W) in [-1, 1] to pixel values, float64 (b, H, W, C)."""
     return (x.double().permute(0, 2, 3, 1).numpy() + 1) * 127.5
 
 
 def latent_source(folder: Path, posteriors: np.ndarray, labels=None):
-    """Latents `posteriors` (n, 2 or 4, C, H, W) in shards of 3."""
+    """Return a source of the latents `posteriors` (n, 2 or 4, C, H, W) in shards of 3."""
 
     def samples():
         for i, posterior in enumerate(posteriors):

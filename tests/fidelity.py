@@ -1,5 +1,8 @@
-"""torch-fidelity, to agree with. What the tests use of it needs no torchvision, which its import asks for all the same:
-where there is none, or one that another torch was built for, a stand-in serves while importing."""
+"""Import torch-fidelity, which the tests compare with.
+
+Its import asks for torchvision, which the tests do not need. If that is missing, or built for another torch, a stand-in
+serves while importing.
+"""
 
 import importlib
 import sys
@@ -19,7 +22,7 @@ class _StandIn(ModuleType):
 
 
 def torch_fidelity(module: str = "") -> ModuleType:
-    """The package, or a module of it. Skips the test where it is not installed."""
+    """Return the package, or a module of it. Skip the test if it is not installed."""
     if importlib.util.find_spec("torch_fidelity") is None:
         pytest.skip("torch-fidelity is not installed")
     name = f"torch_fidelity.{module}" if module else "torch_fidelity"

@@ -1,4 +1,4 @@
-"""Latents kept in memory: the same batches to the bit, shared out among real ranks, chosen by size, refused clearly."""
+"""Test latents in memory: equal batches to the bit, sharing among real ranks, choice by size, clear refusals."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from data_helpers import latent_source, numbered_source, take
 from launching import TIMES, TINY, forked, metrics
 
 from fastdit.data import cache, make_loader, open_source
-from fastdit.data.latents import quantise
+from fastdit.data.latents import quantize
 from fastdit.errors import UserError
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 
 
 def posteriors(n: int, kinds: int = 4, dtype=np.float32) -> np.ndarray:
-    """(n, kinds, 3, 5, 7): every number another."""
+    """Return posteriors (n, kinds, 3, 5, 7) in which all numbers differ."""
     values = np.random.default_rng(n).normal(size=(n, kinds, 3, 5, 7))
     values[:, 1::2] = np.abs(values[:, 1::2])
     return values.astype(dtype)
@@ -33,7 +33,7 @@ def posteriors(n: int, kinds: int = 4, dtype=np.float32) -> np.ndarray:
 FORMS = {
     "float32": lambda n: posteriors(n),
     "float16": lambda n: posteriors(n, dtype=np.float16),
-    "uint8": lambda n: quantise(posteriors(n)[:, ::2]),
+    "uint8": lambda n: quantize(posteriors(n)[:, ::2]),
 }
 
 
@@ -41,7 +41,7 @@ FORMS = {
 @pytest.mark.parametrize(("rank", "world"), [(0, 1), (2, 3)])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
 def test_what_is_kept_is_yielded_like_what_is_read(tmp_path, form, rank, world, device):
-    """Noise, flips, scale, labels, and from the middle on; each rank keeps all when no group shares them out."""
+    """Compare noise, flips, scale and labels, also from the middle on. Without a group each rank keeps all latents."""
     source = latent_source(tmp_path, FORMS[form](11))
     options = {"batch": 4, "seed": 3, "rank": rank, "world": world, "latent_scale": (0.5, 2.0, 3.0), **SHAPE}
     options |= {"latent_shift": (0.0, -1.0, 0.25), "device": device}
@@ -49,37 +49,37 @@ def test_what_is_kept_is_yielded_like_what_is_read(tmp_path, form, rank, world, 
     assert len({x.double().sum().item() for x, _ in read}) == 8
     for place in ("cpu", "device"):
         with closing(make_loader(source, cache=place, **options)) as loader:
-            kept = [next(loader) for _ in range(5)]
+            cached = [next(loader) for _ in range(5)]
             state = loader.state_dict()
             next(loader)
             loader.load_state_dict(state)
-            kept += [next(loader) for _ in range(3)]
+            cached += [next(loader) for _ in range(3)]
             assert loader.held.views.device.type == (device if place == "device" else "cpu")
             assert loader.held.bytes == 11 * 2 * source.samples.form.view_bytes
-        for (x, y), (x_kept, y_kept) in zip(read, kept):
-            assert torch.equal(x, x_kept)
-            assert torch.equal(y, y_kept)
+        for (x, y), (x_cached, y_cached) in zip(read, cached):
+            assert torch.equal(x, x_cached)
+            assert torch.equal(y, y_cached)
 
 
 def test_without_mirrored_views(tmp_path):
     source = latent_source(tmp_path, posteriors(7, kinds=2))
     options = {"batch": 4, "flip": False, **SHAPE}
-    for (x, _), (kept, _) in zip(take(5, source, **options), take(5, source, cache="device", **options)):
-        assert torch.equal(x, kept)
+    for (x, _), (cached, _) in zip(take(5, source, **options), take(5, source, cache="device", **options)):
+        assert torch.equal(x, cached)
     with pytest.raises(UserError, match="no latents of mirrored images"):
         make_loader(source, batch=4, cache="device", **SHAPE)
 
 
 @pytest.mark.parametrize(("world", "n", "form"), [(2, 11, "float16"), (3, 10, "uint8"), (3, 2, "float32")])
 def test_ranks_share_them_out(tmp_path, world, n, form):
-    """Real processes: each holds a share, sends others what they show next, and yields what DALI reads for it."""
+    """Run real processes: each keeps a share, sends the others their samples, and yields what DALI reads."""
     (tmp_path / "shards").mkdir()
     source = latent_source(tmp_path / "shards", FORMS[form](n))
     script = [sys.executable, cache_ranks.__file__]
     common = [str(world), tmp_path / "meet", tmp_path / "shards", tmp_path]
     ranks = [subprocess.Popen([*script, str(rank), *common]) for rank in range(world)]
     assert [rank.wait(120) for rank in ranks] == [0] * world
-    held = []
+    sizes = []
     for rank in range(world):
         found = torch.load(tmp_path / f"{rank}.pt")
         read = take(cache_ranks.STEPS, source, rank=rank, world=world, **cache_ranks.OPTIONS)
@@ -88,10 +88,10 @@ def test_ranks_share_them_out(tmp_path, world, n, form):
             for (x, y), (x_read, y_read) in zip(batches, expected):
                 assert torch.equal(x, x_read)
                 assert torch.equal(y, y_read)
-        held.append(found["held"])
+        sizes.append(found["bytes"])
     each = -(-n // world) * 2 * source.samples.form.view_bytes
-    assert max(held) == each
-    assert sum(held) == n * 2 * source.samples.form.view_bytes
+    assert max(sizes) == each
+    assert sum(sizes) == n * 2 * source.samples.form.view_bytes
 
 
 # -- which place --
@@ -100,8 +100,8 @@ def test_ranks_share_them_out(tmp_path, world, n, form):
 def test_the_place_is_chosen_by_size(tmp_path, monkeypatch):
     source = latent_source(tmp_path, posteriors(10))
     each = 4 * 3 * 5 * 7 * 4
-    assert cache.held_bytes(source, 1) == 10 * each
-    assert cache.held_bytes(source, 3) == 4 * each
+    assert cache.bytes_per_rank(source, 1) == 10 * each
+    assert cache.bytes_per_rank(source, 3) == 4 * each
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=300 * each))
     (tmp_path / "max").write_text(f"{100 * each}\n")
     (tmp_path / "none").write_text("max\n")
@@ -143,7 +143,7 @@ def test_what_does_not_fit_says_so(tmp_path, monkeypatch):
 
 @pytest.mark.launch
 def test_a_run_is_the_same_with_and_without(tmp_path):
-    """Two ranks; kept, the latents are shared out over them."""
+    """Train on two ranks, which share the latents if these are kept in memory."""
     (tmp_path / "shards").mkdir()
     latent_source(tmp_path / "shards", FORMS["uint8"](30), labels=[i % 10 for i in range(30)])
     flags = ["--data.source", tmp_path / "shards", "--data.size", "[5,7]", "--data.channels", 3, "--data.classes", 10]
@@ -161,7 +161,7 @@ def test_a_run_is_the_same_with_and_without(tmp_path):
 
 
 def test_synthetic_and_kept_data_do_without_dali(tmp_path):
-    """In a process where it cannot be imported; latents that are read anew come by threads."""
+    """Read where DALI cannot be imported; threads read latents that are not in memory."""
     latent_source(tmp_path, posteriors(7))
     program = f"""
 import sys

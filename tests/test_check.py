@@ -1,5 +1,7 @@
-"""`fastdit-data check`, and shards damaged in 200 seeded ways: each ends in a clear report, never in a hang, a
-traceback or a wrong label unseen."""
+"""Test `fastdit-data check`, and shards damaged in 200 seeded ways.
+
+Each damage ends in a clear report, and never in a hang, a traceback or an unseen wrong label.
+"""
 
 import io
 import json
@@ -38,7 +40,7 @@ def payload(form: str, i: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A folder for each of FORMS: 17 samples in shards of 6, 6 and 5, with a manifest; the PNGs with class names."""
+    """Make a folder for each of FORMS: 17 samples in 3 shards, with a manifest; the PNGs with class names."""
     root = tmp_path_factory.mktemp("whole")
     for form in FORMS:
         (root / form).mkdir()
@@ -54,7 +56,7 @@ def whole(tmp_path_factory) -> Path:
 
 
 def damage(whole: Path, folder: Path, case: int) -> Path:
-    """Copies a set to `folder` and damages one shard of it. Returns that shard's path."""
+    """Copy a set to `folder`, damage one shard of it, and return that shard's path."""
     rng = np.random.default_rng(case)
     kind, form = KINDS[case % len(KINDS)], FORMS[case // len(KINDS) % len(FORMS)]
     shutil.copytree(whole / form, folder)
@@ -70,7 +72,7 @@ def damage(whole: Path, folder: Path, case: int) -> Path:
 
 
 def problems(capsys, *arguments: str) -> list[str]:
-    """What `fastdit-data check` prints, having found something wrong."""
+    """Return the lines that `fastdit-data check` prints when it finds problems."""
     capsys.readouterr()
     with pytest.raises(UserError) as error:
         data_check.run([*arguments])
@@ -92,7 +94,7 @@ def test_with_a_manifest_every_damage_is_reported(whole, tmp_path, capsys, case)
         assert any(line.startswith(f"{shard}: byte {broken}: ") for line in lines)
 
 
-# What nobody can see without a manifest: all else is refused, or changes nothing that is read.
+# Changes that nobody can see without a manifest. Every other change is refused, or changes nothing that is read.
 UNSEEN = {
     "flip_bits": {"labels", "contents"},
     "flip_label_bits": {"labels"},
@@ -114,7 +116,7 @@ UNSEEN = {
 
 
 def changes(before: list[tuple[str, int, bytes]], after: list[tuple[str, int, bytes]]) -> set[str]:
-    """How samples (key, label, payload) differ."""
+    """Return the ways in which two lists of samples (key, label, payload) differ."""
     old = {key: (label, content) for key, label, content in before}
     keys = [key for key, _, _ in after]
     found = {
@@ -128,11 +130,11 @@ def changes(before: list[tuple[str, int, bytes]], after: list[tuple[str, int, by
     return {name for name, so in found.items() if so}
 
 
-def can_be_read(form: str, held: list[list | None]) -> bool:
-    """Whether shards hold whole samples of classes that there are, and latents stored alike."""
-    if None in held or not any(held):
+def can_be_read(form: str, shards: list[list | None]) -> bool:
+    """Return whether the shards hold whole samples with valid labels, and latents of one form."""
+    if None in shards or not any(shards):
         return False
-    samples = [sample for shard in held for sample in shard]
+    samples = [sample for shard in shards for sample in shard]
     if not all(0 <= label < (CLASSES if form == "png" else MOST_CLASSES) for _, label, _ in samples):
         return False
     if form != "npy":
@@ -142,7 +144,7 @@ def can_be_read(form: str, held: list[list | None]) -> bool:
 
 
 def attempt(call, *args, **options):
-    """What a call returns, or the one line that it ends in, as (result, line)."""
+    """Return (result, None) of a call, or (None, line) if it ends in a UserError."""
     try:
         return call(*args, **options), None
     except UserError as error:
@@ -157,16 +159,16 @@ def test_without_a_manifest_nothing_is_read_but_what_the_tar_holds(whole, tmp_pa
     form, kind = FORMS[case // len(KINDS) % len(FORMS)], KINDS[case % len(KINDS)]
     shard = damage(whole, tmp_path / "x", case)
     (tmp_path / "x" / "manifest.json").unlink()
-    held = [samples_held(path) for path in sorted((tmp_path / "x").glob("*.tar"))]
+    shards = [samples_held(path) for path in sorted((tmp_path / "x").glob("*.tar"))]
     with time_limit(10):
         source, refusal = attempt(open_source, str(tmp_path / "x"))
-        assert (refusal is None) == can_be_read(form, held)
+        assert (refusal is None) == can_be_read(form, shards)
         if refusal:
             assert refusal.startswith(f"{shard}: ")
             broken = walk(shard.read_bytes())[1]
             assert broken is None or f": byte {broken}: " in refusal or "has two files" in refusal
             return
-        samples = [sample for part in held for sample in part]
+        samples = [sample for part in shards for sample in part]
         assert [source.where(i).split("'")[1] for i in range(source.n)] == [key for key, _, _ in samples]
         assert source.labels.tolist() == [label for _, label, _ in samples]
         original = [s for path in sorted((whole / form).glob("*.tar")) for s in samples_held(path)]
@@ -186,7 +188,7 @@ def read_latents(source, samples: list) -> None:
 
 
 def read_images(source, samples: list, known: list[bytes], form: str, shard: Path) -> None:
-    """The loader refuses an image that was damaged, or gives the pixels and labels that the tar holds."""
+    """Assert that the loader refuses a damaged image, or yields the pixels and labels that the tar holds."""
     assert all(source.read(i).tobytes() == content for i, (_, _, content) in enumerate(samples))
     options = {"batch": source.n, "size": (9, 12), "channels": 3, "shuffle": False, "flip": False}
     batches, refusal = attempt(take, 1, source, **options)
@@ -204,7 +206,7 @@ def read_images(source, samples: list, known: list[bytes], form: str, shard: Pat
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_names_damaged(form):
-    """Long names are members of their own before the member they name; no checksum covers them."""
+    """Damage long names, which are members of their own before the member they name; no checksum covers them."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=form) as tar:
         for name in ("a" * 120 + ".png", "é" * 70 + ".png"):
@@ -224,7 +226,7 @@ def test_long_names_damaged(form):
             assert found or len(names) == 2
 
 
-# What else it says
+# Other reports
 
 
 def write(folder: Path, pattern: str, samples: list[tuple[str, dict[str, bytes]]], per_shard: int = 100) -> Path:
@@ -246,8 +248,8 @@ def test_sets_that_are_whole(whole, capsys):
         "fashion_mnist: 10000 samples, 10 classes, 10 shards, 23.2 MB; images not decoded; "
         "shards, checksums and counts are manifest.json's"
     )
-    told = summary(capsys, whole / "png")
-    assert "17 samples, 4 classes, 3 shards, 61.4 kB; 17 images decode (17 colour; 9 x 12 pixels)" in told
+    line = summary(capsys, whole / "png")
+    assert "17 samples, 4 classes, 3 shards, 61.4 kB; 17 images decode (17 color; 9 x 12 pixels)" in line
     assert "latents float16 (2, 3, 5) with mirrored ones are finite" in summary(capsys, whole / "npy")
     assert ": 12 samples" in summary(capsys, f"{whole}/jpg/a-{{0..1}}.tar")  # a choice of shards: none is missing
     assert ": 5 samples, 9 classes (5 without samples), 1 shards" in summary(
@@ -259,9 +261,9 @@ def test_kinds_and_sizes_of_images(tmp_path, capsys):
     for i, (mode, size) in enumerate((("L", (9, 7)), ("RGB", (30, 20)), ("RGBA", (8, 8)), ("LA", (9, 8)))):
         (tmp_path / f"c{i % 2}").mkdir(exist_ok=True)
         (tmp_path / f"c{i % 2}" / f"{i}.png").write_bytes(encode(Image.new(mode, size), "PNG"))
-    told = summary(capsys, tmp_path)
-    assert "4 samples, 2 classes; 4 images decode (1 grey, 1 grey with alpha, 1 colour, 1 with alpha, or CMYK;" in told
-    assert "7 x 9 to 20 x 30 pixels); class folders have no manifest" in told
+    line = summary(capsys, tmp_path)
+    assert "4 samples, 2 classes; 4 images decode (1 gray, 1 gray with alpha, 1 color, 1 with alpha, or CMYK;" in line
+    assert "7 x 9 to 20 x 30 pixels); class folders have no manifest" in line
     (tmp_path / "c1" / "bad.png").write_bytes(b"no image")
     (line,) = problems(capsys, str(tmp_path))
     assert line.startswith(f"{tmp_path}/c1/bad.png: the image is corrupt")
@@ -269,7 +271,7 @@ def test_kinds_and_sizes_of_images(tmp_path, capsys):
 
 
 def test_each_bad_image_of_many_is_named(tmp_path, capsys):
-    """In the first batch, twice in one, and in the last, which is not full."""
+    """Put bad images into the first batch, twice into one batch, and into the last one, which is not full."""
     bad, good = (3, 40, 63, 69), encode(picture(9, 12), "JPEG")
     samples = [(f"s{i}", {"jpg": good[:60] if i in bad else good, "cls": b"0"}) for i in range(70)]
     lines = problems(capsys, str(write(tmp_path / "x", "a-%d.tar", samples, 50)))
@@ -382,7 +384,7 @@ def test_a_manifest_is_written_once_and_for_whole_sets(whole, tmp_path, capsys):
 
 
 def test_the_command(tmp_path, capsys):
-    """Its exit code, its one closing line, and how many problems it prints."""
+    """Check the exit code, the one closing line, and the number of problems printed."""
     samples = [(f"s{i}", {"png": payload("png", 0)}) for i in range(9)]
     folder = write(tmp_path / "x", "a-%d.tar", [("s", {"png": payload("png", 0), "cls": b"0"}), *samples])
     command = [sys.executable, "-m", "fastdit.data_tools", "check", folder]
@@ -390,7 +392,7 @@ def test_the_command(tmp_path, capsys):
     assert ended.returncode == 2
     assert [line.partition("x/")[2][:14] for line in ended.stdout.splitlines()] == ["a-0.tar: byte "] * 4 + [""]
     assert ended.stdout.endswith("\nand 5 more\n")
-    assert ended.stderr.strip() == f"error: {folder}: 9 problems in 1 file; each is said above, with what to do"
+    assert ended.stderr.strip() == f"error: {folder}: 9 problems in 1 file; each is printed above, with what to do"
     for arguments, message in (
         (["synthetic"], "nothing to check"),
         ([str(tmp_path / "none")], "no such file"),

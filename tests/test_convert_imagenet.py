@@ -1,4 +1,4 @@
-"""ImageNet's tar of class tars to shards, on synthetic tars of the same layout; interrupted, damaged, misused."""
+"""Convert synthetic tars of ImageNet's layout to shards: whole, interrupted, damaged, misused."""
 
 import contextlib
 import hashlib
@@ -38,7 +38,7 @@ def archive(members: dict[str, bytes], form: int = tarfile.GNU_FORMAT) -> bytes:
 
 
 def members(wnid: str) -> dict[str, bytes]:
-    """Numbers as in the real one: neither consecutive nor sorted."""
+    """Return a class's images with numbers as in the real tar, neither consecutive nor sorted."""
     return {f"{wnid}_{i * 37 % 11 + 1}.JPEG": image(wnid, i) for i in range(COUNTS[wnid])}
 
 
@@ -53,7 +53,7 @@ def home(tmp_path, monkeypatch) -> Path:
 
 
 def convert(flags: str = "--out d --per_shard 4", tar: str | Path = "train.tar") -> str:
-    """What it prints."""
+    """Return the text that the command prints."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
         _data(["convert-imagenet", str(tar), *shlex.split(flags)])
     return out.getvalue()
@@ -71,7 +71,7 @@ def contents(path: Path | str) -> dict[str, bytes]:
 
 
 def samples(out: Path | str) -> list[tuple[str, bytes, int]]:
-    """(key, image's bytes, label), as tarfile reads them."""
+    """Return (key, image's bytes, label) of each sample, as tarfile reads them."""
     found = []
     for path in sorted(Path(out).glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -84,7 +84,7 @@ def samples(out: Path | str) -> list[tuple[str, bytes, int]]:
 
 
 def test_every_image_once_in_the_tars_order_with_its_rank_as_label():
-    said = convert()
+    text = convert()
     assert samples("d") == EXPECTED
     manifest = json.loads(Path("d/manifest.json").read_text())
     assert manifest["counts"] == [3, 5, 6]
@@ -97,9 +97,9 @@ def test_every_image_once_in_the_tars_order_with_its_rank_as_label():
     assert source.class_names == tuple(sorted(ORDER))
     assert source.labels.tolist() == [label for _, _, label in EXPECTED]
     np.testing.assert_array_equal(decode(source.read(6).tobytes()), decode(EXPECTED[6][1]))
-    assert "14 images of 3 classes in 4 shards: d" in said
-    assert "warning: ImageNet has 1,281,167 images of 1,000 classes" in said
-    assert "fastdit/encode.py --source d --size 256" in said
+    assert "14 images of 3 classes in 4 shards: d" in text
+    assert "warning: ImageNet has 1,281,167 images of 1,000 classes" in text
+    assert "fastdit/encode.py --source d --size 256" in text
     assert not list(Path("d").glob(".*"))
 
 
@@ -164,9 +164,9 @@ def test_interrupted_it_goes_on_without_redoing(at, monkeypatch):
 
 
 def test_finished_it_does_nothing():
-    said = convert()
+    text = convert()
     before = {path: path.stat().st_mtime_ns for path in Path("d").iterdir()}
-    assert convert() == said
+    assert convert() == text
     assert before == {path: path.stat().st_mtime_ns for path in Path("d").iterdir()}
     Path("other.tar").write_bytes(archive({f"{ORDER[0]}.tar": archive(members(ORDER[0]))}))
     assert "was begun with source train.tar, now it is other.tar" in refusal("--out d --per_shard 4", "other.tar")
@@ -183,9 +183,9 @@ def test_a_tar_cut_anywhere_is_named_with_the_byte():
     inner_end = whole.rindex(b"\xff\xd9", 0, end)  # of the last JPEG
     for size in [1, 511, 512, 600, *np.linspace(1000, inner_end, 23).astype(int).tolist()]:
         Path("cut.tar").write_bytes(whole[:size])
-        said = refusal("--out d", "cut.tar")
-        assert re.match(r"cut.tar: byte \d+: truncated", said)
-        assert str(size) in said
+        text = refusal("--out d", "cut.tar")
+        assert re.match(r"cut.tar: byte \d+: truncated", text)
+        assert str(size) in text
     assert not list(Path("d").glob("*.tar"))
 
 
@@ -223,10 +223,10 @@ def test_a_damaged_header_is_named_with_the_byte(seed):
 )
 def test_another_tar(content, words):
     Path("x.tar").write_bytes(archive(content))
-    said = refusal("--out d", "x.tar")
-    assert said.startswith("x.tar: ")
+    text = refusal("--out d", "x.tar")
+    assert text.startswith("x.tar: ")
     for word in words:
-        assert word in said
+        assert word in text
 
 
 def test_wrong_arguments():
@@ -234,7 +234,7 @@ def test_wrong_arguments():
     Path("busy").mkdir()
     Path("busy/a.tar").write_bytes(b"")
     for arguments, words in [
-        (("--out d", "none.tar"), "none.tar: no such file; fastdit-data fetch imagenet-info tells"),
+        (("--out d", "none.tar"), "none.tar: no such file; fastdit-data fetch imagenet-info says"),
         (("--out d", "nothing.tar"), "nothing.tar: cannot be read"),
         (("--out d --per_shard 0",), "--per_shard 0: must be at least 1"),
         (("--out busy",), "--out busy: holds other shards"),

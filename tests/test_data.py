@@ -1,4 +1,4 @@
-"""Data: real DALI on real shards and generated trees, against Pillow, tarfile and fp64 transcriptions."""
+"""Compare real DALI on real shards and generated trees with Pillow, tarfile and fp64 transcriptions."""
 
 import gzip
 import io
@@ -30,7 +30,7 @@ from fastdit.data import make_loader, open_source
 from fastdit.data.order import Order
 from fastdit.data.sets import make_fashion_mnist
 
-GREY = {"size": (5, 7), "channels": 1}
+GRAY = {"size": (5, 7), "channels": 1}
 
 
 # The shipped set
@@ -101,7 +101,7 @@ def test_decoded_pixels_are_pillows(tmp_path, form, options, tolerance):
 
 
 @pytest.mark.parametrize(("form", "suffix", "tolerance"), [("PNG", "png", 0), ("JPEG", "JPEG", 2)])
-def test_grey_images_stay_grey(tmp_path, form, suffix, tolerance):
+def test_gray_images_stay_gray(tmp_path, form, suffix, tolerance):
     files = [encode(picture(21, 33, 1, seed), form) for seed in range(3)]
     (tmp_path / "only").mkdir()
     for i, file in enumerate(files):
@@ -133,15 +133,15 @@ def test_exif_orientation_is_applied(tmp_path):
 
 
 def cubic_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Keys' cubic (a = -1/2), widened by the scale when shrinking, edges repeated; (H, W, C) in float64."""
+    """Resize with Keys' cubic (a = -1/2), widened by the scale when shrinking, edges repeated; float64 (H, W, C)."""
 
     def matrix(n_in: int, n_out: int) -> np.ndarray:
         scale = n_in / n_out
         wide, rows = max(scale, 1.0), np.zeros((n_out, n_in))
         for i in range(n_out):
-            centre = (i + 0.5) * scale
-            taps = np.arange(int(centre - 2 * wide) - 1, int(centre + 2 * wide) + 2)
-            t = np.abs((taps + 0.5 - centre) / wide)
+            center = (i + 0.5) * scale
+            taps = np.arange(int(center - 2 * wide) - 1, int(center + 2 * wide) + 2)
+            t = np.abs((taps + 0.5 - center) / wide)
             weights = np.where(t < 1, 1.5 * t**3 - 2.5 * t**2 + 1, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2) * (t < 2)
             np.add.at(rows[i], taps.clip(0, n_in - 1), weights / weights.sum())
         return rows
@@ -151,8 +151,8 @@ def cubic_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [(32, 32), (28, 41)])
-def test_resize_covers_and_crops_the_centre(tmp_path, size):
-    """Portrait, landscape, odd extents, shrinking, enlarging and neither."""
+def test_resize_covers_and_crops_the_center(tmp_path, size):
+    """Resize portrait and landscape images of odd extents: shrink, enlarge, and neither."""
     extents = [(61, 83), (83, 61), (200, 133), (20, 33), (32, 32), (333, 101), (28, 41), (16, 17)]
     images = [picture(*extent, seed=i) for i, extent in enumerate(extents)]
     (tmp_path / "a").mkdir()
@@ -172,7 +172,7 @@ def test_resize_covers_and_crops_the_centre(tmp_path, size):
 
 
 def posteriors(n: int, kinds: int = 4, shape=(3, 5, 7), dtype=np.float32) -> np.ndarray:
-    """Means are 10 * sample + half; std is 0.5 + sample / 10."""
+    """Return posteriors (n, kinds, *shape) with means 10 * sample + half and stds 0.5 + sample / 10."""
     values = np.empty((n, kinds, *shape), dtype=dtype)
     for i in range(n):
         for half in range(kinds // 2):
@@ -184,14 +184,14 @@ def posteriors(n: int, kinds: int = 4, shape=(3, 5, 7), dtype=np.float32) -> np.
 @pytest.fixture(params=["image", "latent", "synthetic"])
 def any_source(request, tmp_path):
     if request.param == "image":
-        return numbered_source(tmp_path, 11), GREY
+        return numbered_source(tmp_path, 11), GRAY
     if request.param == "latent":
         return latent_source(tmp_path, posteriors(11)), {"size": (5, 7), "channels": 3}
     return open_source("synthetic:3x5x7:4:11"), {"size": (5, 7), "channels": 3}
 
 
 def test_resume_is_bit_equal(any_source):
-    """At the start, in the middle, across an epoch's border, and into a loader that has prefetched."""
+    """Resume at the start, in the middle, across an epoch's border, and into a loader that has prefetched."""
     source, options = any_source
     options = {**options, "batch": 4, "seed": 7, "prefetch": 3}
     whole = take(9, source, **options)
@@ -218,8 +218,8 @@ def test_seeds_differ(any_source):
 
 
 def test_batches_kept_stay_what_they_were(tmp_path):
-    """The tensors are DALI's memory: later batches and closing must not touch it."""
-    batches = take(40, numbered_source(tmp_path, 11), batch=4, seed=2, **GREY)
+    """Check that later batches and closing do not touch the tensors, which are DALI's memory."""
+    batches = take(40, numbered_source(tmp_path, 11), batch=4, seed=2, **GRAY)
     order = Order(11, 4, seed=2)
     for step, (x, _) in enumerate(batches):
         assert numbers_and_flips(x)[0] == order.request(4 * step).ids.tolist()
@@ -229,7 +229,7 @@ def test_loaders_leave_no_threads_and_no_files(tmp_path):
     source = numbered_source(tmp_path, 11)
     counts = []
     for _ in range(12):
-        take(2, source, batch=4, threads=3, **GREY)
+        take(2, source, batch=4, threads=3, **GRAY)
         counts.append((len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))))
     assert counts[-1] == counts[2]
 
@@ -274,7 +274,7 @@ def test_latents_flip_to_the_stored_half_scaled_and_shifted(tmp_path, dtype):
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_tar_dialects_and_label_forms(tmp_path, form):
-    """Long names, sub-folders, non-ASCII names, `.json` labels and files that are none of our business."""
+    """Read long names, sub-folders, non-ASCII names and `.json` labels, and ignore other files."""
     deep = "/".join(["folder" * 8] * 3)
     keys = ["a", "sub/b", f"{deep}/c", "d" * (95 if form == tarfile.USTAR_FORMAT else 140), "é"]
     with tarfile.open(tmp_path / "x.tar", "w", format=form) as tar:

@@ -1,4 +1,4 @@
-"""Data that is bad: each case ends in one clear line that names the file; none hangs or goes unnoticed."""
+"""Test bad data: each case ends in one clear line that names the file, and none hangs or goes unnoticed."""
 
 import io
 import json
@@ -26,7 +26,7 @@ from fastdit.data import make_loader, open_source, write_shards
 from fastdit.data.order import Order
 from fastdit.errors import UserError
 
-GREY = {"size": (5, 7), "channels": 1}
+GRAY = {"size": (5, 7), "channels": 1}
 PNG = numbered(1)[0]
 
 
@@ -115,7 +115,7 @@ def test_shards_of_bad_samples(tmp_path, members, parts):
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_a_shard_cut_anywhere_is_an_error(tmp_path, form):
-    """Every cut before the end-of-archive block, which is not always one that a member's size shows."""
+    """Cut anywhere before the end-of-archive block; a member's size does not always show the cut."""
     with tarfile.open(tmp_path / "whole.tar", "w", format=form) as tar:
         for key in ("a" * 10, "b" * 20 if form == tarfile.USTAR_FORMAT else "b" * 120):
             for name, content in ((f"{key}.png", PNG), (f"{key}.cls", b"1")):
@@ -242,7 +242,7 @@ BAD_IMAGES = {
 
 
 def source_with(folder: Path, bad: dict[int, tuple[str, bytes]], n: int = 11):
-    """`numbered` images, those in `bad` replaced by (suffix, bytes)."""
+    """Return a source of `numbered` images, those in `bad` replaced by (suffix, bytes)."""
 
     def samples():
         for i, png in enumerate(numbered(n)):
@@ -256,7 +256,7 @@ def source_with(folder: Path, bad: dict[int, tuple[str, bytes]], n: int = 11):
 @pytest.mark.parametrize("name", BAD_IMAGES)
 def test_a_corrupt_image_stops_and_is_named(tmp_path, name):
     source = source_with(tmp_path, {6: (name.partition(".")[2], BAD_IMAGES[name])})
-    with closing(make_loader(source, batch=4, shuffle=False, flip=False, **GREY)) as loader:
+    with closing(make_loader(source, batch=4, shuffle=False, flip=False, **GRAY)) as loader:
         assert numbers_and_flips(next(loader)[0])[0] == [0, 1, 2, 3]
         for _ in range(2):  # asked again, it says it again
             with pytest.raises(UserError) as error:
@@ -269,7 +269,7 @@ def test_a_corrupt_image_stops_and_is_named(tmp_path, name):
 def test_a_corrupt_image_is_skipped_and_counted(tmp_path, name):
     bad = (name.partition(".")[2], BAD_IMAGES[name])
     source = source_with(tmp_path, {6: bad, 7: bad, 10: bad})
-    options = {"batch": 4, "shuffle": False, "flip": False, "on_corrupt": "skip", **GREY}
+    options = {"batch": 4, "shuffle": False, "flip": False, "on_corrupt": "skip", **GRAY}
     with closing(make_loader(source, **options)) as loader:
         seen = [numbers_and_flips(next(loader)[0])[0] for _ in range(3)]
     assert seen == [[0, 1, 2, 3], [4, 5, 8, 8], [8, 9, 0, 0]]
@@ -278,10 +278,10 @@ def test_a_corrupt_image_is_skipped_and_counted(tmp_path, name):
 
 @pytest.mark.parametrize("name", BAD_IMAGES)
 def test_a_corrupt_image_in_a_large_batch(tmp_path, name):
-    """DALI 2.4 crashes on one that its decoder cannot parse, where 32 or more are decoded at once."""
+    """Decode a batch of 40. DALI 2.4 crashes on an image that it cannot parse in a batch of 32 or more."""
     bad = (name.partition(".")[2], BAD_IMAGES[name])
     source = source_with(tmp_path, {3: bad, 70: bad}, n=80)
-    options = {"batch": 40, "shuffle": False, "flip": False, **GREY}
+    options = {"batch": 40, "shuffle": False, "flip": False, **GRAY}
     with closing(make_loader(source, on_corrupt="skip", **options)) as loader:
         seen = [i for _ in range(2) for i in numbers_and_flips(next(loader)[0])[0]]
     assert seen == [i + (i in (3, 70)) for i in range(80)]
@@ -293,7 +293,7 @@ def test_a_corrupt_image_in_a_large_batch(tmp_path, name):
 def test_skipping_is_deterministic_and_resumes_bit_equal(tmp_path):
     bad = ("png", BAD_IMAGES["cut.png"])
     source = source_with(tmp_path, {2: bad, 3: bad, 9: bad})
-    options = {"batch": 3, "seed": 4, "on_corrupt": "skip", **GREY}
+    options = {"batch": 3, "seed": 4, "on_corrupt": "skip", **GRAY}
     whole = take(12, source, **options)
     for k, (x, y) in enumerate(whole):
         request = Order(11, 3, seed=4).request(3 * k, {2, 3, 9})
@@ -316,7 +316,7 @@ def test_skipping_is_deterministic_and_resumes_bit_equal(tmp_path):
 def test_nothing_but_corrupt_images(tmp_path):
     source = source_with(tmp_path, dict.fromkeys(range(5), ("png", b"x")), n=5)
     with pytest.raises(UserError) as error:
-        take(3, source, batch=2, on_corrupt="skip", **GREY)
+        take(3, source, batch=2, on_corrupt="skip", **GRAY)
     assert_one_line(error, str(tmp_path), "none of its 5 images")
 
 
@@ -327,32 +327,32 @@ def test_an_image_that_vanished(tmp_path):
     source = open_source(str(tmp_path))
     (tmp_path / "a" / "2.png").unlink()
     with pytest.raises(UserError) as error:
-        take(1, source, batch=4, **GREY)
+        take(1, source, batch=4, **GRAY)
     assert_one_line(error, "2.png", "cannot be read")
 
 
-COLOUR = Image.fromarray(picture(8, 8))
+COLOR = Image.fromarray(picture(8, 8))
 SHEER = Image.fromarray(np.dstack([picture(8, 8), np.full((8, 8), 90, np.uint8)]))
 OTHER_CHANNELS = [
-    (3, encode(COLOUR.convert("L"), "PNG"), "png", "1 channels"),
-    (3, encode(COLOUR.convert("L"), "JPEG"), "jpg", "1 channels"),
-    (3, encode(COLOUR.convert("LA"), "PNG"), "png", "2 channels"),
+    (3, encode(COLOR.convert("L"), "PNG"), "png", "1 channels"),
+    (3, encode(COLOR.convert("L"), "JPEG"), "jpg", "1 channels"),
+    (3, encode(COLOR.convert("LA"), "PNG"), "png", "2 channels"),
     (3, encode(SHEER, "PNG"), "png", "4 channels"),
     (3, encode(SHEER, "WEBP", quality=80), "webp", "4 channels"),
     (3, encode(SHEER, "WEBP", lossless=True), "webp", "4 channels"),
-    (3, encode(COLOUR.convert("CMYK"), "JPEG"), "jpg", "4 channels"),
-    (1, encode(COLOUR, "PNG"), "png", "3 channels"),
-    (1, encode(COLOUR, "JPEG"), "jpg", "3 channels"),
-    (1, encode(COLOUR, "WEBP"), "webp", "3 channels"),
-    (1, encode(COLOUR.convert("P"), "PNG"), "png", "3 channels"),
-    (1, encode(COLOUR.convert("LA"), "PNG"), "png", "2 channels"),
+    (3, encode(COLOR.convert("CMYK"), "JPEG"), "jpg", "4 channels"),
+    (1, encode(COLOR, "PNG"), "png", "3 channels"),
+    (1, encode(COLOR, "JPEG"), "jpg", "3 channels"),
+    (1, encode(COLOR, "WEBP"), "webp", "3 channels"),
+    (1, encode(COLOR.convert("P"), "PNG"), "png", "3 channels"),
+    (1, encode(COLOR.convert("LA"), "PNG"), "png", "2 channels"),
 ]
 
 
 @pytest.mark.parametrize(("channels", "file", "suffix", "message"), OTHER_CHANNELS)
 def test_an_image_of_other_channels(tmp_path, channels, file, suffix, message):
-    """Also where corrupt images are skipped: a wrong setting must not skip the data set."""
-    good = encode(COLOUR if channels == 3 else COLOUR.convert("L"), "PNG")
+    """Refuse the image, also with on_corrupt skip: a wrong setting must not skip the data set."""
+    good = encode(COLOR if channels == 3 else COLOR.convert("L"), "PNG")
     samples = [(f"s{i}", {"png": good, "cls": b"0"}) for i in range(5)]
     write_shards(tmp_path / "c-%d.tar", [*samples, ("odd", {suffix: file, "cls": b"0"})], 6)
     source = open_source(str(tmp_path))
@@ -364,12 +364,12 @@ def test_an_image_of_other_channels(tmp_path, channels, file, suffix, message):
 
 @pytest.mark.parametrize(("channels", "file", "suffix", "message"), OTHER_CHANNELS)
 def test_an_image_of_other_channels_is_made_to_fit(tmp_path, channels, file, suffix, message):
-    """As Pillow does it; JPEG's and WebP's decoders and the weights of colours in grey differ by a few levels."""
-    samples = [("odd", {suffix: file, "cls": b"0"}), ("good", {"png": encode(COLOUR, "PNG"), "cls": b"0"})]
+    """Convert as Pillow does. Decoders of JPEG and WebP and the weights of colors in gray differ by a few levels."""
+    samples = [("odd", {suffix: file, "cls": b"0"}), ("good", {"png": encode(COLOR, "PNG"), "cls": b"0"})]
     write_shards(tmp_path / "c-%d.tar", samples, 2)
     source = open_source(str(tmp_path))
     x, _ = take(1, source, batch=2, size=8, channels=channels, shuffle=False, flip=False, convert=True)[0]
-    for found, image in zip(levels(x), (Image.open(io.BytesIO(file)), COLOUR)):
+    for found, image in zip(levels(x), (Image.open(io.BytesIO(file)), COLOR)):
         expected = np.asarray(image.convert("RGB" if channels == 3 else "L"), dtype=np.float64).reshape(8, 8, channels)
         assert np.abs(found - expected).max() < (4 if image.mode != "CMYK" else 12)
 
@@ -386,7 +386,7 @@ def test_channels_no_image_has(tmp_path):
 def test_a_state_of_other_data_or_seed(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    options = {"batch": 2, **GREY}
+    options = {"batch": 2, **GRAY}
     state = make_loader(numbered_source(tmp_path / "a", 5), **options).state_dict()
     for loader, parts in (
         (make_loader(numbered_source(tmp_path / "b", 6), **options), ["number of samples is 6", "was 5"]),
@@ -402,4 +402,4 @@ def test_a_state_of_other_data_or_seed(tmp_path):
 )
 def test_arguments_that_make_no_sense(tmp_path, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        make_loader(numbered_source(tmp_path, 5), **{"batch": 2, **GREY, **wrong})
+        make_loader(numbered_source(tmp_path, 5), **{"batch": 2, **GRAY, **wrong})

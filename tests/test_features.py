@@ -1,4 +1,4 @@
-"""The feature networks: the right pixels into the right network, and figures that grow as images get worse."""
+"""Test that feature networks get the right pixels, and that figures grow as images get worse."""
 
 import sys
 from contextlib import closing
@@ -19,7 +19,7 @@ from fastdit.metrics.feature_nets import INCEPTION_FILE, INCEPTION_URL, FeatureN
 from fastdit.metrics.summary import Collector, compare
 
 CPU = torch.device("cpu")
-# of `patterns(1)`, by efficientnet-lite-pytorch 0.1.0, the implementation published with the weights
+# Outputs for `patterns(1)` of efficientnet-lite-pytorch 0.1.0, the implementation published with the weights
 GOLDEN_CLASSES = [763, 494]
 GOLDEN_LOGITS = [
     [-0.9388129711151123, -0.04294649139046669, -0.32612431049346924, -1.0799304246902466],
@@ -33,7 +33,7 @@ def lite0() -> FeatureNet:
 
 
 def patterns(channels: int) -> torch.Tensor:
-    """Two different pictures of 12 x 16, uint8."""
+    """Return two different images, uint8 (2, channels, 12, 16)."""
     values = torch.arange(2 * channels * 12 * 16).reshape(2, channels, 12, 16)
     return (values * 7 % 256).to(torch.uint8)
 
@@ -47,7 +47,7 @@ def test_lite0_is_the_network_of_its_weights(lite0):
 
 
 def test_what_lite0_is_given(lite0):
-    """Pillow's bicubic; values (x - 127) / 128; channels in their order."""
+    """Expect Pillow's bicubic filter, values (x - 127) / 128, and channels in their order."""
     seen = []
     image = torch.from_numpy(np.stack([picture(12, 16, seed=seed) for seed in (0, 1)])).permute(0, 3, 1, 2)
     network = next(c.cell_contents for c in lite0.run.__closure__ if isinstance(c.cell_contents, torch.nn.Module))
@@ -62,9 +62,9 @@ def test_what_lite0_is_given(lite0):
     assert (seen[0] - expected).abs().mean() < 0.5 / 128
 
 
-def test_grey_is_colour_with_equal_channels(lite0):
-    grey = patterns(1)
-    assert torch.equal(lite0(grey).features, lite0(grey.repeat(1, 3, 1, 1)).features)
+def test_gray_is_color_with_equal_channels(lite0):
+    gray = patterns(1)
+    assert torch.equal(lite0(gray).features, lite0(gray.repeat(1, 3, 1, 1)).features)
 
 
 def test_figures_of_lite0_are_never_called_fid(lite0):
@@ -82,7 +82,7 @@ N = 48
 
 @pytest.fixture(scope="module")
 def clothes() -> torch.Tensor:
-    """2 N shipped images, uint8 (2 N, 1, 28, 28), some of each class."""
+    """Return 2 N shipped images, uint8 (2 N, 1, 28, 28), some of each class."""
     source = open_source("fashion_mnist")
     with closing(make_loader(source, batch=2 * N, size=28, channels=1, flip=False)) as loader:
         return ((next(loader)[0] + 1) * 127.5).round().to(torch.uint8)
@@ -127,7 +127,7 @@ def real(lite0, clothes) -> dict:
 
 @pytest.fixture(scope="module")
 def inception_weights(tmp_path_factory) -> str:
-    """Of the right layout, with random numbers: the real ones cannot be shipped."""
+    """Save weights of the right layout with random numbers, because the real ones cannot be shipped."""
     module = torch_fidelity("feature_extractor_inceptionv3")
     path = tmp_path_factory.mktemp("weights") / "random.pth"
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Latents in 8 bits, how well they decode, and latents standardised by their channels' statistics."""
+"""Test latents in 8 bits, how well they decode, and latents standardized by their channels' statistics."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from launching import TINY, forked, metrics
 
 from fastdit.config import Config, DataConfig, NoiseConfig, parse
 from fastdit.data import make_loader, open_source, write_shards
-from fastdit.data.latents import LatentForm, quantise, quantised_dtype
+from fastdit.data.latents import LatentForm, quantize, quantized_dtype
 from fastdit.data_check import run as check
 from fastdit.encode import _encode
 from fastdit.engine import build
@@ -31,7 +31,7 @@ N = 12
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Smooth pictures of 17 x 26 pixels in shards of 5; picture i has label i % 2."""
+    """Write smooth images of 17 x 26 pixels in shards of 5; image i has label i % 2."""
     folder = tmp_path_factory.mktemp("images")
     files = [encoded(picture(17, 26, seed=i), "PNG") for i in range(N)]
     samples = ((f"s{i:02d}", {"png": file, "cls": str(i % 2).encode()}) for i, file in enumerate(files))
@@ -40,7 +40,7 @@ def images(tmp_path_factory):
 
 
 def encode(images, out, flags: str = "") -> dict:
-    """The manifest; the autoencoder is space_to_depth:2."""
+    """Encode with the autoencoder space_to_depth:2, and return the manifest."""
     fixed = f"--source {images} --autoencoder space_to_depth:2 --out {out} --size [16,24] --per_shard 5 --device cpu"
     _encode([*fixed.split(), *flags.split()])
     return json.loads((out / "manifest.json").read_text())
@@ -57,8 +57,8 @@ def read_all(folder, **options) -> torch.Tensor:
 
 @settings(max_examples=100, deadline=None, database=None, derandomize=True)
 @given(arrays.arrays(np.float32, (2, 3, 4, 5), elements=st.floats(-1e4, 1e4, width=32)))
-def test_quantised_values_are_off_by_half_a_step_at_most(means):
-    records = quantise(means)
+def test_quantized_values_are_off_by_half_a_step_at_most(means):
+    records = quantize(means)
     form = LatentForm.of(records.dtype, records.shape)
     views = torch.from_numpy(records.view(np.uint8).reshape(2, -1).copy())
     read, std = form.unpack(views)
@@ -83,22 +83,22 @@ def _file(array: np.ndarray):
 
 
 def test_forms_that_are_no_latents():
-    good = quantised_dtype((3, 4, 5))
+    good = quantized_dtype((3, 4, 5))
     assert LatentForm.of(good, (2,)).views == 2
     other = np.dtype([("low", "<f4", (3,)), ("codes", "u1", (3, 4, 5))])
     swapped = np.dtype([("step", "<f4", (3,)), ("low", "<f4", (3,)), ("codes", "u1", (3, 4, 5))])
     wrong = [(good, (3,)), (good, (1, 2)), (good, ()), (other, (1,)), (swapped, (1,)), (np.dtype("u1"), (2, 3, 4, 5))]
     wrong += [(np.dtype("<f8"), (2, 3, 4, 5)), (np.dtype("<f4"), (3, 3, 4, 5)), (np.dtype("<f4"), (2, 0, 4, 5))]
-    wrong += [(quantised_dtype((3, 0, 5)), (1,)), (np.dtype([("codes", "u1")]), (1,))]
+    wrong += [(quantized_dtype((3, 0, 5)), (1,)), (np.dtype([("codes", "u1")]), (1,))]
     for dtype, shape in wrong:
         with pytest.raises(ValueError, match="not float16 or float32"):
             LatentForm.of(dtype, shape)
 
 
-def test_a_quantised_source_that_changes_its_form_is_refused(tmp_path):
+def test_a_quantized_source_that_changes_its_form_is_refused(tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    first = latent_source(tmp_path / "a", quantise(np.ones((3, 2, 3, 4, 5), np.float32)))
-    latent_source(tmp_path / "b", quantise(np.ones((3, 1, 3, 4, 5), np.float32)))
+    first = latent_source(tmp_path / "a", quantize(np.ones((3, 2, 3, 4, 5), np.float32)))
+    latent_source(tmp_path / "b", quantize(np.ones((3, 1, 3, 4, 5), np.float32)))
     (tmp_path / "b/l-0.tar").rename(tmp_path / "a/l-1.tar")
     assert first.samples.form.views == 2
     with pytest.raises(UserError, match=r"l-1.tar: byte \d+: 'l000': the latent is not uint8 \(3, 4, 5\) with "):
@@ -106,7 +106,7 @@ def test_a_quantised_source_that_changes_its_form_is_refused(tmp_path):
 
 
 def test_encoded_in_8_bits(images, tmp_path):
-    """Against the same encoded as float32: values, statistics, size, what it decodes to, flips."""
+    """Compare with float32 latents: values, statistics, size, decoded images, flips."""
     exact, small = (
         encode(images, tmp_path / "exact", "--dtype float32"),
         encode(images, tmp_path / "8", "--dtype uint8"),
@@ -127,18 +127,18 @@ def test_encoded_in_8_bits(images, tmp_path):
 
 
 def test_the_psnr_told_is_that_of_pictures_decoded(images, tmp_path):
-    """space_to_depth loses nothing, so all that is lost is what 8 bits lose."""
-    told = encode(images, tmp_path / "8", "--dtype uint8 --batch 3")["psnr"]
-    assert (told["pictures"], told["autoencoder"]) == (3 + 3 + 2, None)
+    """Measure the loss of 8 bits alone, because space_to_depth loses nothing."""
+    psnr = encode(images, tmp_path / "8", "--dtype uint8 --batch 3")["psnr"]
+    assert (psnr["pictures"], psnr["autoencoder"]) == (3 + 3 + 2, None)
     encode(images, tmp_path / "exact", "--dtype float32")
     autoencoder, few = open_autoencoder("space_to_depth:2"), [0, 1, 2, 5, 6, 7, 10, 11]
     true, seen = (autoencoder.decode(read_all(tmp_path / name)[few]).double() for name in ("exact", "8"))
     error = (true - seen.clamp(-1, 1)).square().mean().item()
-    assert told["stored"] == pytest.approx(10 * math.log10(2**2 / error), abs=1e-3)
-    assert 45 < told["stored"] < 65
+    assert psnr["stored"] == pytest.approx(10 * math.log10(2**2 / error), abs=1e-3)
+    assert 45 < psnr["stored"] < 65
 
 
-# -- standardised --
+# -- standardized --
 
 
 def settings_for(folder, noise: str, **data) -> Config:
@@ -147,11 +147,11 @@ def settings_for(folder, noise: str, **data) -> Config:
 
 
 @pytest.mark.parametrize(("noise", "deviation"), [("edm", 0.7), ("flow", 1.0), ("ddpm", 1.0)])
-def test_standardised_channels_have_the_moments_asked_for(images, tmp_path, noise, deviation):
-    told = encode(images, tmp_path / "l", "--dtype float32 --mirrored false")
+def test_standardized_channels_have_the_moments_asked_for(images, tmp_path, noise, deviation):
+    manifest = encode(images, tmp_path / "l", "--dtype float32 --mirrored false")
     source = open_source(str(tmp_path / "l"))
     config = build.standardised(settings_for(tmp_path / "l", noise), source)
-    assert config.data.latent_shift == tuple(told["channel_mean"])
+    assert config.data.latent_shift == tuple(manifest["channel_mean"])
     assert build.standardised(config, source) == config, "as a resumed run has it"
     loader = build.build_loader(config, source, batch=N, rank=0, world=1, device=torch.device("cpu"))
     with closing(loader):
@@ -166,7 +166,7 @@ def test_standardised_channels_have_the_moments_asked_for(images, tmp_path, nois
     assert torch.allclose(decoder(x), decoder.autoencoder.decode(z), atol=1e-5)
 
 
-def test_what_cannot_be_standardised(images, tmp_path):
+def test_what_cannot_be_standardized(images, tmp_path):
     encode(images, tmp_path / "l", "--mirrored false")
     source = open_source(str(tmp_path / "l"))
     with pytest.raises(UserError, match=r"data.standardise: latent_scale 0.5 and latent_shift 0.0 are not what"):
@@ -185,14 +185,14 @@ def test_what_cannot_be_standardised(images, tmp_path):
 
 @pytest.mark.launch
 def test_a_run_keeps_the_numbers_and_goes_on_with_them(images, tmp_path):
-    """And samples without the data at hand."""
+    """Train, resume, and sample without the data at hand."""
     encode(images, tmp_path / "l", "--dtype uint8 --mirrored false")
     out = tmp_path / "run"
     flags = ["--data.source", tmp_path / "l", "--data.size", "[8,12]", "--data.channels", 12, "--data.flip", "false"]
     flags += ["--data.standardise", "channels", "--data.autoencoder", "space_to_depth:2", "--model.patch", 4]
     forked(*TINY, *flags, "--steps", 2, "--save_every", 1, "--out", out).succeeded()
-    kept = yaml.safe_load((out / "config.yaml").read_text())["data"]
-    assert len(kept["latent_scale"]) == len(kept["latent_shift"]) == 12
+    data = yaml.safe_load((out / "config.yaml").read_text())["data"]
+    assert len(data["latent_scale"]) == len(data["latent_shift"]) == 12
     forked("--resume", "--out", out, "--steps", 4, "--device", "cpu").succeeded()
     assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4]
     manifest = json.loads((tmp_path / "l/manifest.json").read_text())
@@ -206,7 +206,7 @@ def test_a_run_keeps_the_numbers_and_goes_on_with_them(images, tmp_path):
 
 
 def test_damage_to_8_bit_latents_is_found(tmp_path, capsys):
-    records = quantise(np.random.default_rng(0).normal(size=(7, 2, 3, 4, 5)).astype(np.float32))
+    records = quantize(np.random.default_rng(0).normal(size=(7, 2, 3, 4, 5)).astype(np.float32))
     records["step"][2, 1, 0], records["low"][5, 0, 2] = -0.5, np.nan
     latent_source(tmp_path, records)
     with pytest.raises(UserError, match="2 problems in 2 files"):
@@ -217,5 +217,5 @@ def test_damage_to_8_bit_latents_is_found(tmp_path, capsys):
     (tmp_path / "good").mkdir()
     latent_source(tmp_path / "good", records[[0, 1, 3]])
     check([str(tmp_path / "good")])
-    assert "3 samples, 2 classes" in (said := capsys.readouterr().out)
-    assert "latents uint8 (3, 4, 5) with mirrored ones are finite" in said
+    assert "3 samples, 2 classes" in (text := capsys.readouterr().out)
+    assert "latents uint8 (3, 4, 5) with mirrored ones are finite" in text

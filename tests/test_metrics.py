@@ -1,4 +1,4 @@
-"""Figures from features: against closed forms, plain transcriptions, scipy and torch-fidelity; and in any split."""
+"""Compare figures from features with closed forms, plain transcriptions, scipy and torch-fidelity, in any split."""
 
 import threading
 from collections.abc import Callable
@@ -9,16 +9,16 @@ import scipy.linalg
 import torch
 from fidelity import torch_fidelity
 
-from fastdit.metrics import manifolds
+from fastdit.metrics import precision_recall as precision_recall_module
 from fastdit.metrics.inception_score import ScoreSums, splits_of
 from fastdit.metrics.kernel_distance import kernel_distance
-from fastdit.metrics.manifolds import precision_recall
 from fastdit.metrics.moments import Moments, frechet_distance
+from fastdit.metrics.precision_recall import precision_recall
 from fastdit.metrics.summary import Collector, Output, Summary, compare
 
 
 def features(n: int, d: int = 24, seed: int = 0, shift: float = 0.0, scale: float = 1.0) -> torch.Tensor:
-    """Like a network's: not negative, correlated, of very different sizes."""
+    """Return features (n, d) like a network's: not negative, correlated, of very different sizes."""
     rng = np.random.default_rng(seed)
     mixed = rng.standard_normal((n, d)) @ np.random.default_rng(99).standard_normal((d, d)) * np.logspace(-2, 0, d)
     return torch.from_numpy(np.maximum(mixed * scale + shift, 0)).float()
@@ -29,13 +29,13 @@ def logits(n: int, classes: int = 11, seed: int = 0) -> torch.Tensor:
 
 
 def on_ranks(world: int, work: Callable) -> list:
-    """work(rank, total, gather) on threads that meet in `total` and `gather` as ranks do."""
-    meeting, given, results = threading.Barrier(world, timeout=20), [None] * world, [None] * world
+    """Run work(rank, total, gather) on threads that meet in `total` and `gather` as ranks do."""
+    meeting, shared, results = threading.Barrier(world, timeout=20), [None] * world, [None] * world
 
     def all_of(rank: int, value) -> list:
-        given[rank] = value
+        shared[rank] = value
         meeting.wait()
-        values = list(given)
+        values = list(shared)
         meeting.wait()
         return values
 
@@ -101,23 +101,27 @@ def test_a_rank_without_vectors_and_a_covariance_of_one():
 # -- Frechet distance --
 
 
-def given(mean, covariance) -> Moments:
+def gaussian(mean, covariance) -> Moments:
     return Moments.given(1000, torch.as_tensor(mean), torch.as_tensor(covariance))
 
 
 def test_frechet_distance_of_known_gaussians():
     identity = np.eye(3)
-    assert frechet_distance(given([0.0, 0, 0], identity), given([1.0, 2, 2], identity)) == pytest.approx(9, rel=1e-12)
+    assert frechet_distance(gaussian([0.0, 0, 0], identity), gaussian([1.0, 2, 2], identity)) == pytest.approx(
+        9, rel=1e-12
+    )
     # covariances that commute: the sum of (sqrt a - sqrt b)^2
     turn = np.linalg.qr(np.random.default_rng(0).standard_normal((3, 3)))[0]
     a, b = turn @ np.diag([1.0, 4, 9]) @ turn.T, turn @ np.diag([16.0, 4, 1]) @ turn.T
-    assert frechet_distance(given([0.0] * 3, a), given([0.0] * 3, b)) == pytest.approx(9 + 0 + 4, rel=1e-12)
+    assert frechet_distance(gaussian([0.0] * 3, a), gaussian([0.0] * 3, b)) == pytest.approx(9 + 0 + 4, rel=1e-12)
     # one dimension against none: rank-deficient
-    assert frechet_distance(given([0.0, 0], np.diag([4.0, 0])), given([0.0, 0], np.diag([0.0, 9]))) == pytest.approx(13)
+    assert frechet_distance(
+        gaussian([0.0, 0], np.diag([4.0, 0])), gaussian([0.0, 0], np.diag([0.0, 9]))
+    ) == pytest.approx(13)
 
 
 def scipy_frechet(x: torch.Tensor, y: torch.Tensor) -> float:
-    """As in the paper, through the matrix square root itself."""
+    """Compute the distance as in the paper, through the matrix square root itself."""
     x, y = x.double().numpy(), y.double().numpy()
     a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
     root = scipy.linalg.sqrtm(a @ b)
@@ -127,19 +131,19 @@ def scipy_frechet(x: torch.Tensor, y: torch.Tensor) -> float:
 @pytest.mark.parametrize("shift", [0.0, 0.3, 3.0])
 def test_frechet_distance_agrees_with_scipy(shift):
     x, y = features(300, seed=1), features(200, seed=2, shift=shift)
-    ours = frechet_distance(Moments.of(x), Moments.of(y))
-    assert ours == pytest.approx(scipy_frechet(x, y), rel=1e-6)
-    assert ours == pytest.approx(frechet_distance(Moments.of(y), Moments.of(x)), rel=1e-9)
+    distance = frechet_distance(Moments.of(x), Moments.of(y))
+    assert distance == pytest.approx(scipy_frechet(x, y), rel=1e-6)
+    assert distance == pytest.approx(frechet_distance(Moments.of(y), Moments.of(x)), rel=1e-9)
 
 
 def test_fewer_samples_than_features():
-    """Singular covariances. Exactly: Tr (A B)^1/2 is the sum of singular values of the centred data's product."""
+    """Use singular covariances. Tr (A B)^1/2 is the sum of singular values of the centered data's product."""
     x, y = features(30, d=64, seed=1).double(), features(40, d=64, seed=2, shift=0.2).double()
-    mine, theirs = x - x.mean(0), y - y.mean(0)
-    cross = torch.linalg.svdvals(mine @ theirs.T / (29 * 39) ** 0.5).sum()
-    exact = (x.mean(0) - y.mean(0)).square().sum() + mine.square().sum() / 29 + theirs.square().sum() / 39 - 2 * cross
+    a, b = x - x.mean(0), y - y.mean(0)
+    cross = torch.linalg.svdvals(a @ b.T / (29 * 39) ** 0.5).sum()
+    exact = (x.mean(0) - y.mean(0)).square().sum() + a.square().sum() / 29 + b.square().sum() / 39 - 2 * cross
     assert frechet_distance(Moments.of(x), Moments.of(y)) == pytest.approx(exact.item(), rel=1e-9)
-    assert abs(frechet_distance(Moments.of(x), Moments.of(x))) < 1e-9 * (mine.square().sum() / 29)
+    assert abs(frechet_distance(Moments.of(x), Moments.of(x))) < 1e-9 * (a.square().sum() / 29)
 
 
 def test_frechet_distance_agrees_with_torch_fidelity():
@@ -156,7 +160,7 @@ def test_frechet_distance_agrees_with_torch_fidelity():
 
 
 def plain_mmd(x: np.ndarray, y: np.ndarray) -> float:
-    """The unbiased estimate, term by term."""
+    """Compute the unbiased estimate term by term."""
 
     def kernel(a, b):
         return (a @ b / len(a) + 1) ** 3
@@ -214,7 +218,7 @@ def test_inception_score_agrees_with_torch_fidelity_in_any_split(n):
 
 
 def test_inception_score_of_known_predictions():
-    """Sure and even over c classes: c. The same for every sample: 1. A class that never comes does no harm."""
+    """Expect c for sure predictions of c equally frequent classes, and 1 for equal predictions."""
     sure = torch.eye(5, 6).repeat(40, 1) * 2000
     split = torch.arange(200) // 5 % 10
     assert ScoreSums.of(sure, split).score() == pytest.approx((5, 0), abs=1e-9)
@@ -234,7 +238,7 @@ def plain_precision(samples: np.ndarray, real: np.ndarray, k: int) -> float:
 
 @pytest.mark.parametrize("elements", [1 << 25, 100])
 def test_precision_and_recall_are_the_plain_ones_in_any_blocks(monkeypatch, elements):
-    monkeypatch.setattr(manifolds, "_ELEMENTS", elements)
+    monkeypatch.setattr(precision_recall_module, "_ELEMENTS", elements)
     x, y = features(45, d=5, seed=1, shift=0.2), features(33, d=5, seed=2)
     precision, recall = precision_recall(x, y)
     assert precision == pytest.approx(plain_precision(x.double().numpy(), y.double().numpy(), 3), abs=1e-12)

@@ -1,4 +1,4 @@
-"""The order of samples is a function of seed, epoch, rank and number of ranks: each once an epoch, across resume."""
+"""Test the order of samples, a function of seed, epoch and ranks: each comes once an epoch, across resume."""
 
 import json
 from collections import Counter
@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from fastdit.data import make_loader, open_source, write_shard
 from fastdit.data.order import Order, epoch_order
 
-GREY = {"size": (5, 7), "channels": 1}
+GRAY = {"size": (5, 7), "channels": 1}
 EXAMPLES = {"deadline": None, "database": None, "derandomize": True}
 
 
 def stream(seed: int, n: int, excluded: set[int]) -> Iterator[tuple[int, bool]]:
-    """(sample id, flip) of one rank that shows all: epoch after epoch, the next good id in an excluded one's place."""
+    """Yield (sample id, flip) of one rank that shows all, with the next good id in the place of an excluded one."""
     for epoch in count():
         ids, flips = epoch_order(seed, epoch, n)
         for i in ids.tolist():
@@ -61,7 +61,7 @@ def test_every_sample_comes_once_an_epoch_over_the_ranks(n, world, batch, seed, 
 
 
 def test_the_order_is_pinned():
-    """A change here changes every resumed run's data: it must be on purpose."""
+    """Pin the order: a change here changes every resumed run's data, so it must be on purpose."""
     first = Order(10, 10, seed=1).request(0)
     assert first.ids.tolist() == [2, 3, 0, 7, 4, 1, 8, 5, 9, 6]
     assert first.flips.astype(int).tolist() == [1, 1, 0, 1, 0, 0, 1, 1, 1, 1]
@@ -79,7 +79,7 @@ def test_flips_mirror_exactly_the_samples_the_order_names(tmp_path):
     source = numbered_source(tmp_path, 11)
     order = Order(11, 4, seed=3)
     mirrored = []
-    for step, (x, y) in enumerate(take(9, source, batch=4, seed=3, **GREY)):
+    for step, (x, y) in enumerate(take(9, source, batch=4, seed=3, **GRAY)):
         request = order.request(4 * step)
         ids, flips = numbers_and_flips(x)
         assert (ids, flips) == (request.ids.tolist(), request.flips.tolist())
@@ -89,10 +89,10 @@ def test_flips_mirror_exactly_the_samples_the_order_names(tmp_path):
 
 
 def test_ranks_share_each_epoch_and_worlds_agree(tmp_path):
-    """n = 11 divides by nothing; three worlds read the same global batches of 6."""
+    """Let three worlds read the same global batches of 6; n = 11 divides by nothing."""
     source, streams = numbered_source(tmp_path, 11), []
     for world in (1, 2, 3):
-        options = {"batch": 6 // world, "world": world, "seed": 5, **GREY}
+        options = {"batch": 6 // world, "world": world, "seed": 5, **GRAY}
         ranks = [take(11, source, rank=rank, **options) for rank in range(world)]
         streams.append([torch.cat([ranks[r][k][0] for r in range(world)]) for k in range(11)])
     assert all(torch.equal(a, b) for world in streams[1:] for a, b in zip(streams[0], world))
@@ -103,7 +103,7 @@ def test_ranks_share_each_epoch_and_worlds_agree(tmp_path):
 
 
 def test_unshuffled_and_unflipped(tmp_path):
-    batches = take(5, numbered_source(tmp_path, 11), batch=4, shuffle=False, flip=False, **GREY)
+    batches = take(5, numbered_source(tmp_path, 11), batch=4, shuffle=False, flip=False, **GRAY)
     seen = [numbers_and_flips(x) for x, _ in batches]
     assert [i for ids, _ in seen for i in ids] == [k % 11 for k in range(20)]
     assert not any(flip for _, flips in seen for flip in flips)
@@ -117,7 +117,7 @@ def test_unshuffled_and_unflipped(tmp_path):
     runs=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(0, 9)), min_size=1, max_size=4),
 )
 def test_requests_continue_the_stream_in_worlds_of_any_size(n, seed, excluded, runs):
-    """`runs`: ranks, batch and steps of one run after the other, each going on where the one before stopped."""
+    """Continue one run after the other; `runs` lists their ranks, batch and steps."""
     excluded = {i for i in excluded if i < n}
     assume(len(excluded) < n)
     position, seen = 0, []
@@ -135,7 +135,7 @@ def test_requests_continue_the_stream_in_worlds_of_any_size(n, seed, excluded, r
 
 
 def uneven_source(folder: Path, sizes: list[int], corrupt: set[int]):
-    """`numbered` images in shards of `sizes`, those in `corrupt` cut short."""
+    """Return a source of `numbered` images in shards of `sizes`, those in `corrupt` cut short."""
     images = numbered(sum(sizes))
     samples = [
         (f"s{i:03d}", {"png": image[: 30 if i in corrupt else None], "cls": str(i % 3).encode()})
@@ -156,13 +156,13 @@ def uneven_source(folder: Path, sizes: list[int], corrupt: set[int]):
     ),
 )
 def test_the_loader_shows_the_stream_across_resume_and_worlds(sizes, seed, corrupt, runs):
-    """`runs`: ranks, batch, steps and prefetch. Any rank's state serves all ranks of the next run."""
+    """Resume all ranks of a run from any rank's state; `runs` lists ranks, batch, steps and prefetch."""
     n, corrupt, seen, state = sum(sizes), {i for i in corrupt if i < sum(sizes)}, [], None
     assume(len(corrupt) < n)
     with TemporaryDirectory() as folder:
         source = uneven_source(Path(folder), sizes, corrupt)
         for world, batch, steps, prefetch in runs:
-            options = {"world": world, "batch": batch, "prefetch": prefetch, "on_corrupt": "skip", **GREY}
+            options = {"world": world, "batch": batch, "prefetch": prefetch, "on_corrupt": "skip", **GRAY}
             ranks, states = [], []
             for rank in range(world):
                 with closing(make_loader(source, rank=rank, seed=seed, **options)) as loader:

@@ -1,4 +1,4 @@
-"""Reading without DALI: torch's DataLoader with Pillow gives what DALI gives, and its workers end when they should."""
+"""Read without DALI: torch's DataLoader with Pillow gives the same batches, and its workers end when they should."""
 
 import json
 import os
@@ -25,10 +25,10 @@ from data_helpers import (
     take,
 )
 from PIL import Image
-from test_data_bad import BAD_IMAGES, GREY, OTHER_CHANNELS, source_with
+from test_data_bad import BAD_IMAGES, GRAY, OTHER_CHANNELS, source_with
 
 from fastdit.data import make_loader, open_source, read_in_order, write_shards
-from fastdit.data.latents import quantise
+from fastdit.data.latents import quantize
 from fastdit.data.order import Order
 from fastdit.errors import UserError
 
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 
 
 def tree(folder: Path, files: dict[str, bytes]):
-    """One class of files, read in the order of their names."""
+    """Return a source of one class of files, in the order of their names."""
     (folder / "a").mkdir()
     for name, file in files.items():
         (folder / "a" / name).write_bytes(file)
@@ -57,10 +57,10 @@ def assert_equal(batches, others) -> None:
 
 
 def workers() -> list[psutil.Process]:
-    """Return this process's forks; a server that other tests have started is none."""
-    own = psutil.Process()
-    living = [child for child in own.children() if child.status() != psutil.STATUS_ZOMBIE]
-    return [child for child in living if child.cmdline() == own.cmdline()]
+    """Return this process's forks, without a server that other tests have started."""
+    parent = psutil.Process()
+    living = [child for child in parent.children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in living if child.cmdline() == parent.cmdline()]
 
 
 # -- the same stream --
@@ -68,10 +68,10 @@ def workers() -> list[psutil.Process]:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_images_are_dalis_to_the_bit(tmp_path, world):
-    """Lossless and not scaled: over the ends of epochs, in shards of uneven sizes, for each rank."""
+    """Read lossless images unscaled, over the ends of epochs, in shards of uneven sizes, for each rank."""
     source = numbered_source(tmp_path, 11)
     for rank in range(world):
-        assert_equal(*both(source, 8, batch=3, seed=5, rank=rank, world=world, threads=3, **GREY))
+        assert_equal(*both(source, 8, batch=3, seed=5, rank=rank, world=world, threads=3, **GRAY))
 
 
 def test_the_shipped_set_is_dalis_to_the_bit():
@@ -80,9 +80,9 @@ def test_the_shipped_set_is_dalis_to_the_bit():
 
 @pytest.mark.parametrize("readers", [("torch", "torch"), ("dali", "torch"), ("torch", "dali")])
 def test_resume_is_bit_equal_whatever_reads(tmp_path, readers):
-    """In the middle, into a loader that has prefetched; a run may go on with the other reader."""
+    """Resume in the middle, into a loader that has prefetched, maybe with the other reader."""
     source = numbered_source(tmp_path, 11)
-    options = {"batch": 4, "seed": 7, "prefetch": 3, **GREY}
+    options = {"batch": 4, "seed": 7, "prefetch": 3, **GRAY}
     whole = take(7, source, reader="dali", **options)
     first, second = (make_loader(source, reader=reader, **options) for reader in readers)
     with closing(first), closing(second):
@@ -95,7 +95,7 @@ def test_resume_is_bit_equal_whatever_reads(tmp_path, readers):
 @pytest.mark.parametrize("form", ["float16", "float32", "uint8"])
 def test_latents_are_dalis_to_the_bit(tmp_path, form):
     posteriors = np.abs(np.random.default_rng(0).normal(size=(11, 4, 3, 5, 7)))
-    source = latent_source(tmp_path, quantise(posteriors[:, ::2]) if form == "uint8" else posteriors.astype(form))
+    source = latent_source(tmp_path, quantize(posteriors[:, ::2]) if form == "uint8" else posteriors.astype(form))
     options = {"batch": 4, "size": (5, 7), "channels": 3, "seed": 3, "latent_scale": 0.5, "latent_shift": 0.25}
     for rank in range(2):
         assert_equal(*both(source, 8, rank=rank, world=2, **options))
@@ -108,8 +108,8 @@ def test_latents_are_dalis_to_the_bit(tmp_path, form):
 
 
 def test_batches_kept_stay_what_they_were(tmp_path):
-    """The workers' memory is filled again and again; what was given out is not theirs."""
-    batches = take(30, numbered_source(tmp_path, 11), batch=4, seed=2, reader="torch", **GREY)
+    """Check that filling the workers' memory again does not touch the batches that were returned."""
+    batches = take(30, numbered_source(tmp_path, 11), batch=4, seed=2, reader="torch", **GRAY)
     for step, (x, _) in enumerate(batches):
         assert numbers_and_flips(x)[0] == Order(11, 4, seed=2).request(4 * step).ids.tolist()
 
@@ -119,7 +119,7 @@ def test_torchs_random_numbers_are_left_alone(tmp_path):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    take(2, source, batch=2, reader="torch", **GREY)
+    take(2, source, batch=2, reader="torch", **GRAY)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -135,21 +135,21 @@ def test_every_orientation_is_turned_as_dali_does(tmp_path):
             files[f"{orientation}-{form}.png"] = encode(Image.fromarray(picture(16, 24)), form, exif=exif, **options)
     source = tree(tmp_path, files)
     for size in ((16, 24), (24, 16)):
-        (ours, _), (theirs, _) = (batches[0] for batches in both(source, batch=16, size=size, channels=3, flip=False))
+        (dali, _), (pillow, _) = (batches[0] for batches in both(source, batch=16, size=size, channels=3, flip=False))
         upright = slice(0, 8) if size == (16, 24) else slice(8, 16)  # those that nothing scales
-        assert np.abs(levels(ours) - levels(theirs))[upright].max() < 3
+        assert np.abs(levels(dali) - levels(pillow))[upright].max() < 3
 
 
 def test_palettes_bits_and_depths(tmp_path):
-    """A palette, also one with a transparent color, counts as RGB; 16 bits are rounded to 8, not cut off."""
+    """Count a palette as RGB, also one with a transparent color, and round 16 bits to 8 instead of cutting them off."""
     color = Image.fromarray(picture(16, 16))
     deep = Image.fromarray((np.arange(256, dtype=np.uint16) * 257 - np.arange(256)).astype(np.uint16).reshape(16, 16))
     (tmp_path / "color").mkdir()
-    (tmp_path / "grey").mkdir()
+    (tmp_path / "gray").mkdir()
     palettes = {"a.png": encode(color.convert("P"), "PNG"), "b.png": encode(color.convert("P"), "PNG", transparency=3)}
-    greys = {"a.png": encode(color.convert("1"), "PNG"), "b.png": encode(deep, "PNG")}
-    greys["c.png"] = encode(color.convert("L"), "PNG", transparency=9)
-    for name, files, channels in (("color", palettes, 3), ("grey", greys, 1)):
+    grays = {"a.png": encode(color.convert("1"), "PNG"), "b.png": encode(deep, "PNG")}
+    grays["c.png"] = encode(color.convert("L"), "PNG", transparency=9)
+    for name, files, channels in (("color", palettes, 3), ("gray", grays, 1)):
         options = {"batch": len(files), "size": 16, "channels": channels, "shuffle": False, "flip": False}
         assert_equal(*both(tree(tmp_path / name, files), **options))
 
@@ -164,24 +164,24 @@ def test_other_channels_are_refused_or_converted_alike(tmp_path, channels, file,
             take(1, source, reader=reader, **options)
         texts.append(str(error.value))
     assert texts[0] == texts[1]
-    (ours, _), (theirs, _) = (batches[0] for batches in both(source, convert=True, **options))
-    assert np.abs(levels(ours) - levels(theirs)).max() < 12
+    (dali, _), (pillow, _) = (batches[0] for batches in both(source, convert=True, **options))
+    assert np.abs(levels(dali) - levels(pillow)).max() < 12
 
 
 @pytest.mark.parametrize("size", [(32, 32), (28, 41)])
 def test_scaled_images_differ_by_a_few_levels_at_the_border(tmp_path, size):
-    """Portrait, landscape, shrunk, enlarged; the last three have a scaled side of exactly k + 1/2 pixels."""
+    """Shrink and enlarge images; the last three have a scaled side of exactly k + 1/2 pixels."""
     extents = [(61, 83), (83, 61), (200, 133), (20, 33), (333, 101), (16, 17), (64, 101), (101, 64), (28 * 48, 54 * 28)]
     files = {f"{i}.png": encode(picture(*extent, seed=i), "PNG") for i, extent in enumerate(extents)}
     options = {"batch": len(files), "size": size, "channels": 3, "shuffle": False, "flip": False}
-    (ours, _), (theirs, _) = (batches[0] for batches in both(tree(tmp_path, files), **options))
-    difference = np.abs(levels(ours) - levels(theirs))
+    (dali, _), (pillow, _) = (batches[0] for batches in both(tree(tmp_path, files), **options))
+    difference = np.abs(levels(dali) - levels(pillow))
     assert difference[:, 6:-6, 6:-6].max() < 2.01
     assert difference.mean() < 0.5
 
 
 def test_an_image_above_pillows_own_limit_is_read(tmp_path, recwarn):
-    """Pillow refuses 179 million pixels as a bomb; the limit of all readers is 2^28."""
+    """Read 179 million pixels, which Pillow refuses as a bomb; the limit of all readers is 2^28."""
     source = tree(tmp_path, {"large.png": encode(Image.new("1", (13400, 13400), 1), "PNG")})
     x, _ = take(1, source, batch=1, threads=1, prefetch=0, reader="torch", size=8, channels=1)[0]
     assert (x == 1).all()
@@ -206,8 +206,8 @@ def test_cut_files_are_refused_as_dali_refuses_them(tmp_path):
     corrupt = []
     for reader in READERS:
         options = {"size": (8, 8), "device": CPU, "on_corrupt": "skip", "reader": reader}
-        kept = [ids for ids, _ in read_in_order(source, [np.arange(source.n)], **options)]
-        corrupt.append(set(range(source.n)) - set(np.concatenate(kept).tolist()))
+        intact = [ids for ids, _ in read_in_order(source, [np.arange(source.n)], **options)]
+        corrupt.append(set(range(source.n)) - set(np.concatenate(intact).tolist()))
     assert corrupt[0] == corrupt[1]
     assert len(files) < len(corrupt[0]) < source.n
 
@@ -216,7 +216,7 @@ def test_cut_files_are_refused_as_dali_refuses_them(tmp_path):
 def test_corrupt_images_stop_or_are_skipped_alike(tmp_path, name):
     bad = (name.partition(".")[2], BAD_IMAGES[name])
     source = source_with(tmp_path, {2: bad, 3: bad, 9: bad})
-    options = {"batch": 3, "seed": 4, **GREY}
+    options = {"batch": 3, "seed": 4, **GRAY}
     texts, states = [], []
     for reader in READERS:
         with pytest.raises(UserError) as error:
@@ -233,7 +233,7 @@ def test_corrupt_images_stop_or_are_skipped_alike(tmp_path, name):
 def test_an_image_that_vanished_is_named(tmp_path):
     source = tree(tmp_path, {f"{i}.png": file for i, file in enumerate(numbered(4))})
     (tmp_path / "a" / "2.png").unlink()
-    with closing(make_loader(source, batch=1, shuffle=False, flip=False, reader="torch", **GREY)) as loader:
+    with closing(make_loader(source, batch=1, shuffle=False, flip=False, reader="torch", **GRAY)) as loader:
         for _ in range(2):
             next(loader)
         for _ in range(2):  # asked again, it says it again
@@ -248,8 +248,8 @@ def test_an_image_that_vanished_is_named(tmp_path):
 
 @pytest.fixture
 def endless(tmp_path):
-    """A loader of 2 workers that have begun."""
-    with closing(make_loader(numbered_source(tmp_path, 11), batch=4, threads=2, reader="torch", **GREY)) as loader:
+    """Yield a loader of 2 workers that have begun."""
+    with closing(make_loader(numbered_source(tmp_path, 11), batch=4, threads=2, reader="torch", **GRAY)) as loader:
         next(loader)
         assert len(workers()) == 2
         yield loader
@@ -265,7 +265,7 @@ def test_closing_ends_the_workers(endless):
 
 
 def test_a_killed_worker_ends_in_one_line(endless):
-    """Deliver what is prepared; after the error the loader can start again, at the same place."""
+    """Deliver the prepared batches. After the error the loader can start again at the same place."""
     workers()[0].kill()
     begin = time.monotonic()
     with pytest.raises(UserError, match=r"^data.threads: a process that decodes images ended unexpectedly") as error:
@@ -279,7 +279,7 @@ def test_a_killed_worker_ends_in_one_line(endless):
 
 
 def test_signals_to_all_processes_do_not_end_a_worker(endless):
-    """Ctrl-C and a launcher's SIGTERM: the run itself may still have a step to end and a checkpoint to save."""
+    """Send Ctrl-C and a launcher's SIGTERM, while the run may still have a step to end and a checkpoint to save."""
     for number in ("INT", "TERM"):
         subprocess.run(["kill", f"-{number}", *(str(worker.pid) for worker in workers())], check=True)
     time.sleep(1)
@@ -303,7 +303,7 @@ def gone(pid: int) -> bool:
 
 @pytest.mark.parametrize("end", ["killed", "returns", "exits"])
 def test_workers_end_with_the_program(end):
-    """However it ends, and though nobody closes the loader."""
+    """End the program in several ways, without closing the loader."""
     last = {"killed": "time.sleep(600)", "returns": "", "exits": "os._exit(2)"}[end]
     with subprocess.Popen([sys.executable, "-c", READING + last], stdout=subprocess.PIPE, text=True) as program:
         pids = [int(pid) for pid in program.stdout.readline().split()]
@@ -324,19 +324,19 @@ def test_dali_missing_is_told_or_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     monkeypatch.delitem(sys.modules, "fastdit.data.pipeline", raising=False)
     source = numbered_source(tmp_path, 5)
-    loader = make_loader(source, batch=2, threads=3, **GREY)
+    loader = make_loader(source, batch=2, threads=3, **GRAY)
     assert loader.reading == "read by torch DataLoader with Pillow, 3 workers (NVIDIA DALI is not installed)"
-    assert make_loader(source, batch=2, threads=1, reader="torch", **GREY).reading.endswith("Pillow, 1 worker")
+    assert make_loader(source, batch=2, threads=1, reader="torch", **GRAY).reading.endswith("Pillow, 1 worker")
     with pytest.raises(
         UserError, match=r"^data.reader: NVIDIA DALI is not installed; pip install .*--data.reader torch$"
     ):
-        make_loader(source, batch=2, reader="dali", **GREY)
+        make_loader(source, batch=2, reader="dali", **GRAY)
     with pytest.raises(ValueError, match="reader='other'"):
-        make_loader(source, batch=2, reader="other", **GREY)
+        make_loader(source, batch=2, reader="other", **GRAY)
 
 
 def test_a_dali_that_does_not_load_is_told(tmp_path, monkeypatch):
-    """Installed for another CUDA, say: the package is there, a library that it needs is not."""
+    """Import a DALI that lacks a library, as one for another CUDA version does."""
     (tmp_path / "nvidia" / "dali").mkdir(parents=True)
     (tmp_path / "nvidia" / "dali" / "__init__.py").write_text("raise OSError('libcudart.so.99: cannot open\\nmore')")
     code = f"""
@@ -346,12 +346,12 @@ from fastdit.data.readers import choose_backend
 print(choose_backend("auto").describe("image", 2))
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    told = "(NVIDIA DALI cannot be imported: libcudart.so.99: cannot open)"
-    assert ended.stdout == f"read by torch DataLoader with Pillow, 2 workers {told}\n"
+    reason = "(NVIDIA DALI cannot be imported: libcudart.so.99: cannot open)"
+    assert ended.stdout == f"read by torch DataLoader with Pillow, 2 workers {reason}\n"
 
 
 def test_writing_shards_and_reading_them_in_order_agree(tmp_path):
-    """The readers of evaluation and encoding give equal images too, and leave out the same ones."""
+    """Compare the readers of evaluation and encoding: equal images, and the same ones left out."""
     files = numbered(9)
     files[4] = BAD_IMAGES["cut.png"]
     write_shards(tmp_path / "s-%d.tar", ((f"{i}", {"png": f, "cls": b"0"}) for i, f in enumerate(files)), 4)

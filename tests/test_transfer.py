@@ -1,4 +1,4 @@
-"""Copies to a GPU that the host does not wait for: all go through one helper, and it pins their source."""
+"""Test that all copies to a GPU go through one helper, which pins their source so that the host does not wait."""
 
 import ast
 from pathlib import Path
@@ -20,7 +20,7 @@ def keywords(path: Path, name: str) -> list[int]:
 
 
 def test_no_other_copy_is_non_blocking():
-    """Also given by position, `.to(device, dtype, True)`, it would be a constant True."""
+    """Find the keyword, and a constant True, which is the argument by position: `.to(device, dtype, True)`."""
     found = {path: keywords(path, "non_blocking") for path in FASTDIT.rglob("*.py")}
     assert [path for path, lines in found.items() if lines] == [HELPER]
     for path in FASTDIT.rglob("*.py"):
@@ -35,7 +35,7 @@ def test_no_other_copy_is_non_blocking():
 
 @pytest.mark.parametrize("pinned", [False, True])
 def test_the_source_of_a_copy_to_a_gpu_is_pinned_once(monkeypatch, pinned):
-    """torch's three calls are replaced: this machine may have no GPU."""
+    """Replace torch's three calls, because this machine may have no GPU."""
     calls = []
     device = torch.device("cuda", 0)
     values = torch.arange(3)
@@ -64,7 +64,7 @@ def test_on_a_cpu_nothing_is_pinned(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_pinned_memory_is_reused_only_after_its_copy():
-    """Many copies in a row while the GPU is busy: each arrives whole."""
+    """Copy many times in a row while the GPU is busy, and expect each copy to arrive whole."""
     device = torch.device("cuda")
     torch.cuda._sleep(100_000_000)
     copies = [to_device(np.full(1000, k), device) for k in range(200)]

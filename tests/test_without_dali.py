@@ -1,4 +1,4 @@
-"""Commands on a machine without NVIDIA DALI: they train, encode and check, say what reads, and agree with DALI."""
+"""Run commands without NVIDIA DALI: they train, encode and check, name the reader, and agree with DALI."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def untimed(folder: Path) -> list[dict]:
 
 @pytest.mark.launch
 def test_training_from_images_says_so_and_is_the_same(tmp_path):
-    """Images are not scaled, so the losses are DALI's; a run that stopped with one reader goes on with the other."""
+    """Train on unscaled images with equal losses, and continue a run with the other reader."""
     flags = [*TINY, "--steps", 4, "--save_every", 2]
     for dali in (True, False):
         out = tmp_path / f"{dali}"
@@ -44,7 +44,7 @@ def test_dali_asked_for_is_refused_in_one_line(tmp_path):
 
 @pytest.mark.launch
 def test_images_become_latents_kept_in_memory(tmp_path):
-    """Encoded with and without DALI to the same bytes; trained on with nothing to read, and resumed."""
+    """Encode to the same bytes with and without DALI, train on latents in memory, and resume."""
 
     def samples():
         for i in range(30):
@@ -75,12 +75,12 @@ def test_images_become_latents_kept_in_memory(tmp_path):
 def test_checking_decodes_with_pillow(tmp_path):
     numbered_source(tmp_path, 11)
     texts = [run("fastdit.data_tools", "check", tmp_path, dali=dali).succeeded().text for dali in (True, False)]
-    assert "11 images decode (11 grey; 5 x 7 pixels)" in texts[0]
+    assert "11 images decode (11 gray; 5 x 7 pixels)" in texts[0]
     assert texts[1] == texts[0].replace("images decode", "images decode by Pillow")
     with (tmp_path / "n-01.tar").open("r+b") as file:  # image 4's pixels
         file.seek(512 + 45)
         file.write(b"damaged")
     texts = [run("fastdit.data_tools", "check", tmp_path, dali=dali).text for dali in (True, False)]
     assert "n-01.tar: byte 512: 's004': the image is corrupt and cannot be decoded" in texts[0]
-    said = [[line for line in text.splitlines() if not line.startswith("libpng ")] for text in texts]  # by DALI
-    assert said[0] == said[1]
+    lines = [[line for line in text.splitlines() if not line.startswith("libpng ")] for text in texts]  # by DALI
+    assert lines[0] == lines[1]

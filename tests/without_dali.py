@@ -1,4 +1,4 @@
-"""A program of the data tests: run a module's `main(argv)` where NVIDIA DALI cannot be imported.
+"""Run a module's `main(argv)` in a process that cannot import NVIDIA DALI, for the data tests.
 
 python tests/without_dali.py MODULE [flags of its command]
 """

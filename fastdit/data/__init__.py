@@ -1,7 +1,7 @@
-"""Data: sources of labelled images or latents -> DALI pipelines -> an exactly resumable stream of batches."""
+"""Read data: sources of labeled images or latents -> DALI pipelines -> an exactly resumable stream of batches."""
 
-from fastdit.data.in_order import read_in_order
 from fastdit.data.loader import Loader, make_loader
+from fastdit.data.sequential_reader import read_in_order
 from fastdit.data.shards import UNFINISHED, write_shard, write_shards
 from fastdit.data.sources import Source, open_source
 

@@ -1,4 +1,4 @@
-"""Verifying what samples hold: every image decoded, every latent's values read."""
+"""Verify the content of samples: decode every image, and read the values of every latent."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -16,11 +16,15 @@ from fastdit.data.sources import Source
 from fastdit.errors import UserError
 
 _BATCH = 32
-_CHANNELS = ((1, "grey"), (2, "grey with alpha"), (3, "colour"), (4, "with alpha, or CMYK"))
+_CHANNELS = ((1, "gray"), (2, "gray with alpha"), (3, "color"), (4, "with alpha, or CMYK"))
 
 
 def check_images(source: Source, threads: int, report: Report) -> str:
-    """Decode every image as training does, on the CPU: a GPU leaves to it what it cannot decode. Return a summary."""
+    """Decode every image as training does, report those that are corrupt, and return a summary in words.
+
+    The CPU decodes with `threads` threads, because a GPU leaves to the CPU what it cannot decode itself.
+    """
+    # Decode, and collect the height, width and channels of each file.
     backend = choose_backend("auto")
     options = {"batch": _BATCH, "device": torch.device("cpu"), "threads": threads, "prefetch": 2}
     options |= {"size": (8, 8), "channels": 3, "convert": True}
@@ -36,6 +40,8 @@ def check_images(source: Source, threads: int, report: Report) -> str:
                 for i in corrupt:
                     report(UserError(f"{source.where(i)}: the image is corrupt and cannot be decoded; replace it"))
             bar.update(len(request.ids))
+
+    # Summarize kinds and extents.
     shapes = np.concatenate(shapes)
     kinds = ", ".join(f"{n} {name}" for c, name in _CHANNELS if (n := int((shapes[:, 2] == c).sum())))
     if not kinds:
@@ -43,18 +49,19 @@ def check_images(source: Source, threads: int, report: Report) -> str:
     by_area = shapes[np.argsort(shapes[:, 0] * shapes[:, 1], kind="stable"), :2]
     (h, w), (height, width) = by_area[0], by_area[-1]
     extents = f"{h} x {w}" if (h, w) == (height, width) else f"{h} x {w} to {height} x {width}"
-    by = " by Pillow" if backend.name == "torch" else ""
-    return f"{source.n - bad} images decode{by} ({kinds}; {extents} pixels)"
+    decoder = " by Pillow" if backend.name == "torch" else ""
+    return f"{source.n - bad} images decode{decoder} ({kinds}; {extents} pixels)"
 
 
 def _requests(n: int) -> Iterator[Request]:
+    """Yield requests for the samples 0 .. n-1 in order, none of them mirrored."""
     for start in range(0, n, _BATCH):
         ids = np.arange(start, min(start + _BATCH, n))
         yield Request(start, ids, np.zeros(len(ids), dtype=bool))
 
 
 def check_latents(samples: ShardSamples, report: Report) -> str:
-    """That latents are stored alike, their values finite, their stds not negative. Returns a summary."""
+    """Report latents in another form than most, with non-finite values or negative stds. Return a summary in words."""
     alike = samples.subset(_of_one_form(samples, report))
     if not len(alike.labels):
         return "no latents can be read"
@@ -68,7 +75,7 @@ def check_latents(samples: ShardSamples, report: Report) -> str:
 
 
 def _of_one_form(samples: ShardSamples, report: Report) -> np.ndarray:
-    """The ids of the latents that are stored as most are."""
+    """Return the ids of the latents in the most common form, (k,) int64, and report the others."""
     forms = []
     for i in range(len(samples.labels)):
         try:
@@ -85,15 +92,16 @@ def _of_one_form(samples: ShardSamples, report: Report) -> np.ndarray:
 
 
 def _wrong_values(latent: np.ndarray) -> str | None:
-    """latent: as `LatentSamples.read` gives it."""
-    quantised = latent.dtype.names is not None
-    parts, spread = ([latent["low"], latent["step"]], latent["step"]) if quantised else ([latent], latent[1::2])
+    """Return the problem with a latent's values, or None. `latent` is an array as `LatentSamples.read` returns it."""
+    quantized = latent.dtype.names is not None
+    parts, spread = ([latent["low"], latent["step"]], latent["step"]) if quantized else ([latent], latent[1::2])
     if not all(np.isfinite(part).all() for part in parts):
         return "values of the latent are not finite"
     if (spread < 0).any():
-        return f"{'steps' if quantised else 'standard deviations'} of the latent are negative"
+        return f"{'steps' if quantized else 'standard deviations'} of the latent are negative"
     return None
 
 
-def _progress(n: int, what: str) -> tqdm:
-    return tqdm(total=n, desc=what, unit="sample", disable=None)
+def _progress(n: int, stage: str) -> tqdm:
+    """Return a progress bar over `n` samples."""
+    return tqdm(total=n, desc=stage, unit="sample", disable=None)

@@ -1,4 +1,4 @@
-"""Class-folder trees of images, `root/CLASS/**/*.{png,jpg,jpeg,webp}`: labels number the sorted names."""
+"""List class-folder trees of images, `root/CLASS/**/*.{png,jpg,jpeg,webp}`. Labels number the sorted class names."""
 
 import os
 from pathlib import Path
@@ -12,15 +12,15 @@ _SUFFIXES = tuple(f".{e}" for e in IMAGE_EXTENSIONS)
 
 
 class FolderSamples:
-    """The images of a class-folder tree, numbered by class and then by path. `labels` is (n,) int64.
+    """Number the images of a class-folder tree by class and then by path. `labels` is (n,) int64.
 
-    Files and folders whose name starts with a dot, and files that are no images by name, are ignored.
+    Files and folders whose name starts with a dot are ignored, and so are files with other suffixes.
     """
 
     is_latent = False
 
     def __init__(self, root: Path):
-        """Lists the tree (no image is opened). Raises UserError that names the folder."""
+        """List the tree without opening an image. Raises UserError that names a folder without classes or images."""
         self.root = root
         self.class_names = tuple(sorted(e.name for e in os.scandir(root) if e.is_dir() and e.name[0] != "."))
         if not self.class_names:
@@ -36,19 +36,20 @@ class FolderSamples:
         self._paths = np.array(paths)
 
     def read(self, i: int) -> np.ndarray:
-        """The encoded bytes of image `i`: uint8 (size,)."""
+        """Return the encoded bytes of image `i`, uint8 (size,)."""
         return map_file(self._path(i))
 
     def where(self, i: int) -> str:
-        """How an error names image `i`."""
+        """Return the name of image `i` for error messages."""
         return str(self._path(i))
 
     def _path(self, i: int) -> Path:
+        """Return the path of image `i`."""
         return self.root / os.fsdecode(self._paths[i])
 
 
 def _images(folder: Path) -> list[str]:
-    """All image files below `folder`, sorted by path."""
+    """Return the paths of all image files below `folder`, sorted."""
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [f for f in folders if f[0] != "."]

@@ -1,16 +1,16 @@
-"""Rules for image files that every reader follows: the largest size, and the number of channels."""
+"""Define rules for image files that every reader follows: the largest size, and the number of channels."""
 
 from fastdit.data.sources import Source
 from fastdit.errors import UserError
 
 # Two damaged bytes of a JPEG can claim 4 billion pixels, which take minutes and 12 GB to decode.
 MOST_PIXELS = 1 << 28
-_KINDS = {1: "grey", 2: "grey and alpha", 3: "colour", 4: "colour and alpha, or CMYK"}
+_KINDS = {1: "gray", 2: "gray and alpha", 3: "color", 4: "color and alpha, or CMYK"}
 
 
-def wrong_channels(source: Source, i: int, found: int, wanted: int) -> UserError:
-    """Return the error for image `i`, which has `found` channels where the model takes `wanted`."""
+def wrong_channels(source: Source, i: int, found: int, expected: int) -> UserError:
+    """Return the error for image `i`, which has `found` channels where the model takes `expected`."""
     return UserError(
-        f"{source.where(i)}: {found} channels ({_KINDS[found]}) where the model takes {wanted}; "
-        f"convert it to plain {_KINDS[wanted]}, or set data.convert to true"
+        f"{source.where(i)}: {found} channels ({_KINDS[found]}) where the model takes {expected}; "
+        f"convert it to plain {_KINDS[expected]}, or set data.convert to true"
     )

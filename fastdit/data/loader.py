@@ -1,11 +1,11 @@
-"""The loader: an endless, exactly resumable stream of batches on the device.
+"""Load data: an endless, exactly resumable stream of batches on the device.
 
     order.py (which samples) -> pipeline.py (DALI prepares them ahead)       -> Loader (position, labels, noise)
                              or torch_reader.py (DataLoader with Pillow does)
                              or cache.py (latents in memory)
 
-Its state is the position in the global stream of samples, the same on every rank and for any number of ranks,
-and the samples found corrupt. What a reader has prefetched is no part of it.
+The loader's state is the position in the global stream of samples, and the samples found corrupt. The position is the
+same on every rank and for any number of ranks. Prefetched batches are no part of the state.
 """
 
 import logging
@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 
-from fastdit.data.cache import HeldLatents, HeldReader
+from fastdit.data.cache import CachedLatents, CachedReader
 from fastdit.data.order import BatchFailed, Order, Request, noise_seed
 from fastdit.data.readers import Backend, ReaderName, choose_backend, find_corrupt
 from fastdit.data.sources import Source
@@ -28,12 +28,13 @@ log = logging.getLogger(__name__)
 
 
 class Reader(Protocol):
-    """Prepares batches in the order of its requests."""
+    """Prepare batches in the order of the requests."""
 
     def __next__(self) -> tuple[Request, torch.Tensor]:
-        """Raises BatchFailed."""
+        """Return the next batch. Raises BatchFailed if it cannot be prepared."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the work ahead."""
 
 
 def make_loader(
@@ -58,26 +59,27 @@ def make_loader(
     cache: Literal["none", "cpu", "device"] = "none",
     group: dist.ProcessGroup | None = None,
 ) -> "Loader":
-    """A loader of micro-batches of `batch` samples for one rank out of `world`.
+    """Return a loader of micro-batches of `batch` samples for rank `rank` of `world`.
 
-    It yields `(x, y)` for ever, on `device`: x float32 (batch, channels, H, W), y int64 (batch,).
+    The loader yields `(x, y)` forever, on `device`: x float32 (batch, channels, H, W), y int64 (batch,).
 
-    - Images: in [-1, 1], scaled to cover `size` (one number or (H, W)) and centre-cropped; see ImageReader.
-    - Latents: `(mean + std * noise - latent_shift) * latent_scale`, the noise drawn anew at every read; scale and
-      shift are one number, or one a channel; `size` and `channels` must be the stored ones.
-    - flip: half of the samples, others in each epoch, are mirrored. Latents need stored mirrored posteriors.
-    - reader: "dali" reads files with NVIDIA DALI, "torch" with torch's DataLoader and Pillow, "auto" with DALI where it
+    - Images are in [-1, 1], scaled to cover `size` (one number or (H, W)) and center-cropped; see ImageReader.
+    - Latents are `(mean + std * noise - latent_shift) * latent_scale`, and the noise is drawn anew at every read. Scale
+      and shift are one number, or one per channel. `size` and `channels` must be the stored ones.
+    - flip: mirror half of the samples, others in each epoch. Latents need stored mirrored posteriors.
+    - reader: "dali" reads files with NVIDIA DALI, "torch" with torch's DataLoader and Pillow, "auto" with DALI if it
       can be imported. Order, flips and latents are the same; pixels differ by a few levels (see pillow_images.py).
     - threads: DALI's CPU threads, or DataLoader's workers. prefetch: batches prepared ahead.
-    - cache: where latents are kept, read once: "device", "cpu" (the host), or "none" (read anew each time). What is
-      yielded is the same, to the bit. With a `group`, the process group of all ranks, each keeps its share and every
-      batch is a collective.
-    - on_corrupt: an image that cannot be decoded raises UserError ("stop"), or the next good id takes its
-      place from then on ("skip", counted in `Loader.skipped`).
-    - convert: images with another number of channels are made to fit, as in ImageReader.
+    - cache: the place where latents stay in memory, "device" or "cpu" (the host), or "none" to read files each time.
+      The batches are the same, to the bit. With a `group`, the process group of all ranks, each rank keeps its
+      share, and every batch is a collective.
+    - on_corrupt: "stop" raises UserError at an image that cannot be decoded. "skip" shows the next good id in its place
+      from then on; `Loader.skipped` counts such images.
+    - convert: convert images with another number of channels, as in ImageReader.
 
-    Raises UserError where the source does not fit the arguments, ValueError where they make no sense.
+    Raises UserError if the source does not fit the arguments, ValueError if the arguments make no sense.
     """
+    # Check the arguments.
     if min(batch, threads) < 1 or prefetch < 0 or not 0 <= rank < world:
         raise ValueError(f"no loader with {batch=}, {threads=}, {prefetch=}, {rank=}, {world=}")
     if on_corrupt not in ("stop", "skip"):
@@ -87,23 +89,25 @@ def make_loader(
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
+
+    # Choose the order, and where batches come from.
     options: dict[str, Any] = {"batch": batch, "device": device, "threads": threads, "prefetch": prefetch}
     if source.kind == "image":
         options |= {"size": size, "channels": channels, "convert": convert}
     order = Order(source.n, batch, seed, rank, world, shuffle, flip)
-    held = backend = None
+    latents = backend = None
     if cache != "none":
         if source.kind != "latent" or (group and (dist.get_rank(group), dist.get_world_size(group)) != (rank, world)):
             raise ValueError(f"no {cache=} for {source.kind}s, {rank=}, {world=}, {group=}")
-        held = HeldLatents(source, cache, device, group)
+        latents = CachedLatents(source, cache, device, group)
     elif source.kind != "synthetic":
         backend = choose_backend(reader)
     affine = tuple(_per_channel(value, channels, device) for value in (latent_scale, latent_shift))
-    return Loader(source, order, options, on_corrupt == "skip", held, backend, affine)
+    return Loader(source, order, options, on_corrupt == "skip", latents, backend, affine)
 
 
 def _per_channel(value: float | Sequence[float], channels: int, device: torch.device) -> torch.Tensor:
-    """(C, 1, 1) float32 on the device. Raises ValueError for another number of channels."""
+    """Return one number per channel, float32 (C, 1, 1). Raises ValueError for another number of channels."""
     values = [value] * channels if isinstance(value, int | float) else list(value)
     if len(values) != channels:
         raise ValueError(f"{len(values)} numbers for latents of {channels} channels")
@@ -111,14 +115,15 @@ def _per_channel(value: float | Sequence[float], channels: int, device: torch.de
 
 
 def _check_fit(source: Source, size: tuple[int, int], channels: int, flip: bool) -> None:
+    """Raise UserError if the samples of `source` have another shape, or no mirrored latents where `flip` needs them."""
     if source.kind == "image":
         if channels not in (1, 3):
             raise UserError(f"{source.path}: images have 1 or 3 channels, the model takes {channels}")
         return
-    found, wanted = tuple(source.samples.shape[-3:]), (channels, *size)
-    if found != wanted:
+    found, expected = tuple(source.samples.shape[-3:]), (channels, *size)
+    if found != expected:
         raise UserError(
-            f"{source.path}: its samples are {found} (channels, height, width), the model takes {wanted}; "
+            f"{source.path}: its samples are {found} (channels, height, width), the model takes {expected}; "
             "set the model's channels and input size to match"
         )
     if source.kind == "latent" and flip and not source.samples.has_flips:
@@ -126,9 +131,11 @@ def _check_fit(source: Source, size: tuple[int, int], channels: int, flip: bool)
 
 
 class Loader:
-    """An endless iterator of `(x, y)`, made by `make_loader`.
+    """Iterate over `(x, y)` forever; `make_loader` makes such a loader.
 
-    `position` counts the samples that all ranks together have yielded so far.
+    Attributes:
+        position: the number of samples that all ranks together have yielded so far.
+        held: the latents in memory, or None if they are read from files.
     """
 
     def __init__(
@@ -137,16 +144,20 @@ class Loader:
         order: Order,
         options: dict[str, Any],
         skip_corrupt: bool,
-        held: HeldLatents | None,
+        latents: CachedLatents | None,
         backend: Backend | None,
         affine: tuple[torch.Tensor, torch.Tensor],
     ):
-        """`options` are the reader's: batch, device, threads, prefetch, and for images size, channels and convert.
+        """Make a loader that starts at position 0.
 
-        held: latents in memory, if they are. backend: what reads files, if anything does. affine: scale and shift of
-        latents, (C, 1, 1) each.
+        Args:
+            options: the reader's: batch, device, threads, prefetch, and for images size, channels and convert.
+            skip_corrupt: whether to replace corrupt images instead of raising UserError.
+            latents: the latents in memory, if they are cached.
+            backend: the library that reads files, if files are read.
+            affine: scale and shift of latents, (C, 1, 1) each.
         """
-        self.source, self.order, self.position, self.held = source, order, 0, held
+        self.source, self.order, self.position, self.held = source, order, 0, latents
         self._options, self._skip_corrupt, self._backend = options, skip_corrupt, backend
         self._scale, self._shift = affine
         self._corrupt: set[int] = set()
@@ -155,24 +166,27 @@ class Loader:
 
     @property
     def images_per_epoch(self) -> int:
-        """The number of samples of the source."""
+        """Return the number of samples of the source."""
         return self.source.n
 
     @property
     def skipped(self) -> int:
-        """How many corrupt samples this rank has met and replaced."""
+        """Return the number of corrupt samples that this rank has met and replaced."""
         return len(self._corrupt)
 
     @property
     def reading(self) -> str | None:
-        """How files are read, in words for the start of a run; None where none are."""
+        """Return the way in which files are read, in words for the start of a run, or None if no files are read."""
         return self._backend and self._backend.describe(self.source.kind, self._options["threads"])
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next batch. Raises UserError for an image that is corrupt or has another number of channels."""
+        """Return the next batch: x float32 (batch, channels, H, W), y int64 (batch,).
+
+        Raises UserError for an image that is corrupt or has another number of channels.
+        """
         while True:
             if self._reader is None:
                 self._reader = self._open()
@@ -182,7 +196,7 @@ class Loader:
             except BatchFailed as failure:
                 self._set_aside(failure)
             except UserError:
-                self.close()  # or the reader would go on with the batch after this one
+                self.close()  # the reader would go on with the batch after this one
                 raise
         if self.source.kind == "latent":
             x = self._draw(request, x)
@@ -191,33 +205,33 @@ class Loader:
         return x, y
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers and lists of numbers: where the stream stands after the last batch yielded."""
+        """Return the state after the last batch yielded, as numbers and lists of numbers."""
         corrupt = sorted(self._corrupt)
         return {"position": self.position, "n": self.source.n, "seed": self.order.seed, "corrupt": corrupt}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues exactly where `state` was taken, also with another number of ranks or another batch size.
+        """Continue exactly where `state` was taken, also with another number of ranks or another batch size.
 
         Raises UserError if the state belongs to a source of another length or to another seed.
         """
-        mine = self.state_dict()
+        current = self.state_dict()
         for field, name in (("n", "number of samples"), ("seed", "seed")):
-            if state[field] != mine[field]:
+            if state[field] != current[field]:
                 raise UserError(
-                    f"{self.source.path}: the {name} is {mine[field]}, the checkpoint's was {state[field]}; "
+                    f"{self.source.path}: the {name} is {current[field]}, the checkpoint's was {state[field]}; "
                     "resume with the same data and seed"
                 )
         self.close()
         self.position, self._corrupt = state["position"], set(state["corrupt"])
 
     def close(self) -> None:
-        """Stops the work ahead and its threads. The next batch asked for starts it again."""
+        """Stop the work ahead and its threads. The next batch asked for starts them again."""
         if self._reader is not None:
             self._reader.close()
             self._reader = None
 
     def _open(self) -> Reader:
-        """A reader of the batches from here on; it may run ahead of what is yielded."""
+        """Return a reader of the batches from here on; it may run ahead of the batches yielded."""
         if self.source.kind == "synthetic":
             return SyntheticReader(self.source.samples, self._requests(self.order), self._options["device"])
         if self.held is None:
@@ -225,18 +239,22 @@ class Loader:
             reader = readers.ImageReader if self.source.kind == "image" else readers.LatentReader
             return reader(self.source, self._requests(self.order), **self._options)
         if self.held.group is None:
-            return HeldReader(self.held, ([request] for request in self._requests(self.order)), 0)
+            return CachedReader(self.held, ([request] for request in self._requests(self.order)), 0)
         together = self._requests(replace(self.order, batch=self.order.stride, rank=0, world=1))
-        return HeldReader(self.held, (request.split(self.order.batch) for request in together), self.order.rank)
+        return CachedReader(self.held, (request.split(self.order.batch) for request in together), self.order.rank)
 
     def _requests(self, order: Order) -> Iterator[Request]:
+        """Yield the requests of `order` from the current position on, forever."""
         position = self.position
         while True:
             yield order.request(position, self._corrupt)
             position += order.stride
 
     def _draw(self, request: Request, views: torch.Tensor) -> torch.Tensor:
-        """A draw from each posterior, a function of seed and position; the mean where that alone is stored."""
+        """Return a sample of each posterior, scaled and shifted, or the mean if only that is stored.
+
+        The noise is a function of seed and position. views: uint8 (b, view_bytes). Returns float32 (b, C, H, W).
+        """
         mean, std = self.source.samples.form.unpack(views)
         if std is None:
             return (mean - self._shift).mul_(self._scale)
@@ -245,16 +263,16 @@ class Loader:
         return noise.mul_(std).add_(mean).sub_(self._shift).mul_(self._scale)
 
     def _set_aside(self, failure: BatchFailed) -> None:
-        """Finds the failed batch's corrupt images; stops, or excludes them and starts again at that batch."""
+        """Find the failed batch's corrupt images; raise UserError, or exclude them and start again at that batch."""
         self.close()
         if self.source.kind != "image":
             raise failure
         corrupt = find_corrupt(failure, self.source, self._backend, self._options)
         for i in corrupt:
-            what = f"{self.source.where(i)}: the image (sample {i}) is corrupt and cannot be decoded"
+            problem = f"{self.source.where(i)}: the image (sample {i}) is corrupt and cannot be decoded"
             if not self._skip_corrupt:
-                raise UserError(f"{what}; replace or remove it, or set on_corrupt to skip") from failure
-            log.warning("%s; skipped", what)
+                raise UserError(f"{problem}; replace or remove it, or set on_corrupt to skip") from failure
+            log.warning("%s; skipped", problem)
         self._corrupt.update(corrupt)
         if len(self._corrupt) == self.source.n:
             raise UserError(f"{self.source.path}: none of its {self.source.n} images can be decoded")

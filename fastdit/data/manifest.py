@@ -1,25 +1,27 @@
-"""`manifest.json` beside shards: how many samples each holds, its checksum, and what else its maker tells.
+"""Read and write `manifest.json` beside shards, which lists their numbers of samples and their checksums.
 
-shards          {file name: {samples, sha256}}
-counts          samples of each class
-channel_mean, channel_std    of latents: of draws from the posteriors, one number a channel
+shards                       {file name: {samples, sha256}}
+counts                       number of samples of each class
+channel_mean, channel_std    for latents: statistics of samples of the posteriors, one number per channel
+
+The program that makes shards may add fields of its own.
 """
 
-import hashlib
 import json
-import uuid
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fastdit.data.shards import ShardSamples
 from fastdit.errors import UserError
+from fastdit.files import sha256_of, write_atomically
 
 MANIFEST = "manifest.json"
 
 
 def read_manifest(folder: Path) -> dict | None:
-    """That of a folder; None where it has none. Raises UserError when it cannot be read."""
+    """Return the manifest of a folder, or None if there is none. Raises UserError if it cannot be read."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -32,37 +34,32 @@ def read_manifest(folder: Path) -> dict | None:
     return manifest
 
 
-def describe(samples: ShardSamples, classes: int) -> dict:
-    """A manifest of shards as they are."""
-    held = np.bincount(samples.shard, minlength=len(samples.paths)).tolist()
+def build_manifest(samples: ShardSamples, classes: int) -> dict:
+    """Return a manifest of the shards of `samples` as they are now."""
+    sample_counts = np.bincount(samples.shard, minlength=len(samples.paths)).tolist()
     return {
         "counts": np.bincount(samples.labels, minlength=classes).tolist(),
-        "shards": {path.name: {"samples": n, "sha256": checksum(path)} for path, n in zip(samples.paths, held)},
+        "shards": {
+            path.name: {"samples": n, "sha256": sha256_of(path)} for path, n in zip(samples.paths, sample_counts)
+        },
     }
 
 
-def write_json(path: Path, value) -> None:
-    """The file is whole whenever it is there, whoever else writes it."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON. The file is whole whenever it is there, even if several processes write it."""
+    with write_atomically(path, many_writers=True) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def checksum(path: Path) -> str:
-    """sha256 of a file, in hexadecimal. Raises OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_same(path: Path, own: dict) -> None:
-    """Raises UserError unless the JSON file at `path`, of work begun earlier, has every field as `own` has it."""
+def check_same(path: Path, settings: dict) -> None:
+    """Raise UserError unless the JSON file at `path`, of work begun earlier, has every field of `settings`."""
     try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        earlier = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise UserError(f"{path}: cannot be read; delete its folder and run the command again") from None
-    for field, value in own.items():
-        if theirs.get(field) != value:
+    for field, value in settings.items():
+        if earlier.get(field) != value:
             raise UserError(
-                f"{path}: was begun with {field} {theirs.get(field)}, now it is {value}; repeat the command as it was, "
-                "or choose another --out"
+                f"{path}: was begun with {field} {earlier.get(field)}, now it is {value}; repeat the command as it "
+                "was, or choose another --out"
             )

@@ -1,11 +1,11 @@
-"""The order of samples: a pure function of the seed, so that a loader's whole state is one number.
+"""Define the order of samples as a pure function of the seed, so that a loader's whole state is one number.
 
 The global stream is the concatenation of the epochs' permutations. Position `p` counts samples over all
 ranks: it belongs to epoch `p // n` and shows sample `permutation(seed, epoch)[p % n]`. Batches may span an
 epoch border, so each sample comes exactly once an epoch whatever the batch, and no rank ever runs short.
 
-Only numpy's bit streams (`SeedSequence`, `Philox`) are used, which numpy keeps the same in all its versions.
-It does not promise that for `permutation`, and a resumed run must not change its order after an upgrade.
+A resumed run must not change its order after an upgrade of numpy. So only numpy's bit streams (`SeedSequence`,
+`Philox`) are used, which numpy keeps the same in all its versions. It does not promise that for `permutation`.
 """
 
 from collections.abc import Collection
@@ -20,23 +20,28 @@ _EPOCHS, _NOISE = 0, 1
 
 @dataclass(frozen=True)
 class Request:
-    """One rank's batch: its first sample's `position` in the global stream, the sample `ids` (b,) int64, and
-    `flips` (b,) bool: which of them are mirrored."""
+    """Ask for one rank's batch.
+
+    Args:
+        position: the position of its first sample in the global stream.
+        ids: the ids of the samples, (b,) int64.
+        flips: whether each sample is mirrored, (b,) bool.
+    """
 
     position: int
     ids: np.ndarray
     flips: np.ndarray
 
     def split(self, batch: int) -> list["Request"]:
-        """Requests of `batch` samples each, one after the other."""
+        """Return requests of `batch` samples each, one after the other."""
         starts = range(0, len(self.ids), batch)
         return [Request(self.position + k, self.ids[k : k + batch], self.flips[k : k + batch]) for k in starts]
 
 
 class BatchFailed(RuntimeError):
-    """The batch of `request` could not be prepared; those after it can still be had.
+    """Report that the batch of `request` cannot be prepared. The reader can still prepare the batches after it.
 
-    corrupt: ids of its images that cannot be decoded; None where the reader does not know.
+    corrupt: ids of the batch's images that cannot be decoded; None if the reader does not know.
     """
 
     def __init__(self, request: Request, corrupt: list[int] | None = None):
@@ -46,10 +51,10 @@ class BatchFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Order:
-    """Which samples rank `rank` of `world` shows, `batch` at a time, out of `n`.
+    """Define the order in which rank `rank` of `world` shows `n` samples, `batch` at a time.
 
-    A global micro-batch is `world * batch` consecutive positions and the ranks take consecutive runs of it:
-    worlds of different sizes with the same global batch see the same global batches.
+    A global micro-batch is `world * batch` consecutive positions, and the ranks take consecutive runs of it. So worlds
+    of different sizes with the same global batch see the same global batches.
     """
 
     n: int
@@ -62,13 +67,13 @@ class Order:
 
     @property
     def stride(self) -> int:
-        """Samples in a global micro-batch."""
+        """Return the number of samples in a global micro-batch."""
         return self.world * self.batch
 
     def request(self, position: int, excluded: Collection[int] = ()) -> Request:
-        """This rank's part of the global micro-batch that starts at `position`.
+        """Return this rank's part of the global micro-batch that starts at `position`.
 
-        A sample in `excluded` is replaced by the next id that is not; at least one must remain.
+        Each sample in `excluded` is replaced by the next id that is not in it. At least one id must not be in it.
         """
         start = position + self.rank * self.batch
         epochs, places = np.divmod(np.arange(start, start + self.batch, dtype=np.int64), self.n)
@@ -86,6 +91,7 @@ class Order:
 
 
 def _next_good(i: int, excluded: Collection[int], n: int) -> int:
+    """Return the first id from `i` on, cyclically, that is not in `excluded`."""
     while i in excluded:
         i = (i + 1) % n
     return i
@@ -93,7 +99,7 @@ def _next_good(i: int, excluded: Collection[int], n: int) -> int:
 
 @lru_cache(maxsize=3)  # the running epoch, the next (prefetch), one more for a second loader
 def epoch_order(seed: int, epoch: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """One epoch's permutation of the ids, (n,) int64, and whether each id is mirrored in it, (n,) bool."""
+    """Return an epoch's permutation of the ids, (n,) int64, and whether each id is mirrored in it, (n,) bool."""
     bits = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_EPOCHS, epoch)))
     ids = np.argsort(bits.random_raw(n), kind="stable")
     flips = (bits.random_raw(n) >> np.uint64(63)).astype(bool)
@@ -102,6 +108,6 @@ def epoch_order(seed: int, epoch: int, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def noise_seed(seed: int, position: int) -> int:
-    """A 63-bit seed for the posterior draws of the batch whose first sample stands at `position`."""
+    """Return a 63-bit seed for the posterior noise of the batch whose first sample stands at `position`."""
     state = np.random.SeedSequence(seed, spawn_key=(_NOISE, position)).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))

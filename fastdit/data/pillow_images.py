@@ -1,9 +1,9 @@
-"""Decoding with Pillow: the same images are accepted, and give the same geometry, as with DALI (see pipeline.py).
+"""Decode with Pillow. It accepts the same images as DALI does and gives the same geometry (see pipeline.py).
 
-    file -> decode -> turn by EXIF -> grey or RGB -> scale to cover -> crop the center -> mirror -> uint8 (C, H, W)
+    file -> decode -> turn by EXIF -> gray or RGB -> scale to cover -> crop the center -> mirror -> uint8 (C, H, W)
 
-Pixels equal DALI's where a lossless image is not scaled. Elsewhere they differ by a few levels: decoders round JPEG's
-transform in their own way, and at the border of a scaled image DALI repeats the edge where Pillow renormalizes.
+Pixels equal DALI's if a lossless image is not scaled. Otherwise they differ by a few levels: each decoder rounds JPEG's
+transform in its own way, and at the border of a scaled image DALI repeats the edge, while Pillow renormalizes.
 """
 
 import io
@@ -17,9 +17,9 @@ from fastdit.data.image_rules import MOST_PIXELS
 
 # DALI's formats that Pillow reads. An open list would start Ghostscript for a PostScript file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
-_GREY_16_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+_GRAY_16_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 # A palette counts as RGB, with or without a transparent color.
-_CHANNELS = {"1": 1, "L": 1, "F": 1, "LA": 2, "La": 2, "P": 3, **dict.fromkeys(_GREY_16_BITS, 1)}
+_CHANNELS = {"1": 1, "L": 1, "F": 1, "LA": 2, "La": 2, "P": 3, **dict.fromkeys(_GRAY_16_BITS, 1)}
 _CHANNELS |= {"RGB": 3, "YCbCr": 3, "LAB": 3, "HSV": 3, "PA": 4, "RGBA": 4, "RGBa": 4, "RGBX": 4, "CMYK": 4}
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -46,7 +46,7 @@ def decode(file: np.ndarray) -> tuple[Image.Image, int]:
         _check_png(encoded)
     image.load()
     channels = _CHANNELS[image.mode]
-    if image.mode in _GREY_16_BITS:  # Pillow's own conversion clips at 255
+    if image.mode in _GRAY_16_BITS:  # Pillow's own conversion clips at 255
         levels = np.asarray(image).astype(np.int64)
         image_8_bits = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
         return _upright(image_8_bits, image), channels
@@ -54,7 +54,7 @@ def decode(file: np.ndarray) -> tuple[Image.Image, int]:
 
 
 def _check_png(encoded: bytes) -> None:
-    """Raise ValueError where image data are damaged or the end is missing: Pillow accepts that, DALI refuses it."""
+    """Raise ValueError if image data are damaged or the end is missing. Pillow accepts such a file, DALI refuses it."""
     start, kind = 8, b""
     while kind != b"IEND":
         length, kind = int.from_bytes(encoded[start : start + 4], "big"), encoded[start + 4 : start + 8]
@@ -79,7 +79,7 @@ def _upright(image: Image.Image, opened: Image.Image) -> Image.Image:
 
 
 def fit(image: Image.Image, size: tuple[int, int], channels: int) -> np.ndarray:
-    """Return the center of `image`, scaled until it just covers `size`: uint8 (channels, *size), maybe a view."""
+    """Return the center of `image`, scaled until it just covers `size`, as uint8 (channels, *size), maybe a view."""
     mode = "L" if channels == 1 else "RGB"
     if image.mode != mode:
         image = image.convert(mode)

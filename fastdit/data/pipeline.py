@@ -1,10 +1,10 @@
-"""DALI pipelines: which samples come, and in what order, is order.py's; the work is DALI's.
+"""Prepare batches with DALI pipelines, in the order that order.py defines.
 
-    images    encoded bytes -> decode -> resize -> centre crop -> mirror -> float32 CHW in [-1, 1]
+    images    encoded bytes -> decode -> resize -> center crop -> mirror -> float32 CHW in [-1, 1]
     latents   a stored view's bytes -> the device, which unpacks them
 
-DALI's threads read the pages of the memory maps and decode (the GPU decodes where there is one) while the
-training step runs. The same graphs run on a machine without a GPU.
+DALI's threads read the pages of the memory maps while the training step runs. They also decode, unless a GPU does. The
+same graphs run on a machine without a GPU.
 """
 
 from collections import deque
@@ -25,9 +25,9 @@ _PIXEL = np.frombuffer(b"P5 1 1 255\n\0", dtype=np.uint8)  # a whole image
 
 
 class DaliReader:
-    """Iterates over `(request, tensor)`, in the order of `requests`, preparing `prefetch` batches ahead.
+    """Iterate over `(request, tensor)` in the order of `requests`, and prepare `prefetch` batches ahead.
 
-    Raises BatchFailed when the turn of a batch has come that DALI could not prepare.
+    Raises BatchFailed at the turn of a batch that DALI could not prepare.
     """
 
     def __init__(
@@ -42,23 +42,25 @@ class DaliReader:
     ):
         self.source, self.device = source, device
         self._requests = iter(requests)
-        # DALI gets views of memory maps, not copies: what is in flight is kept alive here.
+        # DALI gets views of memory maps, not copies. These references keep the inputs in flight alive.
         self._in_flight: deque[tuple[Request, tuple]] = deque()
-        self._given: tuple[Request, tuple] | None = None
-        self._unfit: set[int] = set()  # positions of requests that fail, whatever DALI makes of them
+        self._latest: tuple[Request, tuple] | None = None
+        self._unfit: set[int] = set()  # positions of requests that fail, though DALI gets a stand-in for them
+
+        # Build the pipeline.
         self._pipe = Pipeline(
             batch_size=batch,
             num_threads=threads,
             device_id=None if device.type == "cpu" else device.index,
             prefetch_queue_depth=prefetch + 1,
-            exec_dynamic=True,  # outputs own their memory: torch may keep them without a copy
+            exec_dynamic=True,  # outputs own their memory, so torch may keep them without a copy
         )
         with self._pipe:
             self._pipe.set_outputs(*self._graph())
         self._pipe.build()
 
     def __next__(self) -> tuple[Request, torch.Tensor]:
-        # Outputs bound to torch's stream need no host synchronisation.
+        # The host need not wait for outputs that are bound to torch's stream.
         stream = None if self.device.type == "cpu" else torch.cuda.current_stream(self.device)
         try:
             outputs = self._pipe.run(stream)
@@ -66,46 +68,48 @@ class DaliReader:
             if not self._in_flight:
                 raise
             raise BatchFailed(self._in_flight.popleft()[0]) from error
-        self._given = self._in_flight.popleft()  # its inputs outlive what the GPU may still have queued
-        request, _ = self._given
+        self._latest = self._in_flight.popleft()  # its inputs must outlive the work that the GPU may still have queued
+        request, _ = self._latest
         if request.position in self._unfit:
             raise BatchFailed(request)
         return request, self._tensor(request, *outputs)
 
     def close(self) -> None:
-        """Stops DALI's threads. Tensors given out stay valid."""
+        """Stop DALI's threads. Tensors that were returned stay valid."""
         del self._pipe
         self._in_flight.clear()
-        self._given = None
+        self._latest = None
 
     def _feed(self) -> tuple:
+        """Return the inputs of the next request. DALI calls this ahead of `__next__`."""
         request = next(self._requests)
         inputs = self._inputs(request)
         self._in_flight.append((request, inputs))
         return inputs
 
     def _graph(self) -> tuple[DataNode, ...]:
-        """Builds the DALI graph on `self._feed` and returns its outputs."""
+        """Build the DALI graph on `self._feed` and return its outputs."""
         raise NotImplementedError
 
     def _inputs(self, request: Request) -> tuple:
-        """What `self._feed` gives DALI for `request`."""
+        """Return the inputs that DALI gets for `request`."""
         raise NotImplementedError
 
     def _tensor(self, request: Request, *outputs) -> torch.Tensor:
-        """DALI's outputs for `request` as one torch tensor, without a copy."""
+        """Return DALI's outputs for `request` as one torch tensor, without a copy."""
         raise NotImplementedError
 
 
 class ImageReader(DaliReader):
-    """Image files to float32 (b, channels, *size) in [-1, 1].
+    """Read image files as float32 (b, channels, *size) in [-1, 1].
 
-    The image is scaled until it just covers `size` (cubic filter with antialiasing, extents rounded to whole
-    pixels, values rounded to 8 bits: Pillow's bicubic, but for repeating the edge beyond the border), then
-    the centre is cut out. EXIF orientation is applied. A palette image counts as RGB.
-    An image of more than 2^28 pixels counts as corrupt.
-    An image with other than `channels` channels is converted (`convert`: grey is repeated, colour made grey,
-    transparency dropped), or raises UserError.
+    The image is scaled until it just covers `size`, and its center is cut out. The filter is cubic with antialiasing,
+    extents are rounded to whole pixels, and values to 8 bits. That is Pillow's bicubic filter, except that the edge is
+    repeated beyond the border. EXIF orientation is applied. A palette image counts as RGB. An image of more than 2^28
+    pixels counts as corrupt.
+
+    convert: convert an image with other than `channels` channels: repeat gray, make color gray, drop transparency.
+        Without `convert` such an image raises UserError.
     """
 
     def __init__(
@@ -122,6 +126,7 @@ class ImageReader(DaliReader):
         super().__init__(source, requests, **options)
 
     def _graph(self) -> tuple[DataNode, ...]:
+        # Decode.
         encoded, mirror = fn.external_source(
             self._feed, num_outputs=2, batch=True, no_copy=True, dtype=[types.UINT8, types.INT32], ndim=[1, 0]
         )
@@ -129,8 +134,10 @@ class ImageReader(DaliReader):
             encoded,
             device="cpu" if self.device.type == "cpu" else "mixed",
             output_type=types.GRAY if self.channels == 1 else types.RGB,
-            jpeg_fancy_upsampling=True,  # the CPU decoder always does; so both agree
+            jpeg_fancy_upsampling=True,  # as the CPU decoder always does
         )
+
+        # Scale to cover, crop the center, mirror and normalize.
         covering = fn.resize(
             image,
             mode="not_smaller",
@@ -167,7 +174,7 @@ class ImageReader(DaliReader):
 
 
 def _parses(image: np.ndarray) -> bool:
-    """Whether the decoder's library finds an image's kind and extents: a few microseconds each."""
+    """Return whether the decoder's library finds an image's kind and extents, which takes a few microseconds."""
     try:
         found = nvimgcodec.CodeStream(image)
         return found.height * found.width <= MOST_PIXELS
@@ -176,14 +183,14 @@ def _parses(image: np.ndarray) -> bool:
 
 
 class ShapeReader(ImageReader):
-    """Decodes images, and returns the height, width and channels of their files, (b, 3)."""
+    """Decode images, and return the height, width and channels of their files, int64 (b, 3)."""
 
     def _tensor(self, request: Request, images, shapes) -> np.ndarray:
         return np.asarray(shapes.as_array())
 
 
 class LatentReader(DaliReader):
-    """Latents to views' bytes, uint8 (b, form.view_bytes): the mirrored image's where the request flips."""
+    """Read latents as views' bytes, uint8 (b, form.view_bytes); a flip takes the mirrored image's view."""
 
     def _graph(self) -> tuple[DataNode, ...]:
         (views,) = fn.external_source(
@@ -200,7 +207,7 @@ class LatentReader(DaliReader):
 
 
 def undecodable(source: Source, ids: np.ndarray, **options) -> list[int]:
-    """Those of `ids` that DALI cannot decode, tried one by one. `options` as for ImageReader."""
+    """Return those of `ids` (k,) that DALI cannot decode, tried one by one. `options` are those of ImageReader."""
     singles = [Request(k, ids[k : k + 1], np.zeros(1, dtype=bool)) for k in range(len(ids))]
     options |= {"batch": 1, "threads": 1, "prefetch": 0}
     bad = []

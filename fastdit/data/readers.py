@@ -1,4 +1,4 @@
-"""The choice between the two libraries that read files: NVIDIA DALI, or a torch DataLoader with Pillow.
+"""Choose between the two libraries that read files: NVIDIA DALI, or a torch DataLoader with Pillow.
 
 Both `pipeline` (DALI) and `torch_reader` have ImageReader, ShapeReader and LatentReader with the same arguments.
 """
@@ -18,14 +18,14 @@ _INSTALL = "pip install nvidia-dali-cuda130 nvidia-nvimgcodec-cu13"
 
 @dataclass(frozen=True)
 class Backend:
-    """A module of readers. `instead` says why it stands in for DALI, where nobody asked for it."""
+    """Name a module of readers. `instead` gives the reason if it replaces DALI and the user did not ask for that."""
 
     name: Literal["dali", "torch"]
     module: ModuleType
     instead: str | None = None
 
     def describe(self, kind: Literal["image", "latent"], threads: int) -> str:
-        """Return how samples of that kind are read, in words for the start of a run."""
+        """Return the way in which samples of that kind are read, in words for the start of a run."""
         if self.name == "dali":
             return "read by DALI"
         workers = f"{threads} {'worker' if kind == 'image' else 'thread'}{'s' if threads > 1 else ''}"
@@ -34,9 +34,9 @@ class Backend:
 
 
 def choose_backend(reader: ReaderName) -> Backend:
-    """Return the module that reads files: "auto" takes DALI where it can be imported.
+    """Return the module that reads files. "auto" takes DALI if it can be imported.
 
-    Raises UserError where "dali" is asked for and cannot be imported.
+    Raises UserError if "dali" is asked for and cannot be imported, ValueError for another name.
     """
     if reader not in ("auto", "dali", "torch"):
         raise ValueError(f"{reader=} is none of 'auto', 'dali' and 'torch'")
@@ -59,8 +59,8 @@ def choose_backend(reader: ReaderName) -> Backend:
 def find_corrupt(failure: BatchFailed, source: Source, backend: Backend, options: dict[str, Any]) -> list[int]:
     """Return the ids of the failed batch's images that cannot be decoded.
 
-    options: those of the ImageReader that failed. Raises the failure itself where no image is to blame (but memory,
-    say).
+    options: those of the ImageReader that failed. Raises the failure itself if no image is to blame (but a lack of
+        memory, for example).
     """
     corrupt = failure.corrupt
     if corrupt is None:

@@ -1,10 +1,11 @@
-"""WebDataset tar shards: find them, index them, read samples out of memory maps, write them.
+"""Find WebDataset tar shards, index them, read samples from memory maps, and write shards.
 
-A sample is the set of files of one shard that share a key (the path up to the first dot of its last part):
-one image (`.png .jpg .jpeg .webp`) or one latent (`.npy`, see latents.py), and its label: `.cls` (an integer
-in ASCII) or `.json` with the integer field `label` or `cls`. Other files are ignored.
+A sample is the set of files of one shard that share a key, which is the path up to the first dot of its last part. It
+has one image (`.png .jpg .jpeg .webp`) or one latent (`.npy`, see latents.py), and one label: `.cls`, an integer in
+ASCII, or `.json` with the integer field `label` or `cls`. Other files are ignored.
 
-The tar headers are walked here: `tarfile` builds an object for every member and takes several times as long.
+This module parses the tar headers itself, because `tarfile` builds an object for every member and takes several times
+as long.
 """
 
 import io
@@ -23,28 +24,31 @@ import numpy as np
 import torch
 
 from fastdit.errors import UserError
+from fastdit.files import write_atomically
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 LATENT_EXTENSION = "npy"
 UNFINISHED = ".unfinished"  # a folder beside shards that are still being written
 Sample = tuple[str, Mapping[str, bytes]]  # its key, and its files by extension
-Report = Callable[[UserError], None]  # is told what is wrong; when it returns, the reader leaves out what is bad
+Report = Callable[[UserError], None]  # called for each bad sample; if it returns, the reader leaves the sample out
 _BLOCK = 512
 _END = bytes(_BLOCK)
 _NUMBER = re.compile(rb"\s*-?[0-9]{1,18}\s*")
-_LONGEST = 1 << 16  # bytes of a long name or a pax header
+_LONGEST = 1 << 16  # the most bytes of a long name or a pax header
 
 
 def refuse(error: UserError) -> NoReturn:
-    """The report of those who read on for nothing bad."""
+    """Raise `error`: the `Report` of a reader that stops at the first problem."""
     raise error
 
 
 def map_file(path: str | os.PathLike) -> np.ndarray:
-    """The bytes of a file as a uint8 array backed by a private memory map; pages are read when first touched.
+    """Return the bytes of a file, uint8 (size,), as a private memory map whose pages are read when first touched.
 
-    torch closes the file after mapping it, so thousands of shards hold no open files. As with every memory
-    map, a file cut while in use kills the process that reads beyond its new end (SIGBUS).
+    torch closes the file after mapping it, so thousands of shards hold no open files. As with every memory map, a file
+    that is cut while in use kills the process that reads beyond its new end (SIGBUS).
+
+    Raises UserError if the file cannot be read.
     """
     try:
         size = os.stat(path).st_size
@@ -56,7 +60,10 @@ def map_file(path: str | os.PathLike) -> np.ndarray:
 
 
 def find_shards(path: str) -> list[Path]:
-    """The tar files a user means by `path`: one `.tar`, a folder of them, or a pattern `a-{000..099}.tar`."""
+    """Return the tar files that `path` names: one `.tar`, a folder of them, or a pattern `a-{000..099}.tar`.
+
+    Raises UserError if there is none, or if one of a pattern's files is missing.
+    """
     if (braces := re.search(r"\{(\d+)\.\.(\d+)\}", path)) is not None:
         first, last = braces.groups()
         numbers = (f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1))
@@ -75,14 +82,20 @@ def find_shards(path: str) -> list[Path]:
 
 
 class ShardSamples:
-    """The samples of some shards, numbered in the order of the shards and of each shard's members.
+    """Number the samples of some shards in the order of the shards and of each shard's members.
 
-    `is_latent` tells `.npy` latents from images; `labels` is (n,) int64, `sizes` (n,) int64 in bytes, `keys` (n,)
-    bytes, and `shard` (n,) int32 numbers the `paths`.
+    Attributes:
+        paths: the shards.
+        is_latent: whether the samples are `.npy` latents instead of images.
+        labels: class labels, (n,) int64.
+        sizes: sizes of the images or latents in bytes, (n,) int64.
+        keys: keys of the samples, (n,) bytes.
+        shard: for each sample, the index of its shard in `paths`, (n,) int32.
     """
 
     def __init__(self, paths: Iterable[Path], report: Report = refuse):
-        """Reads every header and label. Raises (or reports) UserErrors that name the shard, the byte and the key."""
+        """Read every header and label. Raises (or reports) UserErrors that name the shard, the byte and the key."""
+        # Collect the samples of each shard.
         self.paths: list[Path] = []
         self._maps: dict[int, np.ndarray] = {}
         shard, offset, size, labels, keys, latent = [], [], [], [], [], []
@@ -104,11 +117,15 @@ class ShardSamples:
                 size.append(length)
                 keys.append(key.encode())
                 latent.append(extension == LATENT_EXTENSION)
+
+        # Keep them in arrays, which take less memory than lists.
         self.labels = np.array(labels, dtype=np.int64)
         self.shard = np.array(shard, dtype=np.int32)
         self.sizes = np.array(size, dtype=np.int64)
         self.keys = np.array(keys, dtype=bytes)
         self._offset = np.array(offset, dtype=np.int64)
+
+        # Report an empty source and mixed kinds.
         self.is_latent = 2 * sum(latent) > len(latent)
         if not keys:
             first = self.paths[0]
@@ -116,32 +133,33 @@ class ShardSamples:
         for i in (odd := np.flatnonzero(np.array(latent, dtype=bool) != self.is_latent)):
             report(UserError(f"{self.where(i)}: mixes images and latents; separate them"))
         if len(odd):
-            self._keep(np.setdiff1d(np.arange(len(keys)), odd))
+            self._select(np.setdiff1d(np.arange(len(keys)), odd))
 
     def subset(self, ids: np.ndarray) -> "ShardSamples":
-        """The samples `ids` (k,) alone, numbered anew."""
+        """Return the samples `ids` (k,) alone, numbered anew."""
         part = copy(self)
-        part._keep(ids)
+        part._select(ids)
         return part
 
-    def _keep(self, ids: np.ndarray) -> None:
+    def _select(self, ids: np.ndarray) -> None:
+        """Drop all samples but `ids` (k,)."""
         for name in ("labels", "shard", "sizes", "keys", "_offset"):
             setattr(self, name, getattr(self, name)[ids])
 
     def read(self, i: int) -> np.ndarray:
-        """The encoded bytes of sample `i`: uint8 (size,), a view of the mapped shard."""
+        """Return the encoded bytes of sample `i`, uint8 (size,), as a view of the mapped shard."""
         s, start = int(self.shard[i]), int(self._offset[i])
         if s not in self._maps:
             self._maps[s] = map_file(self.paths[s])
         return self._maps[s][start : start + int(self.sizes[i])]
 
     def where(self, i: int) -> str:
-        """How an error names sample `i`."""
+        """Return the name of sample `i` for error messages: shard, byte and key."""
         return f"{self.paths[self.shard[i]]}: byte {self._offset[i]}: {self.keys[i].decode()!r}"
 
 
 def _grouped(path: Path, data: np.ndarray, report: Report) -> dict[str, dict[str, tuple[int, int]]]:
-    """{key: {extension: (offset, size)}} of one shard, in order of first appearance."""
+    """Return {key: {extension: (offset, size)}} of one shard, in order of first appearance."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     for name, offset, size in tar_members(path, data, report):
         folder, _, base = name.rpartition("/")
@@ -151,8 +169,8 @@ def _grouped(path: Path, data: np.ndarray, report: Report) -> dict[str, dict[str
         key = f"{folder}/{stem}" if folder else stem
         members = samples.setdefault(key, {})
         if extension.lower() in members:
-            what = f"{key!r} has two files {'.' + extension!r}; keys must be unique in a shard"
-            report(UserError(f"{path}: byte {offset}: {what}"))
+            problem = f"{key!r} has two files {'.' + extension!r}; keys must be unique in a shard"
+            report(UserError(f"{path}: byte {offset}: {problem}"))
         else:
             members[extension.lower()] = (offset, size)
     return samples
@@ -161,20 +179,23 @@ def _grouped(path: Path, data: np.ndarray, report: Report) -> dict[str, dict[str
 def _payload(
     path: Path, key: str, members: Mapping[str, tuple[int, int]], report: Report
 ) -> tuple[str, tuple[int, int]] | None:
+    """Return the extension, offset and size of a sample's image or latent, or report an error and return None."""
     found = [e for e in (*IMAGE_EXTENSIONS, LATENT_EXTENSION) if e in members]
     if len(found) == 1:
         return found[0], members[found[0]]
     if found:
-        what = f"has {len(found)} images or latents ({', '.join(found)}); keep one"
+        problem = f"has {len(found)} images or latents ({', '.join(found)}); keep one"
     else:
-        what = f"has no image or .npy (its files: {', '.join(map(repr, sorted(members)))}); add it or remove them"
-    report(UserError(f"{path}: byte {_first(members)}: {key!r} {what}"))
+        problem = f"has no image or .npy (its files: {', '.join(map(repr, sorted(members)))}); add it or remove them"
+    report(UserError(f"{path}: byte {_first(members)}: {key!r} {problem}"))
     return None
 
 
 def _label(
     path: Path, key: str, members: Mapping[str, tuple[int, int]], data: np.ndarray, report: Report
 ) -> int | None:
+    """Return a sample's class label, or report an error and return None."""
+    # Find the file.
     for extension in ("cls", "json"):
         if extension in members:
             offset, size = members[extension]
@@ -183,6 +204,8 @@ def _label(
     else:
         report(UserError(f"{path}: byte {_first(members)}: {key!r} has no label; add '.cls' with the class number"))
         return None
+
+    # Parse it.
     try:
         if extension == "cls":
             if not _NUMBER.fullmatch(text):  # int() takes more, such as 1_0
@@ -195,23 +218,27 @@ def _label(
         return label
     except (ValueError, KeyError, TypeError, RecursionError):
         name = f"{key}.{extension}"
-        what = f"{name!r} holds no class number (it reads {text[:20]!r}); write it anew"
-        report(UserError(f"{path}: byte {offset}: {what}"))
+        problem = f"{name!r} holds no class number (it reads {text[:20]!r}); write it anew"
+        report(UserError(f"{path}: byte {offset}: {problem}"))
         return None
 
 
 def _first(members: Mapping[str, tuple[int, int]]) -> int:
+    """Return the offset of a sample's first file."""
     return min(offset for offset, _ in members.values())
 
 
 def tar_members(path: Path, data: np.ndarray, report: Report = refuse) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of the regular files of a USTAR, GNU or pax archive held in `data`.
+    """Yield (name, offset, size) of the regular files of a USTAR, GNU or pax archive.
 
-    Raises UserError at a damaged header, a member cut short, an end without the end-of-archive block, and data after
-    it; or reports it, and goes on with the next header that is whole.
+    A damaged header, a member cut short, an end without the end-of-archive block, and data after that block are
+    reported as UserErrors. If `report` returns, reading goes on at the next whole header.
+
+    data: the archive's bytes, uint8 (size,). path: the archive's name in errors.
     """
     view, position, extended = memoryview(data), 0, {}
     while position is not None:
+        # Find the end of the archive.
         header = bytes(view[position : position + _BLOCK])
         if len(header) < _BLOCK:
             report(UserError(f"{path}: byte {len(data)}: truncated (no end of archive); copy or make it again"))
@@ -219,13 +246,15 @@ def tar_members(path: Path, data: np.ndarray, report: Report = refuse) -> Iterat
         if header == _END:
             if not data[position:].any():
                 return
-            what = "more data after the end of archive; copy it again, or write one archive"
-            report(UserError(f"{path}: byte {position}: {what}"))
+            problem = "more data after the end of archive; copy it again, or write one archive"
+            report(UserError(f"{path}: byte {position}: {problem}"))
             position, extended = _next_header(data, position + _BLOCK), {}
             continue
+
+        # Parse the header.
         kind = header[156:157]
         try:
-            if not _sums_up(header):
+            if not _checksum_matches(header):
                 raise ValueError("checksum")
             size = extended.get("size") or _number(header[124:136])
             if size < 0 or (size > _LONGEST and kind in (b"L", b"x")):
@@ -237,9 +266,11 @@ def tar_members(path: Path, data: np.ndarray, report: Report = refuse) -> Iterat
         name = extended.get("path") or _name(header)
         offset = position + _BLOCK
         if offset + size > len(data):
-            what = f"truncated: {name!r} ends at byte {offset + size}, the file at {len(data)}; copy or make it again"
-            report(UserError(f"{path}: byte {position}: {what}"))
+            problem = f"truncated: {name!r} ends at byte {offset + size}, the file at {len(data)}"
+            report(UserError(f"{path}: byte {position}: {problem}; copy or make it again"))
             return
+
+        # Yield a regular file, or keep the fields that describe the next member.
         if kind == b"L":  # GNU: the next member's long name
             extended["path"] = bytes(view[offset : offset + size]).rstrip(b"\0").decode(errors="replace")
         elif kind == b"x":  # pax: the next member's fields
@@ -254,35 +285,40 @@ def tar_members(path: Path, data: np.ndarray, report: Report = refuse) -> Iterat
         position = offset + -(-size // _BLOCK) * _BLOCK
 
 
-def _sums_up(header: bytes) -> bool:
-    """Whether a header's checksum is right. May raise ValueError where it is not."""
+def _checksum_matches(header: bytes) -> bool:
+    """Return whether a header's checksum is right. Raises ValueError if it is no number."""
     return int(header[148:156].strip(b"\0 ") or b"x", 8) == sum(header) - sum(header[148:156]) + 8 * 32
 
 
 def _next_header(data: np.ndarray, position: int) -> int | None:
-    """The first whole header at `position` or a number of blocks after it."""
+    """Return the position of the first whole header at `position` or a number of blocks after it, or None."""
     blocks = data[position : position + (len(data) - position) // _BLOCK * _BLOCK].reshape(-1, _BLOCK)
     for k in np.flatnonzero((blocks[:, 257:262] == np.frombuffer(b"ustar", np.uint8)).all(1)):
         with suppress(ValueError):
-            if _sums_up(blocks[k].tobytes()):
+            if _checksum_matches(blocks[k].tobytes()):
                 return position + int(k) * _BLOCK
     return None
 
 
 def _number(field: bytes) -> int:
+    """Return the number in a header's field. Raises ValueError if it holds none."""
     if field[0] & 0x80:  # GNU: base 256, for sizes of 8 GiB and more
         return int.from_bytes(field[1:], "big")
     return int(field.strip(b"\0 ") or b"0", 8)
 
 
 def _name(header: bytes) -> str:
+    """Return the member's name in a header."""
     name = header[:100].partition(b"\0")[0]
     prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
     return (prefix + b"/" + name if prefix else name).decode(errors="replace")
 
 
 def _pax(records: bytes) -> dict[str, str | int]:
-    """`path` and `size` of a pax header: records "LENGTH KEY=VALUE\\n", LENGTH counting the whole record."""
+    """Return `path` and `size` of a pax header, if it has them. Raises ValueError if it is damaged.
+
+    The header consists of records "LENGTH KEY=VALUE\\n", where LENGTH counts the whole record.
+    """
     fields: dict[str, str | int] = {}
     start = 0
     while start < len(records):
@@ -300,9 +336,9 @@ def _pax(records: bytes) -> dict[str, str | int]:
 
 
 def write_shards(pattern: str | os.PathLike, samples: Iterable[Sample], per_shard: int) -> list[Path]:
-    """Writes samples `(key, {extension: bytes})` to shards named by `pattern`, such as `a-%03d.tar`; see `write_shard`.
+    """Write samples to shards named by `pattern`, such as `a-%03d.tar`, and return the shards' paths.
 
-    Returns the shards' paths.
+    samples: `(key, {extension: bytes})` of each. per_shard: samples in a shard; the last one may have fewer.
     """
     paths, samples = [], iter(samples)
     while part := list(islice(samples, per_shard)):
@@ -312,16 +348,14 @@ def write_shards(pattern: str | os.PathLike, samples: Iterable[Sample], per_shar
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> None:
-    """Writes samples, as they come, to one USTAR shard.
+    """Write samples `(key, {extension: bytes})`, in their order, to one USTAR shard.
 
-    The bytes depend on the samples alone (no times, owners or modes of this machine). The shard has a hidden name
+    The bytes depend on the samples alone, not on times, owners or modes of this machine. The shard has a hidden name
     until it is whole.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with write_atomically(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
         for key, files in samples:
             for extension, content in files.items():
                 info = tarfile.TarInfo(f"{key}.{extension}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-    partial.replace(path)

@@ -1,4 +1,4 @@
-"""A source is a numbered set of labelled samples. `open_source` recognises what a path or name means."""
+"""Open a source, which is a numbered set of labeled samples, from a path or a name."""
 
 import json
 from dataclasses import dataclass
@@ -14,13 +14,20 @@ from fastdit.data.synthetic import SyntheticSamples
 from fastdit.errors import UserError
 
 Samples = ShardSamples | FolderSamples | LatentSamples | SyntheticSamples
-_MOST_CLASSES = 1_000_000  # more than that is a damaged label
+_MOST_CLASSES = 1_000_000  # a larger label is taken for a damaged one
 _SHIPPED = Path(__file__).parents[1] / "assets"
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Labelled samples 0 .. n-1. `kind` says what `read` gives; `labels` is (n,) int64 below `classes`."""
+    """Number labeled samples from 0 to n - 1.
+
+    Args:
+        path: the path or name that the source was opened from.
+        kind: the kind of samples that `read` returns.
+        samples: the samples behind this interface.
+        class_names: the name of each class.
+    """
 
     path: str
     kind: Literal["image", "latent", "synthetic"]
@@ -29,51 +36,61 @@ class Source:
 
     @property
     def n(self) -> int:
+        """Return the number of samples."""
         return len(self.samples.labels)
 
     @property
     def classes(self) -> int:
+        """Return the number of classes."""
         return len(self.class_names)
 
     @property
     def labels(self) -> np.ndarray:
+        """Return the class label of each sample, (n,) int64 from 0 to `classes` - 1."""
         return self.samples.labels
 
     def read(self, i: int) -> np.ndarray:
-        """Sample `i`: an image file's bytes, uint8 (size,), not decoded; or a latent's mean, std[, mirrored
-        mean, std], float16 or float32 (2 or 4, C, H, W); or a synthetic image, uint8 (C, H, W)."""
+        """Return sample `i`.
+
+        It is an image file's bytes, uint8 (size,), not decoded. Or it is a latent as stored: mean and std, maybe with
+        those of the mirrored image, float16 or float32 (2 or 4, C, H, W), or records (1 or 2,), see latents.py. Or it
+        is a synthetic image, uint8 (C, H, W).
+        """
         return self.samples.read(i)
 
     def where(self, i: int) -> str:
-        """How an error names sample `i`: file, and key where a file holds many."""
+        """Return the name of sample `i` for error messages: its file, and its key if the file holds many samples."""
         return self.samples.where(i)
 
 
 def open_source(path: str, *, classes: int | None = None) -> Source:
-    """Opens the source that `path` means:
+    """Open the source that `path` names:
 
     - the bare name of a shipped set (`fashion_mnist`; write `./fashion_mnist` for a folder of your own);
     - `synthetic` or `synthetic:CxHxW:CLASSES:N`;
     - a `.tar` shard, a folder of shards, or a pattern `shards-{000..099}.tar`: images or latents;
     - a tree of class folders.
 
-    The number of classes is `classes` if given, else that of the class folders or of the names in the shards'
+    The number of classes is `classes` if it is set, else that of the class folders or of the names in the shards'
     `classes.json` (a list of strings beside them), else the largest label + 1.
-    Raises UserError, also where a label is not below the number of classes.
+
+    Raises UserError if the source cannot be read, or if a label is not below the number of classes.
     """
+    # Find the samples.
     path = str(path)
     if path.partition(":")[0] == "synthetic":
         samples, kind, names = SyntheticSamples.parse(path), "synthetic", ()
-    elif isinstance(found := locate(path), Path):
-        samples, kind = FolderSamples(found), "image"
+    elif isinstance(location := locate(path), Path):
+        samples, kind = FolderSamples(location), "image"
         names = samples.class_names
     else:
-        check_finished(found[0].parent)
-        samples = ShardSamples(found)
+        check_finished(location[0].parent)
+        samples = ShardSamples(location)
         kind = "latent" if samples.is_latent else "image"
         samples = LatentSamples(samples) if samples.is_latent else samples
-        names = read_class_names(found[0].parent)
+        names = read_class_names(location[0].parent)
 
+    # Check the labels, and name classes that have no name by their numbers.
     count = classes or len(names) or classes_needed(samples)
     check_labels(samples, count)
     names = (*names[:count], *(str(i) for i in range(len(names), count)))
@@ -81,32 +98,35 @@ def open_source(path: str, *, classes: int | None = None) -> Source:
 
 
 def locate(path: str) -> Path | list[Path]:
-    """What a path or the name of a shipped set means: the root of a tree of class folders, or shards."""
+    """Return the root of a tree of class folders, or a list of shards, for a path or the name of a shipped set.
+
+    Raises UserError if there is neither.
+    """
     if "{" not in path and (folder := _shipped(path)).is_dir() and not any(folder.glob("*.tar")):
         return folder
     return find_shards(str(_shipped(path)))
 
 
 def check_finished(folder: Path, report: Report = refuse) -> None:
-    """That its shards are no part of what is still being written."""
+    """Report an error if the shards in `folder` are still being written."""
     if (folder / UNFINISHED).exists():
         report(UserError(f"{folder}: not all of its shards are written yet; run again what writes them"))
 
 
 def classes_needed(samples: Samples) -> int:
-    """As many as the labels ask for, from 1 to a million."""
+    """Return the number of classes that the labels need, from 1 to a million."""
     return int(np.clip(samples.labels.max(initial=0) + 1, 1, _MOST_CLASSES))
 
 
 def check_labels(samples: Samples, classes: int, report: Report = refuse) -> None:
-    """That each label is one of `classes`."""
+    """Report each sample whose label is not from 0 to `classes` - 1."""
     for i in np.flatnonzero((samples.labels < 0) | (samples.labels >= classes)):
-        what = f"label {samples.labels[i]} is out of range for {classes} classes (0 to {classes - 1})"
-        report(UserError(f"{samples.where(i)}: {what}; mend the label or the number of classes"))
+        problem = f"label {samples.labels[i]} is out of range for {classes} classes (0 to {classes - 1})"
+        report(UserError(f"{samples.where(i)}: {problem}; mend the label or the number of classes"))
 
 
 def _shipped(path: str) -> Path:
-    """The folder of the shipped set of that name, else `path` itself."""
+    """Return the folder of the shipped set of that name, else `path` itself. Raises UserError if there is neither."""
     shipped = _SHIPPED / path
     if path and Path(path).name == path and shipped.is_dir():
         return shipped
@@ -117,7 +137,7 @@ def _shipped(path: str) -> Path:
 
 
 def read_class_names(folder: Path) -> tuple[str, ...]:
-    """Those in `classes.json` beside shards; none where there is no such file. Raises UserError."""
+    """Return the names in `classes.json` beside shards, () without one. Raises UserError if it holds no names."""
     path = folder / "classes.json"
     if not path.is_file():
         return ()

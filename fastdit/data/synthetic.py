@@ -1,4 +1,4 @@
-"""Made-up images behind the same interface as real ones: for benchmarks and tests, at no cost for reading."""
+"""Generate random images behind the same interface as real ones, for benchmarks and tests, at no cost for reading."""
 
 import re
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ _POOL = 64
 
 
 class SyntheticSamples:
-    """`n` images (C, H, W) uint8; image `i` has label `i % classes` and is number `i % 64` of a pool."""
+    """Generate `n` random images (C, H, W) uint8. Image `i` has label `i % classes` and is image `i % 64` of a pool."""
 
     is_latent = False
 
@@ -28,7 +28,7 @@ class SyntheticSamples:
 
     @classmethod
     def parse(cls, text: str) -> "SyntheticSamples":
-        """From `synthetic` or `synthetic:CxHxW:CLASSES:N`. Raises UserError."""
+        """Return the samples that `synthetic` or `synthetic:CxHxW:CLASSES:N` names. Raises UserError."""
         full = _DEFAULT if text == "synthetic" else text
         if (match := re.fullmatch(r"synthetic:(\d+)x(\d+)x(\d+):(\d+):(\d+)", full)) is None:
             raise UserError(f"{text}: not of the form synthetic:CxHxW:CLASSES:N, for example {_DEFAULT}")
@@ -38,15 +38,16 @@ class SyntheticSamples:
         return cls((c, h, w), classes, n)
 
     def read(self, i: int) -> np.ndarray:
-        """Image `i`: uint8 (C, H, W)."""
+        """Return image `i`, uint8 (C, H, W)."""
         return self.pool[i % _POOL]
 
     def where(self, i: int) -> str:
+        """Return the name of image `i` for error messages."""
         return f"synthetic image {i}"
 
 
 class SyntheticReader:
-    """Iterates over `(request, x)`, from a pool that lies on the device: x float32 (b, C, H, W) in [-1, 1]."""
+    """Iterate over `(request, x)` from a pool of images on the device: x float32 (b, C, H, W) in [-1, 1]."""
 
     def __init__(self, samples: SyntheticSamples, requests: Iterable[Request], device: torch.device):
         self._requests, self._device = iter(requests), device
@@ -60,4 +61,4 @@ class SyntheticReader:
         return request, torch.where(flips[:, None, None, None], x.flip(-1), x)
 
     def close(self) -> None:
-        """Nothing to stop."""
+        """Do nothing: there is no work ahead."""

@@ -1,11 +1,11 @@
-"""Readers without DALI. They give the same samples in the same order as pipeline.py's, at a higher cost.
+"""Prepare batches without DALI: the same samples in the same order as in pipeline.py, at a higher cost.
 
     images     data.threads worker processes of a torch DataLoader decode whole batches with Pillow, into memory that
                they share with this process; the device makes floats of the bytes
     latents    data.threads threads gather views out of the memory maps
 
-A worker sends only a short note about each batch through DataLoader's queue. A pipe writes such a note in one piece, so
-a worker that is killed leaves no half-written message, at which this process would wait for ever.
+A worker sends only a short note about each batch through DataLoader's queue. A pipe writes such a note in one piece. So
+a worker that is killed leaves no half-written message, which this process would wait for forever.
 """
 
 import gc
@@ -38,11 +38,11 @@ from fastdit.errors import UserError
 # A fork is unsafe for a child that uses CUDA, or takes a lock that another thread of the parent held. These children
 # call only Pillow, numpy and DataLoader's loop, as the workers of every PyTorch program do on Linux.
 _START_METHOD = "fork"
-_WATCH_SECONDS = 0.5  # how often a worker looks whether its parent lives
+_WATCH_SECONDS = 0.5  # between two looks of a worker at whether its parent lives
 
 
 class Job(NamedTuple):
-    """A batch that a worker prepares: which part of the shared memory to fill, sample ids, and which are mirrored."""
+    """Ask a worker for a batch: the slot of the shared memory to fill, sample ids, and which are mirrored."""
 
     slot: int
     ids: np.ndarray
@@ -51,10 +51,14 @@ class Job(NamedTuple):
 
 @dataclass
 class Note:
-    """Report about a batch, from a worker. Where everything is empty, the batch is in its slot.
+    """Report about a batch, from its worker. If all fields are empty, the batch is in its slot.
 
-    corrupt: ids of the images that cannot be decoded. wrong: id and number of channels of the first image that does not
-    fit. error: a UserError's text. crash: the traceback of any other exception. shapes: of the files, if asked for.
+    Args:
+        corrupt: ids of the images that cannot be decoded.
+        wrong: id and number of channels of the first image that does not fit.
+        error: the text of a UserError.
+        crash: the traceback of any other exception.
+        shapes: height, width and channels of the files, int64 (b, 3), if asked for.
     """
 
     corrupt: list[int] = field(default_factory=list)
@@ -65,9 +69,12 @@ class Note:
 
 
 class BatchDecoder(Dataset):
-    """Decodes batches of images within a worker.
+    """Decode batches of images within a worker.
 
-    slots: shared memory, uint8 (slots, batch, channels, height, width). shapes: whether to report the files' shapes.
+    Args:
+        slots: shared memory, uint8 (slots, batch, channels, height, width).
+        convert: whether to convert images with another number of channels.
+        shapes: whether to report the files' shapes.
     """
 
     def __init__(self, source: Source, slots: np.ndarray, convert: bool, shapes: bool = False):
@@ -75,7 +82,7 @@ class BatchDecoder(Dataset):
         self.parent = os.getpid()
 
     def __getitem__(self, job: Job) -> Note:
-        """Fill a slot. Never raises: DataLoader would wrap the exception's text."""
+        """Fill a slot and return a note. Nothing is raised, because DataLoader would wrap the exception's text."""
         try:
             return self._decode(job)
         except UserError as error:
@@ -86,6 +93,7 @@ class BatchDecoder(Dataset):
             return Note(crash=traceback.format_exc()[-3000:])  # a pipe takes 4096 bytes in one piece
 
     def _decode(self, job: Job) -> Note:
+        """Decode the images of a job into its slot. Raises UserError if a file cannot be read."""
         _, _, channels, *size = self.slots.shape
         note, shapes = Note(), []
         for pixels, i, flip in zip(self.slots[job.slot], job.ids.tolist(), job.flips.tolist()):
@@ -108,10 +116,10 @@ class BatchDecoder(Dataset):
 
 
 class ImageReader:
-    """Iterates over `(request, x)` in the order of `requests`: x float32 (b, channels, *size) in [-1, 1].
+    """Iterate over `(request, x)` in the order of `requests`: x float32 (b, channels, *size) in [-1, 1].
 
     Arguments and results are those of pipeline.ImageReader. `threads` is the number of workers. They prepare one batch
-    each, and `prefetch` more.
+    each, and `prefetch` batches more.
     """
 
     _shapes = False
@@ -138,7 +146,7 @@ class ImageReader:
         self._notes: Iterator[Note] | None = start_workers(decoder, self._jobs(iter(requests)), threads, ahead)
 
     def __next__(self) -> tuple[Request, torch.Tensor]:
-        """Return the next batch. Raises BatchFailed where images are corrupt, and UserError."""
+        """Return the next batch. Raises BatchFailed if images are corrupt, UserError if they do not fit."""
         if self._notes is None:
             raise StopIteration
         note = next_note(self._notes)
@@ -160,16 +168,17 @@ class ImageReader:
         return request, self._result(self._slots[slot, : len(request.ids)], note)
 
     def _result(self, pixels: np.ndarray, note: Note) -> torch.Tensor:
-        # The slot is free again when this returns: `float` and the pinned copy are copies. The factor is DALI's.
+        """Convert a batch, uint8 (b, channels, *size), to float32 in [-1, 1] on the device."""
+        # `float` and the pinned copy copy the slot, so it is free when this returns. The factor is DALI's.
         return to_device(pixels, self.device).float().sub_(127.5).mul_(1 / 127.5)
 
     def close(self) -> None:
-        """End the workers. Tensors given out stay valid."""
+        """End the workers. Tensors that were returned stay valid."""
         self._notes = None  # the end of DataLoader's iterator ends its workers
         self._in_flight.clear()
 
     def _jobs(self, requests: Iterator[Request]) -> Iterator[Job]:
-        """Yield the workers' jobs; DataLoader asks for the next one whenever a worker may begin it."""
+        """Yield the workers' jobs. DataLoader asks for the next one whenever a worker may begin it."""
         for k, request in enumerate(requests):
             slot = k % len(self._slots)
             self._in_flight.append((request, slot))
@@ -177,7 +186,7 @@ class ImageReader:
 
 
 class ShapeReader(ImageReader):
-    """Decodes images, and returns the height, width and channels of their files, (b, 3)."""
+    """Decode images, and return the height, width and channels of their files, int64 (b, 3)."""
 
     _shapes = True
 
@@ -186,10 +195,10 @@ class ShapeReader(ImageReader):
 
 
 class LatentReader:
-    """Iterates over `(request, views)` as pipeline.LatentReader does: views' bytes, uint8 (b, form.view_bytes).
+    """Iterate over `(request, views)` as pipeline.LatentReader does: views' bytes, uint8 (b, form.view_bytes).
 
-    Threads do what worker processes would: the work is copying, which numpy does without the interpreter's lock. 1000
-    latents of 16 kB take threads 0.02 s of processor time, and DataLoader's processes 0.06 s (AMD EPYC, 2 of each).
+    Threads replace worker processes here, because the work is copying, which numpy does without the interpreter's lock.
+    1000 latents of 16 kB take 2 threads 0.02 s of processor time, and 2 DataLoader workers 0.06 s (AMD EPYC).
     """
 
     def __init__(
@@ -216,16 +225,17 @@ class LatentReader:
         return request, to_device(gathered.result(), self._device)
 
     def close(self) -> None:
-        """End the threads. Tensors given out stay valid."""
+        """End the threads. Tensors that were returned stay valid."""
         self._ahead.clear()
         self._pool.shutdown(cancel_futures=True)
 
     def _submit(self) -> None:
+        """Let a thread gather the next batch, if there is one."""
         if (request := next(self._requests, None)) is not None:
             self._ahead.append((request, self._pool.submit(self._gather, request)))
 
     def _gather(self, request: Request) -> torch.Tensor:
-        """Copy a batch out of the memory maps, into pinned memory where a GPU takes it from there."""
+        """Copy a batch out of the memory maps, into pinned memory if a GPU takes it from there."""
         views = [self._samples.view(i, flip) for i, flip in zip(request.ids.tolist(), request.flips.tolist())]
         gathered = torch.empty(len(views), len(views[0]), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         np.stack(views, out=gathered.numpy())
@@ -235,7 +245,7 @@ class LatentReader:
 def shared_array(shape: tuple[int, ...]) -> np.ndarray:
     """Return uint8 memory that forked processes share with this one.
 
-    It is no file of /dev/shm, of which a container has 64 MB unless told otherwise.
+    The memory is no file in /dev/shm, because a container has only 64 MB there by default.
     """
     return np.frombuffer(mmap.mmap(-1, int(np.prod(shape, dtype=np.int64))), dtype=np.uint8).reshape(shape)
 
@@ -256,18 +266,18 @@ def start_workers(dataset: BatchDecoder, jobs: Iterator[Job], workers: int, ahea
                 worker_init_fn=_start_worker,
                 multiprocessing_context=_START_METHOD,
                 prefetch_factor=ahead,
-                generator=torch.Generator(),  # or DataLoader draws a number from torch's global one
+                generator=torch.Generator(),  # otherwise DataLoader draws a number from torch's global one
             )
         )
-    # DataLoader's handler raises at a worker's death wherever this process is, in the middle of a step. `next_note`
-    # finds out within 5 s, where it can be told in one line.
+    # DataLoader's handler raises at a worker's death, even in the middle of a step. `next_note` notices it within 5 s,
+    # at a place where it can be reported in one line.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, on_child_end or signal.SIG_DFL)
     return notes
 
 
 def next_note(notes: Iterator[Note]) -> Note | None:
-    """Return the next batch's note; None where a worker has died. Raises StopIteration at the end."""
+    """Return the next batch's note, or None if a worker has died. Raises StopIteration at the end."""
     try:
         return next(notes)
     except RuntimeError:  # of DataLoader itself: a BatchDecoder raises nothing
@@ -275,13 +285,14 @@ def next_note(notes: Iterator[Note]) -> Note | None:
 
 
 def _unchanged(note: Note) -> Note:
+    """Return `note`: the collate function that DataLoader needs."""
     return note
 
 
 def _start_worker(_: int) -> None:
-    """Prepare a worker process: what ends it, and settings that are its own."""
-    gc.freeze()  # never destroys here what the parent owns: a destructor may join threads that this process lacks
-    # Ctrl-C and a launcher's SIGTERM may reach every process, while the parent still has a checkpoint to save.
+    """Prepare a worker process: let it end with its parent, and change its settings."""
+    gc.freeze()  # keep the parent's objects: a destructor may join threads that this process lacks
+    # Ctrl-C and a launcher's SIGTERM may reach every process while the parent still has a checkpoint to save.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     parent = torch.utils.data.get_worker_info().dataset.parent
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -291,7 +302,7 @@ def _start_worker(_: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when process `parent` asks for it (Python does as it exits) or is no more."""
+    """End this process when process `parent` asks for it, as Python does when it exits, or has ended."""
     while os.getppid() == parent:
         received = signal.sigtimedwait({signal.SIGINT, signal.SIGTERM}, _WATCH_SECONDS)
         if received and received.si_signo == signal.SIGTERM and received.si_pid == parent:

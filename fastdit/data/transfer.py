@@ -1,4 +1,4 @@
-"""Copies from the host to a device that the host does not wait for."""
+"""Copy from the host to a device without letting the host wait."""
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """Return `values`, a numpy array or a tensor of the host, on `device`; the host does not wait for the copy.
 
-    On the CPU the result may share memory with `values`.
+    The result has the shape and dtype of `values`. On the CPU it may share memory with `values`.
     """
     host = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
     if device.type != "cuda":

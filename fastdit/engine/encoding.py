@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 from fastdit.data import UNFINISHED, Source, read_in_order, write_shard
-from fastdit.data.latents import LatentForm, quantise
-from fastdit.data.manifest import MANIFEST, check_same, checksum, read_manifest, write_json
+from fastdit.data.latents import LatentForm
+from fastdit.data.latents import quantize as quantise
+from fastdit.data.manifest import MANIFEST, check_same, read_manifest, write_json
 from fastdit.errors import UserError
+from fastdit.files import sha256_of as checksum
 from fastdit.models import Autoencoder
 
 PICTURES = 8  # of each shard, that are decoded again

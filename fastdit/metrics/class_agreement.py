@@ -1,12 +1,13 @@
-"""Does a sample look like the class that was asked for? An independent judge for small data sets."""
+"""Measure whether samples look like their classes, by nearest neighbors in pixels, for small data sets."""
 
 import torch
 
 
 def knn_labels(queries: torch.Tensor, known: torch.Tensor, labels: torch.Tensor, k: int = 5) -> torch.Tensor:
-    """Label (n,) of each query by majority among its `k` nearest known images in raw pixels (ours).
+    """Return the label of each query, int64 (n,): the majority among its `k` nearest known images in raw pixels.
 
-    queries (n, ...), known (m, ...) of one scale and shape, labels (m,) int64. Ties go to the smallest label.
+    queries: (n, ...). known: (m, ...) of the same scale and shape. labels: class labels of `known`, (m,) int64. A tie
+    goes to the smallest label. The method is ours.
     """
     distance = torch.cdist(queries.flatten(1).float(), known.flatten(1).float())
     votes = labels[distance.topk(k, largest=False).indices]
@@ -17,5 +18,8 @@ def knn_labels(queries: torch.Tensor, known: torch.Tensor, labels: torch.Tensor,
 def class_agreement(
     samples: torch.Tensor, asked: torch.Tensor, known: torch.Tensor, labels: torch.Tensor, k: int = 5
 ) -> float:
-    """Share of `samples` (n, ...) that the k-NN fitted on (known, labels) assigns to the class `asked` (n,)."""
+    """Return the share, from 0 to 1, of `samples` that `knn_labels` assigns to the classes that they were sampled for.
+
+    samples: (n, ...). asked: these class labels, (n,) int64. known, labels, k: as in `knn_labels`.
+    """
     return (knn_labels(samples, known, labels, k) == asked).float().mean().item()

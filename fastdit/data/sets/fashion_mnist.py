@@ -1,4 +1,4 @@
-"""Fashion-MNIST's raw format: gzipped idx files of images and labels."""
+"""Read Fashion-MNIST's raw format: gzipped idx files of images and labels."""
 
 import gzip
 import zlib
@@ -25,7 +25,10 @@ CLASS_NAMES = (
 
 
 def read(files: Mapping[str, Path]) -> list[Split]:
-    """Both halves of the set, of its four files by their official names. Keys are places in the files."""
+    """Return both splits from the set's four files, given by their official names. Raises UserError.
+
+    A key is the name of the split's files and the image's number.
+    """
     splits = []
     for name, stem in (("train", "train"), ("test", "t10k")):
         images = read_idx(files[f"{stem}-images-idx3-ubyte.gz"])
@@ -36,10 +39,13 @@ def read(files: Mapping[str, Path]) -> list[Split]:
 
 
 def read_idx(path: str | Path) -> np.ndarray:
-    """The uint8 array in a gzipped idx file (MNIST's format: magic, big-endian extents, bytes). Raises UserError."""
+    """Return the uint8 array in a gzipped idx file. Raises UserError if it is no such file.
+
+    The format is MNIST's: a magic number, big-endian extents, bytes.
+    """
     try:
         data = gzip.decompress(Path(path).read_bytes())
-        if data[:3] != b"\0\0\x08":
+        if data[:3] != b"\0\0\x08":  # 8: unsigned bytes
             raise ValueError("magic number")
         extents = np.frombuffer(data, dtype=">i4", count=data[3], offset=4)
         return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * len(extents)).reshape(extents)

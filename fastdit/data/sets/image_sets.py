@@ -1,9 +1,9 @@
-"""Folders of PNG shards with a manifest, as `fastdit-data fetch` leaves them.
+"""Write folders of PNG shards with a manifest, for `fastdit-data fetch`.
 
-DIR/train, DIR/test   (or DIR itself, of a set in one piece) each with
+DIR/train and DIR/test each hold
     NAME-00.tar ...   shards
     classes.json      names of the classes
-    manifest.json     source, licence, citation, counts of each class, a checksum of each shard
+    manifest.json     source, license, citation, counts of each class, a checksum of each shard
     .unfinished/      until they are complete
 """
 
@@ -16,22 +16,23 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastdit.data.manifest import MANIFEST, check_same, checksum, write_json
+from fastdit.data.manifest import MANIFEST, check_same, write_json
 from fastdit.data.shards import UNFINISHED, Sample, write_shards
 from fastdit.errors import UserError
+from fastdit.files import sha256_of
 
 PER_SHARD = 5000
 
 
 @dataclass(frozen=True)
 class Split:
-    """One folder's samples.
+    """Hold the samples of one folder.
 
     Args:
-        name: of the folder below the set's; "" is the set's own folder.
-        class_names: by label.
-        n: samples.
-        samples: key, pixels uint8 (H, W) or (H, W, 3), and label of each.
+        name: the folder's name below the folder of the set.
+        class_names: the name of each class, in the order of the labels.
+        n: the number of samples.
+        samples: key, pixels uint8 (H, W) or (H, W, 3), and class label of each sample.
     """
 
     name: str
@@ -41,18 +42,21 @@ class Split:
 
 
 def png(image: np.ndarray) -> bytes:
-    """A grey (H, W) or colour (H, W, 3) image, uint8, as PNG, as small as zlib makes it."""
+    """Return a gray (H, W) or RGB (H, W, 3) image, uint8, as a PNG file that is as small as zlib makes it."""
     out = io.BytesIO()
     Image.fromarray(image).save(out, "PNG", optimize=True)
     return out.getvalue()
 
 
-def is_complete(folder: Path, same: dict) -> bool:
-    """Whether the folder holds a whole split. Raises UserError for one whose manifest is not as `same`, or others'."""
+def is_complete(folder: Path, settings: dict) -> bool:
+    """Return whether the folder holds a whole split.
+
+    Raises UserError if its manifest differs from `settings`, or if it holds other shards.
+    """
     if (folder / UNFINISHED).exists():
         return False
     if (folder / MANIFEST).is_file():
-        check_same(folder / MANIFEST, same)
+        check_same(folder / MANIFEST, settings)
         return True
     if any(folder.glob("*.tar")):
         raise UserError(f"--out {folder}: holds other shards; choose another folder")
@@ -60,10 +64,11 @@ def is_complete(folder: Path, same: dict) -> bool:
 
 
 def write_split(folder: Path, split: Split, about: dict, progress: Callable[[int], object]) -> None:
-    """Write one split's folder, anew if it was begun; `progress` is told of each sample.
+    """Write the folder of one split, anew if it was begun earlier.
 
-    The manifest holds `about` too, whose `dataset` names the shards.
+    about: more fields of the manifest; its `dataset` names the shards. progress: called with 1 for each sample.
     """
+    # Write the shards.
     (folder / UNFINISHED).mkdir(parents=True, exist_ok=True)
     labels: list[int] = []
 
@@ -74,8 +79,11 @@ def write_split(folder: Path, split: Split, about: dict, progress: Callable[[int
             yield key, {"png": png(pixels), "cls": str(label).encode()}
 
     paths = write_shards(folder / f"{about['dataset']}-%02d.tar", encoded(), PER_SHARD)
-    held = (min(PER_SHARD, len(labels) - at) for at in range(0, len(labels), PER_SHARD))
-    shards = {path.name: {"samples": n, "sha256": checksum(path)} for path, n in zip(paths, held, strict=True)}
+
+    # Write the manifest.
+    sample_counts = (min(PER_SHARD, len(labels) - start) for start in range(0, len(labels), PER_SHARD))
+    records = zip(paths, sample_counts, strict=True)
+    shards = {path.name: {"samples": n, "sha256": sha256_of(path)} for path, n in records}
     counts = np.bincount(labels, minlength=len(split.class_names)).tolist()
     write_json(folder / "classes.json", split.class_names)
     write_json(folder / MANIFEST, about | {"split": split.name, "counts": counts, "shards": shards})

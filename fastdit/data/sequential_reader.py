@@ -1,4 +1,4 @@
-"""A source read once, in a given order: for who makes other data of it."""
+"""Read a source once, in a given order, as encoding and evaluation do."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -29,33 +29,37 @@ def read_in_order(
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """Yield `(ids, x)` for each of `batches`, arrays of sample ids: x float32 (b, 3, *size) in [-1, 1], on `device`.
 
-    The source is one of images. They are as in ImageReader, never mirrored; all become color: a grey image has three
-    equal channels. The next batches are prepared meanwhile. `reader` chooses the library, as in `make_loader`. An image
-    that cannot be decoded raises UserError ("stop"), or its id is missing in `ids` ("skip").
+    The source must hold images. They are scaled and cropped as in ImageReader, and never mirrored. All become RGB: a
+    gray image gets three equal channels. The next batches are prepared while the caller uses the current one.
+
+    on_corrupt: "stop" raises UserError at an image that cannot be decoded; "skip" leaves its id out of `ids`.
+    reader: the library that decodes, as in `make_loader`.
     """
     batches = [ids for ids in batches if len(ids)]
     if not batches:
         return
+    # Choose the library that decodes.
     backend = choose_backend(reader)
     if backend.instead:
         log.warning("%s: %s", source.path, backend.describe("image", threads))
     options = {"batch": max(map(len, batches)), "device": device, "threads": threads, "prefetch": prefetch}
     options |= {"size": size, "channels": 3, "convert": True}
-    at = 0
-    while at < len(batches):
-        requests = [Request(k, ids, np.zeros(len(ids), dtype=bool)) for k, ids in enumerate(batches[at:])]
+    # Read until a batch fails; leave out its corrupt images and start again at that batch.
+    done = 0
+    while done < len(batches):
+        requests = [Request(k, ids, np.zeros(len(ids), dtype=bool)) for k, ids in enumerate(batches[done:])]
         with closing(backend.module.ImageReader(source, requests, **options)) as images:
             try:
                 for request in requests:
                     _, x = next(images)
                     yield request.ids, x
-                    at += 1
+                    done += 1
             except BatchFailed as failure:
                 corrupt = find_corrupt(failure, source, backend, options)
                 for i in corrupt:
-                    what = f"{source.where(i)}: the image (sample {i}) is corrupt and cannot be decoded"
+                    problem = f"{source.where(i)}: the image (sample {i}) is corrupt and cannot be decoded"
                     if on_corrupt == "stop":
-                        raise UserError(f"{what}; replace or remove it, or set on_corrupt to skip") from failure
-                    log.warning("%s; left out", what)
-                kept = np.setdiff1d(batches[at], corrupt)
-                batches[at : at + 1] = [kept] if len(kept) else []
+                        raise UserError(f"{problem}; replace or remove it, or set on_corrupt to skip") from failure
+                    log.warning("%s; left out", problem)
+                intact = np.setdiff1d(batches[done], corrupt)
+                batches[done : done + 1] = [intact] if len(intact) else []
