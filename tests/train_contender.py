@@ -1,5 +1,5 @@
-"""A program of tests/test_convergence.py: trains a fresh session as benchmarks/convergence.py does, after another one was
-priced, and one by the training loop, and says whether the two end with the same weights, to the bit."""
+"""A program of tests/test_convergence.py: it prices a session, trains another one as benchmarks/convergence.py does and a
+third by the training loop, and says whether these two end with the same weights, to the bit."""
 
 import sys
 import tempfile
