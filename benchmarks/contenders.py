@@ -18,17 +18,17 @@ from timing import memory, nbytes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastdit import run_parts
 from fastdit.config import Config
-from fastdit.engine import build
-from fastdit.engine.loop import Run, train_step
-from fastdit.engine.runtime import Runtime
-from fastdit.engine.session import Session
+from fastdit.distributed import Runtime
 from fastdit.methods.denoising import Denoising, Outcome
 from fastdit.methods.psi_alignment import PsiAlignment
 from fastdit.methods.self_discrimination import SelfDiscrimination
 from fastdit.methods.structure_game import StructureGame
 from fastdit.methods.wrapper import Wrapper
 from fastdit.models import SplitDiT
+from fastdit.training.loop import Run, train_step
+from fastdit.training.session import Session
 
 PRODUCT = {"cuda": 8192, "cpu": 2048}  # rows and columns
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -41,7 +41,7 @@ class _Silent(Runtime):
 
 
 class Engine(Contender):
-    """Train as fastdit does: a `Session`, and the steps of `fastdit.engine.loop.train`."""
+    """Train as fastdit does: a `Session`, and the steps of `fastdit.training.loop.train`."""
 
     def __init__(self, config: Config, runtime: Runtime, watch: Stopwatch):
         super().__init__(watch)
@@ -268,14 +268,15 @@ class Plain(Contender):
         config: Config,
         runtime: Runtime,
         watch: Stopwatch,
-        peer: Callable[[build.Shape, int], nn.Module] | None = None,
+        peer: Callable[[run_parts.Shape, int], nn.Module] | None = None,
         compiled: bool = False,
     ):
         super().__init__(watch)
         self.ran = "torch.compile" if compiled else "torch"
-        source = build.open_data(config)
-        shape = build.shape_of(config, source.classes)
-        own, self.method = build.build_training(replace(config, model=replace(config.model, attention="sdpa")), shape)
+        source = run_parts.open_data(config)
+        shape = run_parts.shape_of(config, source.classes)
+        config = replace(config, model=replace(config.model, attention="sdpa"))
+        own, self.method = run_parts.build_training(config, shape)
         self.flops = self.method.flops(own)
         self.network = (peer(shape, own.out_channels) if peer else own).to(runtime.device).train()
         self.weights = [p for p in self.network.parameters() if p.requires_grad]
@@ -287,7 +288,7 @@ class Plain(Contender):
         if runtime.world > 1:
             self.network = DistributedDataParallel(self.network)
         options = {"rank": runtime.rank, "world": runtime.world, "device": runtime.device}
-        self.loader = build.build_loader(config, source, batch=config.batch // runtime.world, **options)
+        self.loader = run_parts.build_loader(config, source, batch=config.batch // runtime.world, **options)
         self.generator = torch.Generator(runtime.device).manual_seed(runtime.rank)
         self.autocast = torch.autocast(runtime.device.type, torch.bfloat16, enabled=config.precision == "bf16")
 

@@ -38,9 +38,9 @@ from convergence_runner import Runner, run_config
 from convergence_tables import CONVERGENCE, convergence_lines, convergence_record, write_chart
 from journal import Journal
 
+from fastdit import distributed, run_parts
 from fastdit.command_line import OneLineParser
 from fastdit.config import Config
-from fastdit.engine import build, runtime
 from fastdit.errors import UserError, run_command
 
 CONTENDERS = {
@@ -192,7 +192,7 @@ def _plan(args, data: Data, reference: Data | None = None) -> tuple[Plan, dict[s
         contenders["wide"] = _wide(configs, data)
         configs["wide"] = run_config(args, data, contenders["wide"], rates[0], seeds[0], 1000)
 
-    gpu = runtime.on_gpu(plain)
+    gpu = distributed.on_gpu(plain)
     settings = {
         "digest": data.digest, "shape": list(data.shape), "preset": args.preset, "model": args.model,
         "patch": plain.model.patch, "batch": plain.batch, "flip": args.flip, "warmup": args.warmup,
@@ -225,7 +225,7 @@ def _contenders(args) -> dict[str, str]:
 def _wide(configs: dict[str, Config], data: Data) -> str:
     """Return the flags of a plain DiT with as many parameters as the largest of the contenders trains."""
     counts = {name: _count_parameters(config, data) for name, config in configs.items()}
-    network = build.build_network(configs[BASELINE], build.shape_of(configs[BASELINE], data.classes))
+    network = run_parts.build_network(configs[BASELINE], run_parts.shape_of(configs[BASELINE], data.classes))
     # Each column of fc1, with its bias and its row of fc2, has 2 width + 1 parameters.
     columns = (max(counts.values()) - counts[BASELINE]) / (network.depth * (2 * network.width + 1))
     mlp_width = 8 * max(1, round((network.mlp_width + columns) / 8))
@@ -233,7 +233,7 @@ def _wide(configs: dict[str, Config], data: Data) -> str:
 
 
 def _count_parameters(config: Config, data: Data) -> int:
-    module, _ = build.build_training(config, build.shape_of(config, data.classes))
+    module, _ = run_parts.build_training(config, run_parts.shape_of(config, data.classes))
     return sum(parameter.numel() for parameter in module.parameters())
 
 

@@ -25,10 +25,11 @@ import torch
 from convergence_data import Data, read_samples
 from torch import Tensor, nn
 
+from fastdit import run_parts
 from fastdit.config import Config
-from fastdit.engine import build, drawing
-from fastdit.engine.evaluation import JUDGED_PIXELS
 from fastdit.errors import UserError
+from fastdit.evaluation import draw_samples
+from fastdit.evaluation.evaluator import JUDGED_PIXELS
 from fastdit.metrics.class_agreement import class_agreement
 from fastdit.metrics.feature_nets import feature_net
 from fastdit.metrics.kernel_distance import kernel_distance
@@ -80,7 +81,9 @@ class Reference:
         plain = (config.data.latent_scale, config.data.latent_shift) == (1.0, 0.0)
         pictures = plain and (data.pictures or config.data.autoencoder == "identity")
         halves = images[:count], labels[:count], images[count:], labels[count:]
-        return cls(*halves, pictures=pictures, classes=data.classes, checksum=checksum, noise=build.build_noise(config))
+        return cls(
+            *halves, pictures=pictures, classes=data.classes, checksum=checksum, noise=run_parts.build_noise(config)
+        )
 
     def once(self, name: str, make: Callable[[], object]) -> object:
         """Return make(), which is called the first time only: statistics of the reference serve all runs."""
@@ -111,12 +114,12 @@ class Sampled:
 def draw(network: nn.Module, config: Config, reference: Reference, n: int, scales: list[float]) -> Sampled:
     """Draw n samples, balanced over the classes, at each guidance scale. Sample i has the same noise in every run."""
     device, nonfinite, samples = reference.images.device, 0, {}
-    shape = build.Shape(*reference.images.shape[1:], reference.classes)
-    labels = drawing.balanced_labels(n, range(shape.classes))
+    shape = run_parts.Shape(*reference.images.shape[1:], reference.classes)
+    labels = draw_samples.balanced_labels(n, range(shape.classes))
     for scale in scales:
         settings = replace(config.sample, guidance=scale)
         options = {"indices": range(n), "seed": 0, "device": device}
-        x = drawing.draw(network, build.build_noise(config), settings, shape, labels, **options)
+        x = draw_samples.draw(network, run_parts.build_noise(config), settings, shape, labels, **options)
         nonfinite += int((~x.isfinite()).flatten(1).any(1).sum())
         x = x.nan_to_num(0, 1, -1).to(device)
         samples[f"{scale:g}"] = ((x.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1 if reference.pictures else x
@@ -128,7 +131,7 @@ def count_sampling(network: nn.Module, config: Config, n: int, scales: list[floa
 
     Guidance doubles the network's calls. Heun's method calls it twice a step but the last.
     """
-    sampler = config.sample.sampler or build.build_noise(config).samplers[0]
+    sampler = config.sample.sampler or run_parts.build_noise(config).samplers[0]
     calls = 2 * config.sample.steps - 1 if sampler == "heun" else config.sample.steps
     size = config.data.size
     height, width = (size, size) if isinstance(size, int) else size
@@ -153,7 +156,7 @@ def _by_scale(run: Sampled, figure: Callable[[Tensor], dict]) -> dict[str, dict]
 def judge_loss(run: Sampled, reference: Reference) -> Figures:
     """Compute the denoising loss of the EMA weights."""
     images, labels = reference.images[:LOSS_IMAGES], reference.labels[:LOSS_IMAGES]
-    noise = build.build_noise(run.config)
+    noise = run_parts.build_noise(run.config)
     if isinstance(reference.noise, type(noise)):
         noise = reference.noise
     value = denoising_loss(run.network, noise, images, labels)
@@ -179,7 +182,7 @@ def judge_probe(run: Sampled, reference: Reference) -> Figures:
     if reference.classes < 2:
         return {"probe": {"skipped": "for several classes only"}}
     known, others = (
-        block_features(run.network, build.build_noise(run.config), images[:PROBE_IMAGES], reference.classes)
+        block_features(run.network, run_parts.build_noise(run.config), images[:PROBE_IMAGES], reference.classes)
         for images in (reference.images, reference.others)
     )
     labels, other_labels = reference.labels[:PROBE_IMAGES], reference.other_labels[:PROBE_IMAGES]

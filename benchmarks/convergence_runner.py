@@ -16,8 +16,8 @@ from convergence_tables import convergence_record
 from convergence_training import Price, SilentRuntime, machine_label, price_runs, train, wait
 from journal import Journal
 
+from fastdit import distributed, run_parts
 from fastdit.config import Config, parse
-from fastdit.engine import build, runtime
 from fastdit.errors import UserError
 
 # As in the quickstart. The warm-up is a share of the run, so that it does not depend on a contender's price.
@@ -57,7 +57,7 @@ class Runner:
         config: Config,
     ):  # fmt: skip
         self.args, self.plan, self.data, self.folder, self.journal, self.end = args, plan, data, folder, journal, end
-        self.ranks = runtime.start(config)
+        self.ranks = distributed.start(config)
         self.kind, self.device = self.ranks.device.type, self.ranks.device
         self.machine = machine_label(self.device)
         self.unpriced: dict[str, Exception] = {}
@@ -94,7 +94,7 @@ class Runner:
         if run.contender in self.beside:  # measured, maybe with more or fewer samples
             return MARGIN * (pricing + seconds + self.beside[run.contender])
         config = self._config(run, 1000)
-        network = build.build_network(config, build.shape_of(config, self.data.classes))
+        network = run_parts.build_network(config, run_parts.shape_of(config, self.data.classes))
         flops = count_sampling(network, config, run.samples, self.plan.settings["guidance"])
         seen = max(self.beside.values(), default=UNKNOWN[self.kind])
         return MARGIN * (pricing + seconds + seen + flops / COUNTED_RATE[self.kind])
@@ -143,7 +143,7 @@ class Runner:
 
     def _measure(self, run: Planned) -> dict:
         """Return the fields of a finished run's line."""
-        from fastdit.engine.session import Session
+        from fastdit.training.session import Session
 
         self._price_missing()
         if run.contender in self.unpriced:
@@ -208,7 +208,7 @@ class Runner:
 
     def _price(self, names: list[str]) -> None:
         """Measure what contenders cost, in turns, in sessions that are thrown away."""
-        from fastdit.engine.session import Session
+        from fastdit.training.session import Session
 
         began, sessions = time.perf_counter(), {}
         lr, seed = self.plan.rates[0], self.plan.seeds[0]

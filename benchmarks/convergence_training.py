@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastdit.engine.runtime import Runtime
+from fastdit.distributed import Runtime
 
 SHORT = {"cuda": 10, "cpu": 4}  # steps of the rehearsal that compiles and tunes kernels and allocates memory
 LEAST, MOST = {"cuda": 20, "cpu": 10}, 1000  # steps of a rehearsal that is timed
@@ -93,7 +93,7 @@ def _timed(device: torch.device, work: Callable[[], object]) -> float:
 
 def _rehearse(run, steps: int) -> None:
     """Take all steps of a run that has only so many."""
-    from fastdit.engine.loop import train_step  # imports DeepSpeed: after runtime.start
+    from fastdit.training.loop import train_step  # imports DeepSpeed: after runtime.start
 
     run.config = replace(run.config, steps=steps, warmup=min(run.config.warmup, steps))
     for step in range(steps):
@@ -102,7 +102,7 @@ def _rehearse(run, steps: int) -> None:
 
 
 def prepare(run, steps: int) -> None:
-    """Let the method prepare a run of `steps` steps, as `fastdit.engine.loop.train` does before step 0."""
+    """Let the method prepare a run of `steps` steps, as `fastdit.training.loop.train` does before step 0."""
     state = run.loader.state_dict()
     run.method.prepare(run.loader, steps, run.say)
     if run.loader.state_dict() != state:
@@ -110,12 +110,12 @@ def prepare(run, steps: int) -> None:
 
 
 def train(session, points: int, note: Callable[[int, float, dict[str, float]], None]) -> Trained:
-    """Train a fresh session to its last step as `fastdit.engine.loop.train` does, but without checkpoints.
+    """Train a fresh session to its last step as `fastdit.training.loop.train` does, but without checkpoints.
 
     A method's preparation counts as training. `note` is called at each of `points` points with the finished steps, the
     seconds so far and the means since the last point.
     """
-    from fastdit.engine.loop import train_step
+    from fastdit.training.loop import train_step
 
     run, steps = session.run, session.run.config.steps
     every = -(-steps // points)

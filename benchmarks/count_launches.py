@@ -21,9 +21,9 @@ from flags import split_flags
 from record import writable
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastdit import distributed
 from fastdit.command_line import OneLineParser
 from fastdit.config import Config, parse
-from fastdit.engine import runtime
 from fastdit.errors import UserError, run_command
 
 METHODS = Config.__dataclass_fields__["method"].type
@@ -85,7 +85,7 @@ def _count(argv: list[str]) -> None:
     small = SMALL if args.method != "dit" else ""
     words = f"{RUN} {SAMPLE} --model.width {args.width} --model.heads {args.heads} --method {args.method} {small}"
     configs = [parse([*words.split(), "--model.depth", depth, *dotted]) for depth in depths]
-    ranks = runtime.start(configs[0])
+    ranks = distributed.start(configs[0])
     rows = []
     for depth, config in zip(depths, configs):
         launches = count_step(config, ranks)
@@ -96,12 +96,12 @@ def _count(argv: list[str]) -> None:
     torch.distributed.destroy_process_group()
 
 
-def count_step(config: Config, ranks: runtime.Runtime) -> Launches:
+def count_step(config: Config, ranks: distributed.Runtime) -> Launches:
     """Return the launches of the second training step of `config`, which must be for one CPU rank."""
-    from fastdit.engine.loop import train_step  # imports DeepSpeed: after runtime.start
-    from fastdit.engine.session import Session
+    from fastdit.training.loop import train_step  # imports DeepSpeed: after distributed.start
+    from fastdit.training.session import Session
 
-    class Silent(runtime.Runtime):
+    class Silent(distributed.Runtime):
         """A rank that leaves no files of a run behind."""
 
         first = False

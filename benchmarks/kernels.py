@@ -13,7 +13,7 @@ from operations import OPERATIONS, UNSIZED, Case, Setting, Steps
 from timing import FULL, QUICK, Clock
 
 from fastdit.command_line import OneLineParser
-from fastdit.engine.runtime import keep_memory
+from fastdit.distributed import keep_memory
 from fastdit.errors import UserError, run_command
 
 SIZES = ("S", "B", "XL")

@@ -23,13 +23,13 @@ from timing import Quantiles, quantiles
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastdit import run_parts
 from fastdit.config import Config
 from fastdit.data import Source
 from fastdit.data.cache import Cache
 from fastdit.data.order import Order, noise_seed
 from fastdit.data.readers import ReaderName
 from fastdit.data.transfer import to_device
-from fastdit.engine import build
 
 OURS, THEIRS = "fastdit", "DataLoader"
 THREADS = "fastdit, threads"  # latents without DALI
@@ -106,7 +106,7 @@ def open_loaders(config: Config, source: Source, device: torch.device) -> dict:
 
     def loader(reader: ReaderName, cache: Cache = "none"):
         settings = replace(config, data=replace(config.data, reader=reader))
-        return build.build_loader(settings, source, cache=cache, **options)
+        return run_parts.build_loader(settings, source, cache=cache, **options)
 
     if source.kind == "image":
         return {THEIRS: loader("torch"), OURS: loader("dali")}
@@ -169,8 +169,8 @@ def measure_loaders(
 ) -> dict:
     """Measure all loaders, each turn a line of the journal as it ends, and return the record. Raises UserError."""
     journal = journal or Journal()
-    source = build.open_data(config)
-    config = build.standardised(config, source)
+    source = run_parts.open_data(config)
+    config = run_parts.standardized(config, source)
     with ExitStack() as stack:
         loaders = open_loaders(config, source, device)
         for loader in loaders.values():

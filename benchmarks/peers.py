@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import nn
 
-from fastdit.engine.build import Shape
 from fastdit.errors import UserError
+from fastdit.run_parts import Shape
 
 # The clone's file with the class `DiT`: the same in both, but fast-DiT's recomputes each block in the backward pass.
 FILES = {"facebookresearch": "models.py", "fast-dit": "models.py"}

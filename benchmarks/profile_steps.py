@@ -26,12 +26,12 @@ from stopwatch import Stopwatch, Turn
 from timing import quantiles, quiet_profiler
 from torch.profiler import ProfilerActivity, profile
 
+from fastdit import distributed
 from fastdit.command_line import OneLineParser
 from fastdit.config import Config, parse
-from fastdit.engine import runtime
-from fastdit.engine.records import peak_flops
 from fastdit.errors import UserError, run_command
 from fastdit.models import SIZES
+from fastdit.rundir.metrics_log import peak_flops
 
 DEFAULT = ("S/2 dit 256", "B/2 dit 256", "XL/2 dit 256")
 TURN = {"cuda": Turn(3, 12), "cpu": Turn(0, 2)}
@@ -126,7 +126,7 @@ def _benchmark(argv: list[str]) -> None:
     journal = Journal(args.journal)
     finished = journal.done("profile", "asked")
 
-    ranks = runtime.start(configs[0])
+    ranks = distributed.start(configs[0])
     precision = "bf16" if ranks.device.type == "cuda" else "fp32"
     settings = {"dtype": precision, "batch": "by case", "latent": [4, args.size, args.size]}
     command = shlex.join(["python", "benchmarks/profile_steps.py", *argv])
@@ -142,7 +142,7 @@ def _benchmark(argv: list[str]) -> None:
     torch.distributed.destroy_process_group()
 
 
-def _profile(case: Case, precision: str, latent: int, ranks: runtime.Runtime, journal: Journal) -> None:
+def _profile(case: Case, precision: str, latent: int, ranks: distributed.Runtime, journal: Journal) -> None:
     """Measure a case, with smaller batches while memory is short, and write its lines."""
     asked = case.name
     for _ in range(HALVINGS + 1):
@@ -164,8 +164,8 @@ def _profile(case: Case, precision: str, latent: int, ranks: runtime.Runtime, jo
     journal.write("profile failed", case=asked, failed=problem)
 
 
-def _measure(case: Case, asked: str, config: Config, ranks: runtime.Runtime, journal: Journal) -> None:
-    from contenders import Engine, warm  # imports DeepSpeed: after runtime.start
+def _measure(case: Case, asked: str, config: Config, ranks: distributed.Runtime, journal: Journal) -> None:
+    from contenders import Engine, warm  # imports DeepSpeed: after distributed.start
 
     device, began = ranks.device, time.perf_counter()
     watch = Stopwatch(device)

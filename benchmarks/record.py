@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastdit.engine.records import versions
 from fastdit.errors import UserError
+from fastdit.rundir.metrics_log import versions
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "records"

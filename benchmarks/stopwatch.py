@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from journal import Journal
 
-from fastdit.engine.runtime import Runtime
+from fastdit.distributed import Runtime
 
 Laps = dict[str, float]  # milliseconds by name, of one step
 

@@ -27,13 +27,13 @@ from stopwatch import TURNS, Rounds, Stopwatch
 from timing import Quantiles
 from torch import nn
 
+from fastdit import distributed
 from fastdit.command_line import OneLineParser
 from fastdit.config import Config, parse
-from fastdit.engine import runtime
-from fastdit.engine.build import Shape
-from fastdit.engine.records import peak_flops
 from fastdit.errors import UserError, run_command
 from fastdit.models import SIZES
+from fastdit.run_parts import Shape
+from fastdit.rundir.metrics_log import peak_flops
 
 STEPS = {"cuda": 40, "cpu": 10}
 AGAINST = ("eager", "compile", "graphs")
@@ -110,8 +110,8 @@ def _benchmark(argv: list[str]) -> None:
     files = {name: records.writable(name, value) for name in FILES if (value := getattr(args, name))}
 
     if config.precision == "auto":
-        config = replace(config, precision="bf16" if runtime.on_gpu(config) else "fp32")
-    ranks = runtime.start(config)
+        config = replace(config, precision="bf16" if distributed.on_gpu(config) else "fp32")
+    ranks = distributed.start(config)
     if args.loader_only:
         with at_hand(args.data) as source:
             config = replace(config, data=replace(config.data, source=source))
@@ -143,7 +143,7 @@ def _benchmark(argv: list[str]) -> None:
 def _measure(
     config: Config,
     against: Against,
-    ranks: runtime.Runtime,
+    ranks: distributed.Runtime,
     steps: int,
     target: Target | None,
     command: str,
@@ -151,7 +151,7 @@ def _measure(
     keep: Callable[[], None],
 ) -> None:
     """Measure all contenders into the journal; `keep` is called whenever a table can be made of more than before."""
-    from contenders import DTYPES, Engine, Plain, Product  # imports DeepSpeed: after runtime.start
+    from contenders import DTYPES, Engine, Plain, Product  # imports DeepSpeed: after distributed.start
 
     device, turn, watch = ranks.device, TURNS[ranks.device.type], Stopwatch(ranks.device)
     dtype = DTYPES[config.precision]
@@ -191,7 +191,7 @@ def _measure(
         keep()
 
 
-def _warm(name: str, make, ranks: runtime.Runtime, watch: Stopwatch, journal: Journal, required: bool):
+def _warm(name: str, make, ranks: distributed.Runtime, watch: Stopwatch, journal: Journal, required: bool):
     """Return make()'s contender after its first steps; None where it raised on a rank, unless it is `required`."""
     from contenders import warm
 
@@ -223,7 +223,7 @@ def _scaled(name: str, engine, whole: Quantiles, batch: int, target: Target) -> 
     return scaling(name, engine.sizes(), measured, target)
 
 
-def _settings(config: Config, ranks: runtime.Runtime, dtype: torch.dtype, steps: int) -> dict:
+def _settings(config: Config, ranks: distributed.Runtime, dtype: torch.dtype, steps: int) -> dict:
     return {
         "method": config.method,
         "model": f"{config.model.size}/{config.model.patch}",

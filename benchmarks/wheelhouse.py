@@ -32,8 +32,8 @@ except ModuleNotFoundError:  # pip has a copy; importing pip makes distutils the
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # fastdit itself need not be installed here
-from fastdit.engine.commit import commit_file, find_commit  # noqa: E402
 from fastdit.errors import UserError, run_command  # noqa: E402
+from fastdit.rundir.commit import commit_file, find_commit  # noqa: E402
 
 # What a usual PyTorch image has, with what these packages bring. Its typing_extensions does not count: pydantic needs a
 # recent one.

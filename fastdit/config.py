@@ -97,7 +97,7 @@ class ModelConfig:
     width: int | None = None
     heads: int | None = None
     mlp_ratio: float = 4.0
-    attention: Literal["auto", "flash_attn", "sdpa", "cudnn", "flash", "efficient", "math"] = "auto"
+    attention: Literal["auto", "flash_attn", "sdpa", "cudnn", "flash", "efficient", "math", "products"] = "auto"
 
     def __post_init__(self) -> None:
         """Raise UserError for the first setting that cannot be."""

@@ -10,9 +10,10 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+from fastdit import distributed
 from fastdit.command_line import OneLineParser
+from fastdit.commands import encoding
 from fastdit.data import open_source
-from fastdit.engine import encoding, runtime
 from fastdit.errors import UserError, run_command
 from fastdit.models import open_autoencoder
 
@@ -74,7 +75,7 @@ def _encode(argv: list[str]) -> None:
     )
     out, device = Path(args.out), _device(args.device)
     if device.type == "cpu":
-        runtime.keep_memory()
+        distributed.keep_memory()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     shards = encoding.remaining(out, settings, rank, world)
     with tqdm(total=sum(len(settings.ids(k)) for k in shards), desc="encoding", unit="image", disable=rank > 0) as bar:

@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from fastdit import distributed
 from fastdit.command_line import OneLineParser
 from fastdit.config import EvalConfig
-from fastdit.engine import eval_records, runtime
-from fastdit.engine.layout import EVALUATIONS
-from fastdit.engine.sampled_run import add_run_flags, add_sampler_flags, open_run, settings_of
 from fastdit.errors import run_command
+from fastdit.evaluation.open_run import add_run_flags, add_sampler_flags, open_run, settings_of
+from fastdit.rundir import eval_log
+from fastdit.rundir.run_files import EVALUATIONS
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,25 +48,25 @@ def _evaluate(argv: list[str]) -> None:
     asked = ("n", "data", "n_real", "labels", "features", "weights", "seed")
     settings = EvalConfig(**{field: getattr(args, field) for field in asked})
     config = replace(settings_of(args), eval=settings, device=args.device, threads=args.threads)
-    eval_records.read(Path(args.run))  # damaged: better known now than when all is done
-    ranks = runtime.start(config)
+    eval_log.read(Path(args.run))  # damaged: better known now than when all is done
+    ranks = distributed.start(config)
 
-    from fastdit.engine import build
-    from fastdit.engine.evaluation import Evaluator
-    from fastdit.engine.report import refresh_report
+    from fastdit import run_parts
+    from fastdit.evaluation.evaluator import Evaluator
+    from fastdit.rundir.report import refresh_report
 
     opened = open_run(args, config, ranks.decide)
-    decoder = build.build_decoder(config, opened.shape)
+    decoder = run_parts.build_decoder(config, opened.shape)
     evaluator = Evaluator(config, opened.shape, ranks, decoder=decoder and decoder.to(ranks.device))
     record = evaluator(opened.network.to(ranks.device), opened.step, str(opened.checkpoint))
     if record is not None:
         run = Path(args.run)
-        eval_records.append(run, record)
-        eval_records.to_board(run, record)
+        eval_log.append(run, record)
+        eval_log.to_board(run, record)
         report = refresh_report(run)
         for name, figure in record["figures"].items():
-            print(f"{name}: {eval_records.shown(name, figure)}")
-        print(f"{opened.checkpoint}; {eval_records.conditions(record)}")
+            print(f"{name}: {eval_log.shown(name, figure)}")
+        print(f"{opened.checkpoint}; {eval_log.conditions(record)}")
         print(f"added to {run / EVALUATIONS} and {report}")
     ranks.leave()
 

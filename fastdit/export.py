@@ -7,11 +7,11 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from fastdit import run_parts
 from fastdit.config import CONFIG_FILE, OneLineParser, load
-from fastdit.engine import build
-from fastdit.engine.checkpoint_files import choose, classes_of, sampled_weights
 from fastdit.errors import UserError, run_command
 from fastdit.models import fold_gains, save_official
+from fastdit.rundir.checkpoint_files import choose, classes_of, sampled_weights
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,7 +39,7 @@ def _export(argv: list[str]) -> None:
     if out.suffix == ".safetensors":
         save_file(weights, out)
     else:
-        network = build.build_network(config, build.shape_of(config, classes_of(checkpoint)))
+        network = run_parts.build_network(config, run_parts.shape_of(config, classes_of(checkpoint)))
         save_official(weights, out, grid=network.grid)
     print(f"weights of {checkpoint} in {out}")
 

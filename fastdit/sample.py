@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from fastdit import run_parts
 from fastdit.command_line import OneLineParser
 from fastdit.config import Config
 from fastdit.data import open_source
-from fastdit.engine import build, drawing
-from fastdit.engine.sampled_run import add_run_flags, add_sampler_flags, open_run, settings_of
 from fastdit.errors import UserError, run_command
+from fastdit.evaluation import draw_samples
+from fastdit.evaluation.open_run import add_run_flags, add_sampler_flags, open_run, settings_of
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,7 +49,7 @@ def _sample(argv: list[str]) -> None:
     config, device = settings_of(args), _device(args.device)
     opened = open_run(args, config)
     checkpoint, shape = opened.checkpoint, opened.shape
-    decoder = build.build_decoder(config, shape)
+    decoder = run_parts.build_decoder(config, shape)
     if decoder is None and shape.channels not in (1, 3):
         raise UserError(
             f"{run}: samples are latents of {shape.channels} channels; a picture needs their autoencoder: give "
@@ -56,11 +57,11 @@ def _sample(argv: list[str]) -> None:
         )
     classes = _classes(args.classes, shape.classes)
 
-    labels = drawing.balanced_labels(args.n, classes)
-    images = drawing.to_uint8(
-        drawing.draw(
+    labels = draw_samples.balanced_labels(args.n, classes)
+    images = draw_samples.to_uint8(
+        draw_samples.draw(
             opened.network.to(device),
-            build.build_noise(config),
+            run_parts.build_noise(config),
             config.sample,
             shape,
             labels,
@@ -75,7 +76,7 @@ def _sample(argv: list[str]) -> None:
     if out.suffix == ".npz":
         np.savez(out, images=images, labels=labels)
     else:
-        drawing.grid(images, labels, _names(config, shape.classes)).save(out)
+        draw_samples.grid(images, labels, _names(config, shape.classes)).save(out)
     print(f"{args.n} samples of {checkpoint} in {out}")
 
 

@@ -4,8 +4,8 @@ from functools import partial
 from pathlib import Path
 
 from fastdit.config import parse
-from fastdit.engine.checkpoint_files import holds_run
 from fastdit.errors import UserError, run_command
+from fastdit.rundir.checkpoint_files import holds_run
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -18,16 +18,17 @@ def _train(argv: list[str]) -> None:
     if not config.resume and holds_run(Path(config.out)):
         raise UserError(f"--out {config.out}: already holds a run; go on with --resume, or choose another folder")
 
-    from fastdit.engine import runtime  # sets DeepSpeed's accelerator: before anything that imports DeepSpeed
+    from fastdit import distributed  # sets DeepSpeed's accelerator: before anything that imports DeepSpeed
 
-    ranks = runtime.start(config)
-    from fastdit.engine import evaluation, gallery, loop
-    from fastdit.engine.session import Session
+    ranks = distributed.start(config)
+    from fastdit.evaluation import evaluator, sample_grids
+    from fastdit.training import loop
+    from fastdit.training.session import Session
 
     session = Session(config, ranks)
-    evaluate = evaluation.during_training(session)
-    if loop.train(session.run, session.first_step, partial(gallery.draw_grid, session), evaluate):
-        gallery.finish(session)
+    evaluate = evaluator.during_training(session)
+    if loop.train(session.run, session.first_step, partial(sample_grids.draw_grid, session), evaluate):
+        sample_grids.finish(session)
     session.close()
 
 

@@ -6,14 +6,14 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from fastdit.engine import build
+from fastdit import run_parts
 
 
 @contextmanager
 def rank_inputs(config, source, world: int, accumulation: int = 1):
     """The loaders and noise generators of `world` ranks, as a run has them."""
     here = {"batch": config.batch // (world * accumulation), "world": world, "device": torch.device("cpu")}
-    loaders = [build.build_loader(config, source, rank=rank, **here) for rank in range(world)]
+    loaders = [run_parts.build_loader(config, source, rank=rank, **here) for rank in range(world)]
     seeds = [int(np.random.SeedSequence(config.seed, spawn_key=(rank,)).generate_state(1)[0]) for rank in range(world)]
     yield loaders, [torch.Generator().manual_seed(seed) for seed in seeds]
     for loader in loaders:

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+from fastdit import distributed
 from fastdit.config import parse
-from fastdit.engine import runtime
 
 SENT = {"all_reduce": 2, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "all_gather": 1, "reduce_scatter": 1,
         "reduce": 1}  # fmt: skip
@@ -46,7 +46,7 @@ class Traffic:
 def main(out: Path, cases: list[str]) -> None:
     configs = [parse(shlex.split(case)) for case in cases]
     traffic, told = Traffic(), []  # before DeepSpeed takes hold of the collectives
-    ranks = runtime.start(configs[0])
+    ranks = distributed.start(configs[0])
     from contenders import Engine, warm
     from stopwatch import Stopwatch
     from timing import nbytes

@@ -153,7 +153,7 @@ def forked(*flags, ranks: int = 1, program: str = "fastdit.train") -> Outcome:
     """What `python fastdit/train.py ...`, or another program's `main(argv)`, does: in forks of a server that has done
     the slow imports, one a rank. Their code is the first rank's that is not 0."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["fastdit.train", "fastdit.engine.gallery", "fastdit.engine.loop"])
+    server.set_forkserver_preload(["fastdit.train", "fastdit.evaluation.sample_grids", "fastdit.training.loop"])
     before = dict(os.environ)
     os.environ.update(THREADS, DS_ACCELERATOR="cpu")
     log = Path(os.environ.get("TMPDIR", "/tmp")) / f"fastdit-{uuid.uuid4().hex}.log"

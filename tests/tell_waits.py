@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastdit import distributed
 from fastdit.config import parse
-from fastdit.engine import runtime
 
 
 class Waits(TorchDispatchMode):
@@ -43,11 +43,11 @@ def watch(mode: str) -> None:
 
 def main(argv: list[str]) -> None:
     config = parse(argv)
-    ranks = runtime.start(config)
+    ranks = distributed.start(config)
     from deepspeed.accelerator import get_accelerator
 
-    from fastdit.engine import loop
-    from fastdit.engine.session import Session
+    from fastdit.training import loop
+    from fastdit.training.session import Session
 
     session, waits = Session(config, ranks), Waits()
     for step in range(4):

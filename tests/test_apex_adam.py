@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fastdit.config import Config
-from fastdit.engine.session import make_optimizer
 from fastdit.errors import UserError
 from fastdit.kernels import AdamWEMA, ApexAdamEMA
+from fastdit.training.session import make_optimizer
 
 SHAPES = [(0,), (7, 5), (13,), (3, 2, 3, 3), (), (0,)]
 EMAS = {"slow": 0.99, "quick": 0.3, "still": 1.0, "none": 0.0}

@@ -19,7 +19,7 @@ from data_helpers import decode, encode, levels, picture, take
 from PIL import Image
 from test_data_bad import npy
 
-from fastdit import data_check
+from fastdit.commands import data_check
 from fastdit.data import open_source, write_shards
 from fastdit.data.shards import tar_members
 from fastdit.errors import UserError
@@ -387,7 +387,7 @@ def test_the_command(tmp_path, capsys):
     """Check the exit code, the one closing line, and the number of problems printed."""
     samples = [(f"s{i}", {"png": payload("png", 0)}) for i in range(9)]
     folder = write(tmp_path / "x", "a-%d.tar", [("s", {"png": payload("png", 0), "cls": b"0"}), *samples])
-    command = [sys.executable, "-m", "fastdit.data_tools", "check", folder]
+    command = [sys.executable, "-m", "fastdit.commands.data_tools", "check", folder]
     ended = subprocess.run([*command, "--most", "4"], capture_output=True, text=True)
     assert ended.returncode == 2
     assert [line.partition("x/")[2][:14] for line in ended.stdout.splitlines()] == ["a-0.tar: byte "] * 4 + [""]

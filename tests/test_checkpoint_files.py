@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastdit.engine.checkpoint_files import (
+from fastdit.errors import UserError
+from fastdit.rundir.checkpoint_files import (
     EMA_FILE,
     MANIFEST,
     checkpoints,
@@ -19,7 +20,6 @@ from fastdit.engine.checkpoint_files import (
     sampled_weights,
     seal,
 )
-from fastdit.errors import UserError
 
 STATE = "deepspeed/zero_pp_rank_0_mp_rank_00_optim_states.pt"
 WEIGHTS = {"blocks.0.qkv.weight": torch.arange(12.0).reshape(3, 4), "freq_shift": torch.zeros((), dtype=torch.int64)}

@@ -22,11 +22,12 @@ from convergence_plan import Plan, count_steps, first_value, rates_around
 from convergence_tables import CONVERGENCE, convergence_lines, convergence_record, write_chart
 from journal import read_journal
 
+from fastdit import run_parts
 from fastdit.config import DataConfig
 from fastdit.data import write_shard
-from fastdit.engine import build, schedules
 from fastdit.errors import UserError
 from fastdit.models import flops_per_image
+from fastdit.training import schedules
 
 CPU = torch.device("cpu")
 SMALL = "--model.depth 1 --model.width 32 --model.heads 2 --sd_dit.decoder_width 16 --sd_dit.decoder_depth 1 "
@@ -349,8 +350,8 @@ def test_decoded_images_are_exact(tmp_path, monkeypatch, channels):
         with at_hand(source, described) as data:
             x, y, _ = read_samples(data, DataConfig(), 20, CPU)
             latents = convergence_runner.run_config(parsed("--patch", "2", "--flip", "true"), data, "", 1e-3, 0, 10)
-            loader = build.build_loader(
-                latents, build.open_data(latents), batch=20, rank=0, world=1, device=CPU, cache="device"
+            loader = run_parts.build_loader(
+                latents, run_parts.open_data(latents), batch=20, rank=0, world=1, device=CPU, cache="device"
             )
             mirrored, _ = next(loader)
     wanted = torch.from_numpy(pixels.reshape(20, 6, 8, channels)).permute(0, 3, 1, 2)
@@ -394,7 +395,7 @@ def reference(n=36, pictures=True):
 def sampled(real, samples, labels):
     with opened("fashion_mnist", None) as (_, data):
         config = convergence_runner.run_config(parsed(), data, "", 1e-3, 0, 10)
-    network = build.build_network(config, build.Shape(1, 28, 28, real.classes))
+    network = run_parts.build_network(config, run_parts.Shape(1, 28, 28, real.classes))
     return Sampled(network, config, {"1": samples}, labels, 0)
 
 
@@ -442,11 +443,11 @@ def test_the_probe_reads_classes_from_tokens():
 
     real = reference(60)
     run = sampled(real, real.others, real.other_labels)
-    network = build.build_network(run.config, build.Shape(1, 14, 14, 3)).eval()
+    network = run_parts.build_network(run.config, run_parts.Shape(1, 14, 14, 3)).eval()
     torch.nn.init.normal_(network.adaln.weight, std=0.2)
     images = torch.nn.functional.interpolate(real.images, scale_factor=3.5)
-    (features,) = block_features(network, build.build_noise(run.config), images, null_label=3)
-    noise, stream = build.build_noise(run.config), []
+    (features,) = block_features(network, run_parts.build_noise(run.config), images, null_label=3)
+    noise, stream = run_parts.build_noise(run.config), []
     network.head.register_forward_hook(lambda _, args, out: stream.append(out[0]))
     level = noise.at_quantile(torch.tensor(0.2)).expand(60)
     eps = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
@@ -462,9 +463,9 @@ def test_losses_are_compared_by_plain_dits_process():
             convergence_runner.run_config(parsed(), data, flags, 1e-3, 0, 10)
             for flags in ("", "--noise.flow.weighting x0 --noise.flow.mean 0.5")
         )
-    network = build.build_network(plain, build.Shape(1, 28, 28, 10))
+    network = run_parts.build_network(plain, run_parts.Shape(1, 28, 28, 10))
     images, labels = torch.zeros(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64)
-    real = Reference(images, labels, images, labels, True, 10, 0, noise=build.build_noise(plain))
+    real = Reference(images, labels, images, labels, True, 10, 0, noise=run_parts.build_noise(plain))
     found = [convergence_judges.judge_loss(Sampled(network, config, {}, labels, 0), real) for config in (plain, own)]
     assert found[0] == found[1]
     real.noise = None
@@ -487,7 +488,7 @@ def test_judges_that_do_not_apply_say_why(monkeypatch):
 def test_samples_are_levels_and_the_same_for_every_run():
     with opened("fashion_mnist", None) as (_, data):
         config = convergence_runner.run_config(parsed(), data, "", 1e-3, 0, 10)
-    network = build.build_network(config, build.Shape(1, 28, 28, 10)).eval()
+    network = run_parts.build_network(config, run_parts.Shape(1, 28, 28, 10)).eval()
     images, labels = torch.zeros(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64)
     real = Reference(images, labels, images, labels, pictures=True, classes=10, checksum=0)
     run = convergence_judges.draw(network, config, real, 12, [1.0, 2.0])
@@ -506,7 +507,7 @@ def test_samples_are_levels_and_the_same_for_every_run():
 def test_sampling_is_counted():
     with opened("fashion_mnist", None) as (_, data):
         config = convergence_runner.run_config(parsed("--common", ""), data, "", 1e-3, 0, 10)
-    network = build.build_network(config, build.Shape(1, 28, 28, 10))
+    network = run_parts.build_network(config, run_parts.Shape(1, 28, 28, 10))
     once = count_sampling(network, config, 1, [1.0]) / 3  # two steps by Heun's method call the network three times
     assert once == pytest.approx(flops_per_image(network) / 3, rel=0.2)
     assert count_sampling(network, config, 10, [1.0, 1.5]) == pytest.approx(3 * 10 * 3 * once)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from data_helpers import decode, encode, picture
 
+from fastdit.commands.data_tools import _data
 from fastdit.data import open_source
 from fastdit.data.sets import imagenet
-from fastdit.data_tools import _data
 from fastdit.errors import UserError
 
 ORDER = ("n02119789", "n01440764", "n09229709")  # the tar's; ranks 1, 0, 2
@@ -104,8 +104,8 @@ def test_every_image_once_in_the_tars_order_with_its_rank_as_label():
 
 
 def test_the_whole_set_is_not_warned_of(monkeypatch):
-    monkeypatch.setattr("fastdit.data_convert_imagenet.IMAGES", 14)
-    monkeypatch.setattr("fastdit.data_convert_imagenet.CLASSES", 3)
+    monkeypatch.setattr("fastdit.commands.data_convert_imagenet.IMAGES", 14)
+    monkeypatch.setattr("fastdit.commands.data_convert_imagenet.CLASSES", 3)
     assert "warning" not in convert()
 
 

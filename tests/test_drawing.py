@@ -12,12 +12,12 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from fastdit.config import SampleConfig
 from fastdit.data import open_source
-from fastdit.engine.build import Shape
-from fastdit.engine.drawing import BATCH as BATCHES
-from fastdit.engine.drawing import balanced_labels, draw, grid, to_uint8
+from fastdit.evaluation.draw_samples import BATCH as BATCHES
+from fastdit.evaluation.draw_samples import balanced_labels, draw, grid, to_uint8
 from fastdit.metrics.class_agreement import class_agreement, knn_labels
 from fastdit.models import DiT, LatentDecoder, open_autoencoder
 from fastdit.noise import DDPM, EDM, Flow
+from fastdit.run_parts import Shape
 
 BATCH = BATCHES["cpu"]
 

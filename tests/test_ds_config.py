@@ -6,8 +6,8 @@ from itertools import product
 import pytest
 
 from fastdit.config import Config
-from fastdit.engine.ds_config import SHIPPED, Plan, plan
 from fastdit.errors import UserError
+from fastdit.training.deepspeed_config import SHIPPED, Plan, plan
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.json"))
 

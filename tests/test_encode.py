@@ -16,9 +16,9 @@ from data_helpers import latent_source, picture
 from launching import TINY, Launched, forked, metrics, python
 from PIL import Image
 
+from fastdit.commands import encoding
 from fastdit.data import make_loader, open_source, write_shards
 from fastdit.encode import _encode
-from fastdit.engine import encoding
 from fastdit.errors import UserError
 from fastdit.models import open_autoencoder
 from fastdit.sample import _sample

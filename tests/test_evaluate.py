@@ -14,17 +14,20 @@ from data_helpers import encode, latent_source, picture
 from launching import TINY, Launched, checkpoint, deepspeed, forked, metrics, python, run, torchrun
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fastdit import run_parts
 from fastdit.config import Config, EvalConfig, load, parse
 from fastdit.data import open_source, sources
-from fastdit.engine import build, drawing, eval_records, evaluation, judge, loop
-from fastdit.engine.checkpoint_files import sampled_weights
-from fastdit.engine.evaluation import Evaluator, draw_labels
-from fastdit.engine.runtime import Runtime
+from fastdit.distributed import Runtime
 from fastdit.errors import UserError
 from fastdit.evaluate import _evaluate
+from fastdit.evaluation import class_agreement, draw_samples, evaluator
+from fastdit.evaluation.evaluator import Evaluator, draw_labels
 from fastdit.metrics.feature_nets import FeatureNet
 from fastdit.metrics.moments import Moments, frechet_distance
 from fastdit.metrics.summary import Output
+from fastdit.rundir import eval_log
+from fastdit.rundir.checkpoint_files import sampled_weights
+from fastdit.training import loop
 
 pytestmark = pytest.mark.launch
 CPU = torch.device("cpu")
@@ -76,8 +79,8 @@ def cheap_net(label: str = "cheap") -> FeatureNet:
 
 @pytest.fixture
 def cheap(monkeypatch) -> FeatureNet:
-    monkeypatch.setattr(evaluation, "feature_net", lambda *args: cheap_net())
-    monkeypatch.setattr(judge, "KNOWN_IMAGES", 400)
+    monkeypatch.setattr(evaluator, "feature_net", lambda *args: cheap_net())
+    monkeypatch.setattr(class_agreement, "KNOWN_IMAGES", 400)
     return cheap_net()
 
 
@@ -86,8 +89,8 @@ class Opened:
 
     def __init__(self, folder: Path, **settings):
         self.config = replace(load(folder / "config.yaml"), eval=EvalConfig(**{"n": 21, "n_real": 40} | settings))
-        self.shape = build.shape_of(self.config, 10)
-        self.network = build.build_network(self.config, self.shape)
+        self.shape = run_parts.shape_of(self.config, 10)
+        self.network = run_parts.build_network(self.config, self.shape)
         self.network.load_state_dict(sampled_weights(checkpoint(folder, 2)))
         self.network.eval()
 
@@ -99,10 +102,10 @@ class Opened:
 
     def images(self, n: int, labels: np.ndarray) -> np.ndarray:
         """The first n samples, uint8 (n, 28, 28, 1)."""
-        noise = build.build_noise(self.config)
+        noise = run_parts.build_noise(self.config)
         settings = {"indices": range(n), "seed": self.config.eval.seed, "device": CPU}
-        drawn = drawing.draw(self.network, noise, self.config.sample, self.shape, labels, **settings)
-        return drawing.to_uint8(drawn)
+        drawn = draw_samples.draw(self.network, noise, self.config.sample, self.shape, labels, **settings)
+        return draw_samples.to_uint8(drawn)
 
 
 # -- the figures --
@@ -110,21 +113,23 @@ class Opened:
 
 def test_figures_are_those_of_the_samples_and_the_data(trained, cheap, monkeypatch):
     """By hand: all samples at once, the data read again; of three shards."""
-    monkeypatch.setattr(judge, "KNOWN_IMAGES", 3_000)
+    monkeypatch.setattr(class_agreement, "KNOWN_IMAGES", 3_000)
     part = str(Path(sources.__file__).parents[1] / "assets/fashion_mnist/fashion-mnist-{00..02}.tar")
     opened = Opened(trained, n_real=3_000, seed=3, data=part)
     found = opened.figures()
-    labels = drawing.balanced_labels(21, range(10))
+    labels = draw_samples.balanced_labels(21, range(10))
     samples = opened.images(21, labels)
     source = open_source(part)
-    known = judge.known_images(opened.config, source)
+    known = class_agreement.known_images(opened.config, source)
     everything = ((known[0] + 1) * 127.5).round().to(torch.uint8)
     real = Moments.of(cheap(everything).features)
     mine = Moments.of(cheap(torch.from_numpy(samples).permute(0, 3, 1, 2)).features)
     assert real.n == 3_000
     assert found["FD-cheap"]["value"] == pytest.approx(frechet_distance(mine, real), rel=1e-6)
     assert 0 < found["FD-cheap"]["floor"] < found["FD-cheap"]["value"]
-    assert found["class agreement"]["value"] == pytest.approx(judge.agreement(samples, labels, known), abs=1e-6)
+    assert found["class agreement"]["value"] == pytest.approx(
+        class_agreement.agreement(samples, labels, known), abs=1e-6
+    )
     assert found["class agreement"]["floor"] > 0.7
     assert found["KID-cheap"].keys() == found["IS-cheap"].keys() == {"value", "std", "floor"}
     names = {"FD-cheap", "sFD-cheap", "KID-cheap", "IS-cheap", "precision-cheap", "recall-cheap", "class agreement"}
@@ -160,7 +165,7 @@ def test_a_record_says_what_the_figures_depend_on(trained, cheap):
     }
     assert record["nonfinite"] == 0
     assert json.loads(json.dumps(record)) == record
-    line = eval_records.conditions(record)
+    line = eval_log.conditions(record)
     words = "21 samples, 40 images of fashion_mnist, 28x28, 20 and 20, heun, 2 steps, random labels, seed 5, EMA fixed"
     assert [word for word in words.split(", ") if word not in line] == [], line
 
@@ -185,7 +190,7 @@ def test_samples_that_are_not_finite_are_counted(trained, cheap):
         next(opened.network.parameters()).fill_(float("nan"))
     record = opened.evaluator()(opened.network, 2)
     assert record["nonfinite"] == 21
-    assert "21 samples not finite" in eval_records.conditions(record)
+    assert "21 samples not finite" in eval_log.conditions(record)
 
 
 # -- the data's side --
@@ -235,7 +240,7 @@ def some_images(n: int) -> np.ndarray:
 
 
 def test_an_adm_reference_batch(trained, cheap, monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluation, "feature_net", lambda *args: cheap_net(""))
+    monkeypatch.setattr(evaluator, "feature_net", lambda *args: cheap_net(""))
     images, others = some_images(11), cheap(torch.from_numpy(some_images(60)).permute(0, 3, 1, 2))
     given = {"mu": others.features.mean(0).numpy(), "sigma": np.cov(others.features.numpy(), rowvar=False)}
     spatial = {"mu_s": others.spatial.mean(0).numpy(), "sigma_s": np.cov(others.spatial.numpy(), rowvar=False)}
@@ -243,8 +248,10 @@ def test_an_adm_reference_batch(trained, cheap, monkeypatch, tmp_path):
     bare = opened.evaluator()(opened.network, 2)
     assert bare["figures"].keys() == {"FID", "sFID", "IS"}
     assert bare["real"] == {"data": opened.config.eval.data, "n": None, "floor_n": [0, 0]}
-    assert "21 samples against statistics of" in eval_records.conditions(bare)
-    samples = cheap(torch.from_numpy(opened.images(21, drawing.balanced_labels(21, range(10)))).permute(0, 3, 1, 2))
+    assert "21 samples against statistics of" in eval_log.conditions(bare)
+    samples = cheap(
+        torch.from_numpy(opened.images(21, draw_samples.balanced_labels(21, range(10)))).permute(0, 3, 1, 2)
+    )
     mine = Moments.of(samples.features)
     expected = frechet_distance(mine, Moments.of(others.features))
     assert bare["figures"]["FID"] == {"value": pytest.approx(expected, rel=1e-5)}
@@ -283,12 +290,12 @@ def evaluated(trained, tmp_path_factory):
 
 def test_the_command_leaves_figures_everywhere(evaluated):
     folder, text = evaluated
-    (record,) = eval_records.read(folder)
+    (record,) = eval_log.read(folder)
     figures = {f"{name}-lite0" for name in ("FD", "KID", "IS", "precision", "recall")} | {"class agreement"}
     assert record["figures"].keys() == figures
     assert record["checkpoint"] == str(checkpoint(folder, 2))
     for name, figure in record["figures"].items():
-        assert f"{name}: {eval_records.shown(name, figure)}" in text
+        assert f"{name}: {eval_log.shown(name, figure)}" in text
     assert "21 samples against 20 images of fashion_mnist at 28x28" in text
     assert "resize bicubic with antialiasing, to 224" in text
     board = EventAccumulator(str(folder / "tensorboard")).Reload()
@@ -312,9 +319,9 @@ def test_the_figures_do_not_depend_on_the_number_of_ranks(evaluated, trained, tm
     ):
         first.wait().succeeded()
         second.wait().succeeded()
-    (alone,) = eval_records.read(evaluated[0])
+    (alone,) = eval_log.read(evaluated[0])
     for folder in (two, three):
-        (together,) = eval_records.read(folder)
+        (together,) = eval_log.read(folder)
         assert flat(together) == pytest.approx(flat(alone), rel=1e-9, abs=1e-12)
         for key in ("n", "real", "features", "sampling"):
             assert together[key] == alone[key]
@@ -373,8 +380,8 @@ def test_samples_of_latents_are_decoded(trained, cheap, tmp_path):
     assert "give the autoencoder that decodes them" in mistake(trained, data=str(tmp_path), n_real=None)
     data = {"source": tmp_path, "size": 14, "channels": 12, "latent_scale": 2.5, "autoencoder": "space_to_depth:2"}
     config = parse([*TINY, *(f"--data.{key}={value}" for key, value in data.items()), "--eval.n", "21"])
-    shape = build.shape_of(config, 2)
-    network, decoder = build.build_network(config, shape).eval(), build.build_decoder(config, shape)
+    shape = run_parts.shape_of(config, 2)
+    network, decoder = run_parts.build_network(config, shape).eval(), run_parts.build_decoder(config, shape)
     torch.nn.init.normal_(network.head.weight, std=0.02)
     with pytest.raises(UserError, match="give images, or an ADM reference"):
         Evaluator(config, shape, ALONE, decoder=decoder)
@@ -382,9 +389,9 @@ def test_samples_of_latents_are_decoded(trained, cheap, tmp_path):
     config = replace(config, eval=replace(config.eval, data=archive(tmp_path, arr_0=images)))
     record = Evaluator(config, shape, ALONE, decoder=decoder, live=False)(network, 2)
     settings = {"indices": range(21), "seed": 0, "device": CPU}
-    labels = drawing.balanced_labels(21, range(2))
-    latents = drawing.draw(network, build.build_noise(config), config.sample, shape, labels, **settings)
-    samples = torch.from_numpy(drawing.to_uint8(torch.nn.functional.pixel_shuffle(latents / 2.5, 2)))
+    labels = draw_samples.balanced_labels(21, range(2))
+    latents = draw_samples.draw(network, run_parts.build_noise(config), config.sample, shape, labels, **settings)
+    samples = torch.from_numpy(draw_samples.to_uint8(torch.nn.functional.pixel_shuffle(latents / 2.5, 2)))
     assert samples.float().std() > 1
     mine, real = (Moments.of(cheap(x.permute(0, 3, 1, 2)).features) for x in (samples, torch.from_numpy(images)))
     assert record["figures"]["FD-cheap"]["value"] == pytest.approx(frechet_distance(mine, real), rel=1e-6)
@@ -409,13 +416,13 @@ def watched(tmp_path_factory) -> Path:
 
 
 def test_training_evaluates_at_its_interval(watched):
-    records = eval_records.read(watched)
+    records = eval_log.read(watched)
     assert [record["step"] for record in records] == [2, 4]
     assert records[0]["figures"]["FD-lite0"]["value"] != records[1]["figures"]["FD-lite0"]["value"]
     lines = [line for line in metrics(watched) if "eval/FD-lite0" in line]
     assert [line["step"] for line in lines] == [2, 4]
     for line, record in zip(lines, records):
-        assert {k: v for k, v in line.items() if k != "step"} == eval_records.scalars(record)
+        assert {k: v for k, v in line.items() if k != "step"} == eval_log.scalars(record)
     board = EventAccumulator(str(watched / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("eval/KID-lite0")] == [2, 4]
     page = (watched / "report.html").read_text()
@@ -435,10 +442,10 @@ def test_a_resumed_run_evaluates_what_was_lost_and_nothing_twice(watched, tmp_pa
     folder = Path(shutil.copytree(watched, tmp_path / "run"))
     for step in (3, 4):
         shutil.rmtree(checkpoint(folder, step))
-    mine = eval_records.read(folder)[-1] | {"checkpoint": "by hand"}
-    eval_records.append(folder, mine)
+    mine = eval_log.read(folder)[-1] | {"checkpoint": "by hand"}
+    eval_log.append(folder, mine)
     forked("--resume", "--out", folder).succeeded()
-    before, after = eval_records.read(watched), eval_records.read(folder)
+    before, after = eval_log.read(watched), eval_log.read(folder)
     assert [(record["step"], record["checkpoint"]) for record in after] == [(2, None), (4, "by hand"), (4, None)]
     assert after[2]["figures"] == before[1]["figures"]
     assert [line["step"] for line in metrics(folder) if "eval/FD-lite0" in line] == [2, 4]

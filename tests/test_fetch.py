@@ -24,11 +24,11 @@ import pytest
 from data_helpers import decode
 from fetch_helpers import CIFAR, FASHION, TEST, TRAIN, Server, labels, raw_files, tgz
 
+from fastdit.commands.data_tools import _data
 from fastdit.config import parse
 from fastdit.data import open_source
 from fastdit.data.sets import download, image_sets
 from fastdit.data.sets.known_sets import SETS
-from fastdit.data_tools import _data
 from fastdit.errors import UserError
 
 SEARCH_PATH = os.environ["PATH"]
@@ -389,7 +389,7 @@ def test_without_any_way_it_says_which_file_to_put_where(raw, server):
 
 def test_offline_the_command_ends_with_one_line_and_code_2():
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
-    command = [sys.executable, "-m", "fastdit.data_tools", "fetch", "cifar10", "--out", "d"]
+    command = [sys.executable, "-m", "fastdit.commands.data_tools", "fetch", "cifar10", "--out", "d"]
     root = str(Path(__file__).parents[1])
     ended = subprocess.run(command, env=os.environ | nowhere | {"PYTHONPATH": root}, capture_output=True, text=True)
     assert ended.returncode == 2

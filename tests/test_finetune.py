@@ -9,8 +9,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 
+from fastdit import run_parts
 from fastdit.config import parse
-from fastdit.engine import build
 from fastdit.errors import UserError
 from fastdit.export import main as export_command
 from fastdit.models import (
@@ -188,7 +188,7 @@ def test_from_one_data_set_to_another(pretrained, digits, tmp_path, flags, stage
         assert not torch.equal(found["gains.weight"], torch.ones_like(found["gains.weight"]))
     assert all(line["loss"] < 10 for line in metrics(tmp_path / "run"))
     export(tmp_path / "run", tmp_path / "out.pt")
-    plain = build.build_network(parse([*map(str, TINY)]), build.Shape(1, 28, 28, 3))
+    plain = run_parts.build_network(parse([*map(str, TINY)]), run_parts.Shape(1, 28, 28, 3))
     load_checkpoint(plain, tmp_path / "out.pt")  # an ordinary DiT again
     assert json.loads((checkpoint(tmp_path / "run", 8) / "manifest.json").read_text())["finetune"] == flags[1]
     if stage == "zero1":  # only what is trained has optimizer state

@@ -391,10 +391,10 @@ def test_without_jsonargparse_one_line_says_so():
 @pytest.mark.parametrize("part", gpu_suite.PARTS, ids=lambda part: part.name)
 def test_every_part_is_a_command_that_parses(part):
     """The flags of each part are known to its benchmark; test files exist; the limit leaves room for a start."""
+    import convergence
     import profile_steps
     import rates
     import throughput
-    import convergence
 
     import kernels
 

@@ -12,11 +12,11 @@ from sd_dit_reference import randomise
 from test_self_discrimination import CLASSES, batch, make
 from train_with_graphs import stand_in
 
-from fastdit.engine import graphs
 from fastdit.errors import UserError
 from fastdit.methods.denoising import Denoising
 from fastdit.models import DiT
 from fastdit.noise import EDM
+from fastdit.training import cuda_graphs
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="records on a GPU")
 
@@ -72,7 +72,7 @@ def test_calls_unlike_the_recorded_run_as_before(monkeypatch):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", make)
     network = DiT(input_size=8, patch=4, channels=1, width=32, depth=1, heads=2, classes=3)
     inputs = {n: (torch.zeros(n, 1, 8, 8), torch.zeros(n), torch.zeros(n, dtype=torch.int64)) for n in (2, 3)}
-    graphs.record(network, inputs[2])
+    cuda_graphs.record(network, inputs[2])
     network(*inputs[3])
     with torch.no_grad():
         network(*inputs[2])
@@ -94,7 +94,7 @@ def test_losses_and_gradients_are_those_without_graphs(monkeypatch, device, meth
         method.to(torch.device(device), torch.float32)
         module.to(device)
     for part, samples in method.graphed(module, 4):
-        graphs.record(part, samples)
+        cuda_graphs.record(part, samples)
     for step in range(3):
         x0, y = (tensor.to(device) for tensor in batch(seed=step))
         losses = []
@@ -127,7 +127,7 @@ def plain() -> tuple[Denoising, DiT]:
 def test_where_graphs_cannot_serve(device, changes, words):
     plan = SimpleNamespace(**{"stage": 1, "accumulation": 1} | changes)
     with pytest.raises(UserError) as error:
-        graphs.check(plan, torch.device(device))
+        cuda_graphs.check(plan, torch.device(device))
     for word in words:
         assert word in str(error.value)
 

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from launching import TINY, forked, metrics
 
+from fastdit import run_parts
+from fastdit.commands.data_check import run as check
 from fastdit.config import Config, DataConfig, NoiseConfig, parse
 from fastdit.data import make_loader, open_source, write_shards
 from fastdit.data.latents import LatentForm, quantize, quantized_dtype
-from fastdit.data_check import run as check
 from fastdit.encode import _encode
-from fastdit.engine import build
 from fastdit.errors import UserError
 from fastdit.models import LatentDecoder, open_autoencoder
 from fastdit.noise import EDM
@@ -150,10 +150,10 @@ def settings_for(folder, noise: str, **data) -> Config:
 def test_standardized_channels_have_the_moments_asked_for(images, tmp_path, noise, deviation):
     manifest = encode(images, tmp_path / "l", "--dtype float32 --mirrored false")
     source = open_source(str(tmp_path / "l"))
-    config = build.standardised(settings_for(tmp_path / "l", noise), source)
+    config = run_parts.standardized(settings_for(tmp_path / "l", noise), source)
     assert config.data.latent_shift == tuple(manifest["channel_mean"])
-    assert build.standardised(config, source) == config, "as a resumed run has it"
-    loader = build.build_loader(config, source, batch=N, rank=0, world=1, device=torch.device("cpu"))
+    assert run_parts.standardized(config, source) == config, "as a resumed run has it"
+    loader = run_parts.build_loader(config, source, batch=N, rank=0, world=1, device=torch.device("cpu"))
     with closing(loader):
         x, _ = next(loader)
     assert x.mean((0, 2, 3)).abs().max() < 1e-5
@@ -170,15 +170,15 @@ def test_what_cannot_be_standardized(images, tmp_path):
     encode(images, tmp_path / "l", "--mirrored false")
     source = open_source(str(tmp_path / "l"))
     with pytest.raises(UserError, match=r"data.standardise: latent_scale 0.5 and latent_shift 0.0 are not what"):
-        build.standardised(settings_for(tmp_path / "l", "edm", latent_scale=0.5), source)
+        run_parts.standardized(settings_for(tmp_path / "l", "edm", latent_scale=0.5), source)
     with pytest.raises(UserError, match=r"data.standardise: synthetic has no manifest"):
-        build.standardised(settings_for("synthetic", "edm"), open_source("synthetic"))
+        run_parts.standardized(settings_for("synthetic", "edm"), open_source("synthetic"))
     (tmp_path / "l/manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"l/manifest.json: is no manifest of shards"):
-        build.standardised(settings_for(tmp_path / "l", "edm"), source)
+        run_parts.standardized(settings_for(tmp_path / "l", "edm"), source)
     (tmp_path / "l/manifest.json").unlink()
     with pytest.raises(UserError, match="has no manifest with statistics of channels"):
-        build.standardised(settings_for(tmp_path / "l", "edm"), source)
+        run_parts.standardized(settings_for(tmp_path / "l", "edm"), source)
     with pytest.raises(UserError, match=r"data.latent_scale: 2 numbers for 4 channels"):
         parse(["--data.channels", "4", "--data.latent_scale", "[1,2]"])
 

@@ -14,9 +14,9 @@ import torch
 from data_helpers import encode, latent_source, picture
 from PIL import Image
 
+from fastdit import distributed, run_parts
 from fastdit.config import parse
 from fastdit.data import write_shards
-from fastdit.engine import build, runtime
 from fastdit.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +60,7 @@ def batches(config, count: int) -> list[tuple[tuple, tuple]]:
     from loaders import OURS, THEIRS, open_loaders
 
     with ExitStack() as stack:
-        loaders = open_loaders(config, build.open_data(config), CPU)
+        loaders = open_loaders(config, run_parts.open_data(config), CPU)
         theirs, ours = (stack.enter_context(closing(loaders[name])) for name in (THEIRS, OURS))
         return [(next(ours), next(theirs)) for _ in range(count)]
 
@@ -211,7 +211,7 @@ def test_a_damaged_image_is_one_line(tmp_path):
     for i in range(3):
         (tmp_path / "a" / f"{i}.jpg").write_bytes(encode(picture(20, 20), "JPEG")[: 300 if i == 1 else None])
     config = config_of(tmp_path, 16, 3)
-    loaders = open_loaders(config, build.open_data(config), CPU)
+    loaders = open_loaders(config, run_parts.open_data(config), CPU)
     with closing(loaders[THEIRS]) as loader, pytest.raises(UserError) as caught:
         next(loader)
     assert "\n" not in str(caught.value)
@@ -250,7 +250,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     import throughput
     from loaders import loader_lines
 
-    monkeypatch.setattr(throughput.runtime, "start", lambda config: runtime.Runtime(0, 1, 0, CPU))
+    monkeypatch.setattr(throughput.runtime, "start", lambda config: distributed.Runtime(0, 1, 0, CPU))
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     flags = "--loader_only --data fashion_mnist --size 28 --channels 1 --batch 16 --device cpu --steps 1"
     files = ("--json", str(tmp_path / "r.json"), "--csv", str(tmp_path / "r.csv"))
@@ -279,7 +279,7 @@ def test_data_made_when_asked_for(monkeypatch, name, shape):
     for _ in range(2):
         with made_data.at_hand(name) as folder:
             config = config_of(folder, shape[1], shape[0])
-            source = build.open_data(config)
+            source = run_parts.open_data(config)
             assert source.labels.tolist() == [0, 1, 2, 3, 4]
             seen.append([source.read(i).tobytes() for i in range(5)])
             (pair,) = batches(config, 1)

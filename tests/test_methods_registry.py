@@ -6,11 +6,11 @@ from dataclasses import fields, is_dataclass
 import pytest
 
 from fastdit.config import Config
-from fastdit.engine.report import panels
 from fastdit.errors import UserError
 from fastdit.methods.denoising import Denoising
 from fastdit.methods.registry import METHODS, canonical_name, methods_of
 from fastdit.methods.wrapper import Wrapper
+from fastdit.rundir.report import panels
 
 # In config.yaml files and checkpoints.
 WRITTEN = ("dit", "sd_dit", "sadm", "sd_dit+sadm", "psi_align", "psi_align+sadm")

@@ -148,7 +148,7 @@ fastdit.__path__.insert(0, sys.argv[1])  # the folder with the copy of fastdit/n
 import torch
 
 from fastdit.config import Config, NoiseConfig, dump, load, parse
-from fastdit.engine import build
+from fastdit import run_parts
 from fastdit.errors import UserError
 from fastdit.noise import PROCESSES, NoiseProcess, sample
 from fastdit.noise.toy import Toy
@@ -178,9 +178,9 @@ assert refusal("--noise.name", "toy", "--sample.steps", "8") == "sample.steps: 8
 assert "euler, heun" in refusal("--noise.name", "toy", "--sample.steps", "7", "--sample.sampler", "ddim")
 
 # Train one step.
-shape = build.shape_of(config, classes=3)
-network, method = build.build_training(config, shape)
-assert method.noise == build.build_noise(config) == Toy(highest=2.0)
+shape = run_parts.shape_of(config, classes=3)
+network, method = run_parts.build_training(config, shape)
+assert method.noise == run_parts.build_noise(config) == Toy(highest=2.0)
 optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
 x0, y = torch.full((4, 3, 4, 4), 0.5), torch.tensor([0, 1, 2, 0])
 

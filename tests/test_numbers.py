@@ -9,13 +9,14 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 
+from fastdit import run_parts
 from fastdit.config import Config, DataConfig, EMAConfig, EvalConfig, ModelConfig, SampleConfig, parse
-from fastdit.engine import build, schedules
-from fastdit.engine.ds_config import plan
 from fastdit.errors import UserError
 from fastdit.kernels import AdamWEMA
 from fastdit.methods.registry import METHODS
 from fastdit.noise import PROCESSES
+from fastdit.training import schedules
+from fastdit.training.deepspeed_config import plan
 
 BASE = shlex.split(
     "--data.source synthetic:1x8x8:3:9 --data.size 8 --data.channels 1 --model.patch 4 --model.width 16 "
@@ -71,8 +72,8 @@ def train_one_step(config: Config) -> None:
     """Build what a run with this configuration is made of, without DeepSpeed, and take its first step."""
     # Build the network, the method and the optimizer.
     plan(config, 1, False)
-    shape = build.shape_of(config, 3)
-    module, method = build.build_training(config, shape)
+    shape = run_parts.shape_of(config, 3)
+    module, method = run_parts.build_training(config, shape)
     method.to(torch.device("cpu"), torch.float32)
     rules = {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")}
     decays = {"ema": schedules.ema_decay(config.ema, 0), **method.begin_step(0, config.steps)}

@@ -13,8 +13,8 @@ from test_config import complaint
 from test_resume import assert_same_run
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastdit import run_parts
 from fastdit.config import CONFIG_FILE, load, parse, presets
-from fastdit.engine import build
 from fastdit.errors import UserError
 from fastdit.export import main as export
 from fastdit.methods.denoising import Denoising
@@ -288,9 +288,9 @@ def test_every_preset_aligns(preset):
 @pytest.mark.parametrize(("preset", "plain_steps"), [("quickstart", 1.11), ("imagenet256_s2", 1.06)])
 def test_a_step_costs_little_and_the_dit_is_sampled(preset, plain_steps):
     config = parse(["--preset", preset, "--method", "psi_align"])
-    shape = build.shape_of(config, 10)
-    network = build.build_network(config, shape)
-    module, method = build.build_training(config, shape)
+    shape = run_parts.shape_of(config, 10)
+    network = run_parts.build_network(config, shape)
+    module, method = run_parts.build_training(config, shape)
     assert type(network) is type(method.sampled_network(module)) is DiT
     flops = method.flops(module)
     assert sum(flops.values()) / flops["network"] == pytest.approx(plain_steps, abs=0.01)
@@ -327,7 +327,7 @@ def test_two_ranks_shard_and_export_a_plain_dit(tmp_path):
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, atol=1e-6, rtol=1e-5)
     config = load(tmp_path / "zero3" / CONFIG_FILE)
-    network = build.build_network(config, build.shape_of(config, 10))
+    network = run_parts.build_network(config, run_parts.shape_of(config, 10))
     assert type(network) is DiT
     network.load_state_dict(found[1])
     with pytest.raises(SystemExit) as end:
@@ -351,7 +351,7 @@ def test_another_alignment_is_not_resumed_and_weights_must_fit(tmp_path):
     save_structure_encoder(LatentResNet(channels=1, features=12, width=32), tmp_path / "wide.safetensors")
     config = parse([*RUN, "--psi_align.psi_weights", str(tmp_path / "wide.safetensors")])
     with pytest.raises(UserError, match="width is 32 in this file, 16 in this run"):
-        build.build_training(config, build.shape_of(config, 10))
+        run_parts.build_training(config, run_parts.shape_of(config, 10))
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastdit.engine import records
-from fastdit.engine.commit import commit_file
-from fastdit.engine.layout import BOARD, CURVES, GRID, METRICS
-from fastdit.engine.meter import Meter
-from fastdit.engine.records import Recorder, read_metrics, versions
-from fastdit.engine.report import panels, write_report
+from fastdit.rundir import metrics_log
+from fastdit.rundir.commit import commit_file
+from fastdit.rundir.metrics_log import Recorder, read_metrics, versions
+from fastdit.rundir.report import panels, write_report
+from fastdit.rundir.run_files import BOARD, CURVES, GRID, METRICS
+from fastdit.training.meter import Meter
 
 NAN, INF = float("nan"), float("inf")
 
@@ -138,7 +138,7 @@ def repository(tmp_path, monkeypatch) -> Path:
     author = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
     for words in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "first"]):
         subprocess.run(["git", *words], cwd=root, check=True)
-    monkeypatch.setattr(records, "__file__", str(root / "fastdit/engine/records.py"))
+    monkeypatch.setattr(metrics_log, "__file__", str(root / "fastdit/rundir/metrics_log.py"))
     monkeypatch.delenv("FASTDIT_COMMIT", raising=False)
     return root
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from launching import RECIPE, TINY, Launched, checkpoint, deepspeed, forked, metrics, run
 
-from fastdit.engine.checkpoint_files import damage
+from fastdit.rundir.checkpoint_files import damage
 
 pytestmark = pytest.mark.launch
 

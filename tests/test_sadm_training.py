@@ -14,8 +14,8 @@ from test_config import complaint
 from test_image_resnet import resnet18_weights
 from test_resume import assert_same_run
 
+from fastdit import run_parts
 from fastdit.config import parse, presets
-from fastdit.engine import build
 from fastdit.methods.denoising import Denoising, Outcome
 from fastdit.methods.structure_game import StructureGame, build_psi
 from fastdit.models import LatentResNet
@@ -83,10 +83,10 @@ def joined(loaders) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 def reference() -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """Return the metrics of every step of RECIPE on two ranks, and its final EMA (float64)."""
     config = parse(RECIPE)
-    source = build.open_data(config)
-    shape = build.shape_of(config, source.classes)
-    network, _ = build.build_training(config, shape)
-    base = AllRanks(build.build_noise(config), shape.classes, config.label_drop)
+    source = run_parts.open_data(config)
+    shape = run_parts.shape_of(config, source.classes)
+    network, _ = run_parts.build_training(config, shape)
+    base = AllRanks(run_parts.build_noise(config), shape.classes, config.label_drop)
     method = StructureGame(base, config.sadm, build_psi(config, shape, base))
     method.to(torch.device("cpu"), torch.float32)
     with rank_inputs(config, source, 2) as (loaders, _):
@@ -205,7 +205,7 @@ def test_what_a_run_finds_is_one_line(tmp_path, name):
 def test_every_preset_plays(preset, method):
     config = parse(["--preset", preset, "--method", method])
     assert config.uses("sadm")
-    shape = build.shape_of(config, 10)
+    shape = run_parts.shape_of(config, 10)
     psi = build_psi(config, shape, None)
     features = psi(torch.zeros(2, shape.channels, shape.height, shape.width))
     assert features.shape == (2, config.sadm.psi_features)

@@ -14,9 +14,10 @@ from launching import forked
 from PIL import Image
 from safetensors.torch import load_file
 
+from fastdit import run_parts
 from fastdit.config import load
-from fastdit.engine import build, drawing
 from fastdit.errors import UserError
+from fastdit.evaluation import draw_samples
 from fastdit.sample import _sample
 
 FASTDIT = Path(__file__).parents[1] / "fastdit"
@@ -220,12 +221,12 @@ def test_latents_are_drawn_as_pictures(latent_run, sample):
     drawn, config = sample("--n 11", run=latent_run), load(latent_run / "config.yaml")
     assert (drawn["images"].shape, drawn["labels"].tolist()) == ((11, 12, 8, 3), [i % 2 for i in range(11)])
     assert np.array_equal(sample("--n 3", run=latent_run)["images"], drawn["images"][:3])
-    shape = build.shape_of(config, 2)
-    network = build.build_network(config, shape)
+    shape = run_parts.shape_of(config, 2)
+    network = run_parts.build_network(config, shape)
     network.load_state_dict(load_file(latent_run / "checkpoints/step-00000002/ema.safetensors"))
-    latents = drawing.draw(
+    latents = draw_samples.draw(
         network.eval(),
-        build.build_noise(config),
+        run_parts.build_noise(config),
         config.sample,
         shape,
         drawn["labels"],
@@ -234,7 +235,7 @@ def test_latents_are_drawn_as_pictures(latent_run, sample):
         device=torch.device("cpu"),
     )
     pixels = torch.nn.functional.pixel_shuffle(latents / 2.5 + 0.125, 2)
-    assert np.array_equal(drawn["images"], drawing.to_uint8(pixels))
+    assert np.array_equal(drawn["images"], draw_samples.to_uint8(pixels))
     assert drawn["images"].std() > 10
 
 

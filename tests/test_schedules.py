@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fastdit.config import Config, EMAConfig
-from fastdit.engine.schedules import ema_decay, learning_rate, power_gamma
+from fastdit.training.schedules import ema_decay, learning_rate, power_gamma
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])

@@ -11,8 +11,8 @@ from test_config import complaint
 from test_encoder_decoder import SIZES, close, split_of
 from test_pretrained import make_diffusers, make_official, same
 
+from fastdit import run_parts
 from fastdit.config import CONFIG_FILE, dump, load, parse
-from fastdit.engine import build
 from fastdit.errors import UserError
 from fastdit.methods.self_discrimination import SDDiT
 from fastdit.models import DiT, EncoderDecoder, GradientRatio, SplitDiT, add_gains, load_checkpoint, save_official
@@ -249,11 +249,11 @@ def test_sizes_follow_the_encoder():
 @pytest.mark.parametrize(("decoder", "most"), [("split", 1.15), ("extra", 1.25)])
 def test_a_step_costs_little_more_than_a_plain_one(size, decoder, most):
     """It is counted at 256 tokens with the default settings; less is compared at less cost."""
-    shape = build.Shape(4, 32, 32, 1000)
+    shape = run_parts.Shape(4, 32, 32, 1000)
 
     def cost(*flags):
         with torch.device("meta"):
-            module, method = build.build_training(parse(["--model.size", size, *flags]), shape)
+            module, method = run_parts.build_training(parse(["--model.size", size, *flags]), shape)
         return sum(method.flops(module).values())
 
     plain = cost()
@@ -266,7 +266,7 @@ def test_a_step_costs_little_more_than_a_plain_one(size, decoder, most):
 
 
 def test_networks_of_both_decoders():
-    shape = build.Shape(1, 28, 28, 10)
+    shape = run_parts.Shape(1, 28, 28, 10)
     tiny = [
         "--method",
         "sd_dit",
@@ -279,9 +279,9 @@ def test_networks_of_both_decoders():
         "--data.size",
         "28",
     ]
-    network = build.build_network(parse(tiny), shape)
+    network = run_parts.build_network(parse(tiny), shape)
     assert isinstance(network, SplitDiT)
     assert network.split == 2
-    assert build.build_network(parse([*tiny, "--sd_dit.split", "3"]), shape).split == 3
-    assert build.build_network(parse([*tiny, "--sd_dit.split", "0.01"]), shape).split == 1
-    assert isinstance(build.build_network(parse([*tiny, "--sd_dit.decoder", "extra"]), shape), EncoderDecoder)
+    assert run_parts.build_network(parse([*tiny, "--sd_dit.split", "3"]), shape).split == 3
+    assert run_parts.build_network(parse([*tiny, "--sd_dit.split", "0.01"]), shape).split == 1
+    assert isinstance(run_parts.build_network(parse([*tiny, "--sd_dit.decoder", "extra"]), shape), EncoderDecoder)

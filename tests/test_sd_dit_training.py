@@ -25,10 +25,10 @@ from sd_dit_reference import randomise
 from test_config import complaint
 from test_resume import assert_same_run
 
+from fastdit import run_parts
 from fastdit.config import load, parse
-from fastdit.engine import build
-from fastdit.engine.sampled_run import open_run
 from fastdit.errors import UserError
+from fastdit.evaluation.open_run import open_run
 from fastdit.export import _export
 from fastdit.methods.self_discrimination import SDDiT
 from fastdit.models import DiT, EncoderDecoder, SplitDiT, load_checkpoint
@@ -79,9 +79,9 @@ def leading(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def reference(decoder: str, accumulation: int = 1):
     """Return the metrics of every step on two ranks, the final EMA and teacher weights (float64) and centers."""
     config = parse(RECIPES[decoder])
-    source = build.open_data(config)
-    shape = build.shape_of(config, source.classes)
-    student, method = build.build_training(config, shape)
+    source = run_parts.open_data(config)
+    shape = run_parts.shape_of(config, source.classes)
+    student, method = run_parts.build_training(config, shape)
     parts, teacher = 2 * accumulation, dict(method.teacher.named_parameters())
     master, lines = MasterWeights(student, warmup=3, steps=STEPS, averages=("ema", "teacher")), []
     with rank_inputs(config, source, 2, accumulation) as (loaders, noises):
@@ -183,7 +183,7 @@ def test_in_bf16_the_teacher_follows_fp32_averages(trained, stage, micro_batch):
     slow = ("--eps", "1e-8", "--lr", "1e-4", "--sd_dit.momentum", "0.996", "--micro_batch", str(micro_batch))
     folder = trained(f"zero{stage}", "--precision", "bf16", *slow)
     kept = held(folder)
-    start, _ = build.build_training(parse(RECIPE), build.Shape(1, 28, 28, 10))
+    start, _ = run_parts.build_training(parse(RECIPE), run_parts.Shape(1, 28, 28, 10))
     start = {name.removeprefix("network."): p.detach().bfloat16() for name, p in start.named_parameters()}
     for name, weight in kept["teacher"].items():
         average = kept["averages"][name]
@@ -237,7 +237,7 @@ def test_a_run_with_a_frozen_teacher_goes_on_to_the_bit(tmp_path):
     copy = without_its_end(tmp_path / "run", tmp_path / "copy")
     forked("--resume", "--out", copy).succeeded()
     assert_same_run(copy, tmp_path / "run", STEPS)
-    start, _ = build.build_training(parse(SPLIT), build.Shape(1, 28, 28, 10))
+    start, _ = run_parts.build_training(parse(SPLIT), run_parts.Shape(1, 28, 28, 10))
     state = torch.load(checkpoint(copy, STEPS) / "method.pt", weights_only=True)["teacher"]
     assert torch.equal(state["encoder.blocks.0.fc1.weight"], start.network.blocks[0].fc1.weight)
     moving = forked("--resume", "--out", copy, "--steps", 13, "--sd_dit.momentum", 0.9)
@@ -279,7 +279,7 @@ def test_samples_and_exports(trained, tmp_path, decoder):
 
     _export(["--run", str(folder), "--out", str(tmp_path / "x.safetensors")])
     assert load_file(tmp_path / "x.safetensors").keys() == averages(folder, STEPS).keys()
-    network = build.build_network(parse(RECIPES[decoder]), build.Shape(1, 28, 28, 10))
+    network = run_parts.build_network(parse(RECIPES[decoder]), run_parts.Shape(1, 28, 28, 10))
     assert isinstance(network, EncoderDecoder if decoder == "extra" else SplitDiT)
     load_checkpoint(network, tmp_path / "x.safetensors")
     for name, value in averages(folder, STEPS).items():
@@ -294,9 +294,9 @@ def test_only_the_split_decoder_has_the_official_layout(trained, tmp_path):
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "x.pt").exists()
 
-    folder, shape = trained("partitioned", decoder="split"), build.Shape(1, 28, 28, 10)
+    folder, shape = trained("partitioned", decoder="split"), run_parts.Shape(1, 28, 28, 10)
     _export(["--run", str(folder), "--out", str(tmp_path / "x.pt")])
-    plain = build.build_network(parse([*SPLIT, "--method", "dit"]), shape)
+    plain = run_parts.build_network(parse([*SPLIT, "--method", "dit"]), shape)
     assert type(plain) is DiT
     load_checkpoint(plain, tmp_path / "x.pt")
     opened = open_run(argparse.Namespace(run=str(folder), checkpoint=None), load(folder / "config.yaml"))
@@ -305,7 +305,7 @@ def test_only_the_split_decoder_has_the_official_layout(trained, tmp_path):
         drawn = [sample(EDM(), net.eval(), noise, torch.arange(4), steps=3) for net in (plain, opened.network)]
     assert torch.equal(*drawn)
     assert drawn[0].std() > 0.1
-    student, method = build.build_training(parse([*SPLIT, "--init_from", str(tmp_path / "x.pt")]), shape)
+    student, method = run_parts.build_training(parse([*SPLIT, "--init_from", str(tmp_path / "x.pt")]), shape)
     for network in (student.network, method.teacher.encoder):
         assert torch.equal(network.blocks[0].qkv.weight, plain.blocks[0].qkv.weight)
 
@@ -355,11 +355,11 @@ def test_another_method_or_size_is_not_resumed(finished, flag, value):
 
 
 def test_a_dit_is_the_start_of_encoder_and_teacher(tmp_path):
-    shape, path = build.Shape(1, 28, 28, 10), tmp_path / "dit.safetensors"
-    dit = build.build_network(parse([*SMALL, "--method", "dit"]), shape)
+    shape, path = run_parts.Shape(1, 28, 28, 10), tmp_path / "dit.safetensors"
+    dit = run_parts.build_network(parse([*SMALL, "--method", "dit"]), shape)
     randomise(dit, seed=1)
     save_file(dit.state_dict(), path)
-    student, method = build.build_training(parse([*SMALL, "--init_from", str(path)]), shape)
+    student, method = run_parts.build_training(parse([*SMALL, "--init_from", str(path)]), shape)
     for encoder in (student.network.encoder, method.teacher.encoder):
         for name, value in encoder.state_dict().items():
             assert name == "class_token.weight" or torch.equal(value, dit.state_dict()[name]), name
@@ -370,7 +370,7 @@ def test_the_published_sizes_can_be_laid_out(size, millions):
     config = parse(["--preset", f"imagenet256_sd_dit_{size}2"])
     assert config.sd_dit == SDDiT(decoder="extra"), "the defaults are the published settings, where known"
     with torch.device("meta"):
-        student, method = build.build_training(config, build.Shape(4, 32, 32, 1000))
+        student, method = run_parts.build_training(config, run_parts.Shape(4, 32, 32, 1000))
     count = sum(p.numel() for p in student.network.encoder.parameters())
     assert count / 1e6 == pytest.approx(millions, rel=0.02)
     more = sum(p.numel() for p in student.parameters()) - count

@@ -30,8 +30,8 @@ from test_image_resnet import resnet18_weights
 from test_structure_cost import Free, NoSync, Recorder
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastdit import run_parts
 from fastdit.config import parse
-from fastdit.engine import build
 from fastdit.methods.denoising import Denoising
 from fastdit.methods.encoder_build import count_flops
 from fastdit.methods.structure_game import SADM, StructureGame
@@ -163,10 +163,10 @@ def test_the_gradient_penalty_is_in_pixels(decoder):
 )
 def test_a_step_costs_what_it_says(decoder, settings, passes, decoded):
     """In FLOPs, of a step and of the two networks that encoder_build.py counts."""
-    psi, shape = LatentResNet(channels=3, features=8, width=16), build.Shape(CHANNELS, *SIZE, 5)
+    psi, shape = LatentResNet(channels=3, features=8, width=16), run_parts.Shape(CHANNELS, *SIZE, 5)
     if not settings.get("psi_decoder_gradient", True):
         decoder.approximate_gradient()
-    of_decoder, of_psi = count_flops(decoder, shape), count_flops(psi, build.Shape(*PICTURE, 5))
+    of_decoder, of_psi = count_flops(decoder, shape), count_flops(psi, run_parts.Shape(*PICTURE, 5))
     method = StructureGame(Free(EDM(), 5, 0.1), SADM(**settings), psi, of_psi, decoder, of_decoder)
     method.to(CPU, torch.float32)
     (x0, y), network = samples(4), Recorder()
@@ -216,18 +216,18 @@ def flags(tmp_path_factory) -> list:
 
 def test_what_is_built(flags):
     config = parse([str(flag) for flag in flags])
-    shape = build.shape_of(config, 2)
-    decoder = build.build_decoder(config, shape)
+    shape = run_parts.shape_of(config, 2)
+    decoder = run_parts.build_decoder(config, shape)
     assert (decoder.scale, decoder.shift) == (0.4, 0.0)
     for more, approximate in ((), False), (("--sadm.psi_decoder_gradient", "false"), True):
-        decoder = build.build_decoder(config, shape)
-        _, method = build.build_training(parse([str(flag) for flag in (*flags, *more)]), shape, decoder)
+        decoder = run_parts.build_decoder(config, shape)
+        _, method = run_parts.build_training(parse([str(flag) for flag in (*flags, *more)]), shape, decoder)
         assert method.decoder is decoder
         assert (decoder.colours is not None) == approximate
-        assert method.psi_flops == count_flops(method.psi, build.Shape(3, 32, 32, 2))
+        assert method.psi_flops == count_flops(method.psi, run_parts.Shape(3, 32, 32, 2))
         assert method.decoder_flops == count_flops(decoder, shape) > 0
     latents = replace(config, sadm=replace(config.sadm, psi="latent_resnet", psi_weights=None))
-    _, method = build.build_training(latents, shape, decoder)
+    _, method = run_parts.build_training(latents, shape, decoder)
     assert method.decoder is None, "it sees the latents themselves"
 
 

@@ -27,11 +27,11 @@ from structure_game_helpers import (
 from test_image_resnet import resnet18_weights
 
 from fastdit.config import parse
-from fastdit.engine.build import Shape, build_training
 from fastdit.methods.denoising import Denoising
 from fastdit.methods.structure_game import SADM
 from fastdit.models import ImageResNet, LatentResNet, encoder_products
 from fastdit.noise import EDM, Flow
+from fastdit.run_parts import Shape, build_training
 
 
 def weights(method) -> list[torch.Tensor]:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastdit import run_parts
 from fastdit.config import parse
-from fastdit.engine import build
 from fastdit.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -178,7 +178,7 @@ def test_flops_are_the_methods(measured):
     counted = {}
     for name in ("dit", "sd_dit"):
         config = parse([*RUN, *SAME, "--method", name])
-        module, method = build.build_training(config, build.shape_of(config, 7))
+        module, method = run_parts.build_training(config, run_parts.shape_of(config, 7))
         counted[name] = method.flops(module)
     for name, flops in {**counted, "eager": counted["dit"], "facebookresearch": counted["dit"]}.items():
         (row,) = parts(measured[0], name, "step")
@@ -236,15 +236,15 @@ def test_a_step_is_the_training_loops(tmp_path):
     method = "--method sd_dit+sadm --sadm.psi_width 16 --sadm.start 0 --sadm.psi_warm_steps 0"
     steps = f"--steps 3 --lr 1e-2 --warmup 2 --out {tmp_path}"
     config = parse([*RUN, *SAME, *method.split(), *steps.split()])
-    from fastdit.engine import runtime
+    from fastdit import distributed
 
-    ranks = runtime.start(config)
+    ranks = distributed.start(config)
     from contenders import Engine
     from stopwatch import Stopwatch
 
-    from fastdit.engine import loop
-    from fastdit.engine.session import Session
-    from fastdit.engine.weights import ema_state
+    from fastdit.training import loop
+    from fastdit.training.ema import ema_state
+    from fastdit.training.session import Session
 
     mine, theirs = Engine(config, ranks, Stopwatch(ranks.device)), Session(config, ranks)
     before = [p.detach().clone() for p in mine.run.engine.module.parameters()]
@@ -272,7 +272,7 @@ def test_components_are_cut_where_they_end(decoder):
     sizes = [] if decoder == "extra" else ["--sd_dit.decoder_width", "null", "--sd_dit.decoder_depth", "null"]
     sizes += [] if decoder == "extra" else ["--sd_dit.decoder_heads", "null"]
     config = parse([*RUN, *SAME, "--method", "sd_dit", "--sd_dit.decoder", decoder, *sizes])
-    module, method = build.build_training(config, build.shape_of(config, 7))
+    module, method = run_parts.build_training(config, run_parts.shape_of(config, 7))
     seen: list[str] = []
 
     class Watch:
@@ -308,7 +308,7 @@ def test_a_graph_holds_the_whole_of_a_split_dit():
     from contenders import cut_components
 
     config = parse(["--method", "sd_dit", *SAME, "--model.depth", "2", "--model.width", "32", "--model.heads", "2"])
-    module, method = build.build_training(config, build.shape_of(config, 7))
+    module, method = run_parts.build_training(config, run_parts.shape_of(config, 7))
     seen: list[str] = []
 
     class Watch:
@@ -327,7 +327,7 @@ def test_the_game_is_cut_from_its_base():
     from contenders import cut_game
 
     config = parse([*RUN, *SAME, "--method", "sadm", "--sadm.psi_width", "16"])
-    module, game = build.build_training(config, build.shape_of(config, 7))
+    module, game = run_parts.build_training(config, run_parts.shape_of(config, 7))
     game.to(torch.device("cpu"), torch.float32)
     seen: list[str] = []
 
@@ -422,7 +422,7 @@ def test_plain_pytorch_trains(monkeypatch):
     from contenders import Plain
     from stopwatch import Stopwatch
 
-    from fastdit.engine.runtime import Runtime
+    from fastdit.distributed import Runtime
 
     monkeypatch.delenv("FASTDIT_KERNELS", raising=False)
     config = parse([*RUN, *SAME, "--lr", "1e-2", "--weight_decay", "0.1", "--ema.decay", "0.75"])
@@ -446,10 +446,10 @@ def test_the_step_with_cuda_graphs_is_a_contender(monkeypatch, tmp_path):
     """Cut like the one without; graphs as tests/train_with_graphs.py plays them."""
     from train_with_graphs import stand_in
 
-    from fastdit.engine import graphs
+    from fastdit.training import cuda_graphs
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", stand_in)
-    monkeypatch.setattr(graphs, "check", lambda plan, device: None)
+    monkeypatch.setattr(cuda_graphs, "check", lambda plan, device: None)
     flags = ["--method", "sd_dit", "--against", "graphs", "--steps", "1", "--json", tmp_path / "r.json"]
     printed = benchmark(*RUN, *LATENTS, *flags)
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
@@ -509,4 +509,4 @@ def test_a_peer_has_limits(size, out):
     from peers import build_peer
 
     with pytest.raises(UserError, match="--against peer"):
-        build_peer(torch.nn.Module, {}, 4.0, 4, build.Shape(3, *size, 7), out)
+        build_peer(torch.nn.Module, {}, 4.0, 4, run_parts.Shape(3, *size, 7), out)

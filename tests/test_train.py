@@ -15,7 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastdit.config import load
-from fastdit.engine.checkpoint_files import damage
+from fastdit.rundir.checkpoint_files import damage
 
 pytestmark = pytest.mark.launch
 

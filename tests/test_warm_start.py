@@ -15,7 +15,7 @@ from data_helpers import latent_source, take
 from launching import TINY, checkpoint, forked, metrics
 from safetensors import safe_open
 
-from fastdit import warm_start
+from fastdit.commands import warm_start
 from fastdit.data import open_source
 from fastdit.errors import UserError
 from fastdit.methods.encoder_warm_start import Diverged, warm_start_encoder
@@ -170,13 +170,18 @@ def test_each_mistake_is_one_line_and_writes_nothing(tmp_path, flags, words):
 def test_the_command_itself(tmp_path):
     """Run it as a file, as its docstring says; it is installed under its name too."""
     out = tmp_path / "psi.safetensors"
-    command = [sys.executable, ROOT / "fastdit/warm_start.py", *f"{SMALL} {FASHION} --steps 1 --out".split(), out]
+    command = [
+        sys.executable,
+        ROOT / "fastdit/commands/warm_start.py",
+        *f"{SMALL} {FASHION} --steps 1 --out".split(),
+        out,
+    ]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert said.startswith("accuracy ")
     assert said.endswith(f"on the last 1 batches, each before it was trained on, in epoch 0.0; encoder in {out}\n")
     assert out.is_file()
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts["fastdit-warm-start"] == "fastdit.warm_start:main"
+    assert scripts["fastdit-warm-start"] == "fastdit.commands.warm_start:main"
 
 
 # -- in a run --

@@ -74,13 +74,15 @@ def test_images_become_latents_kept_in_memory(tmp_path):
 @pytest.mark.launch
 def test_checking_decodes_with_pillow(tmp_path):
     numbered_source(tmp_path, 11)
-    texts = [run("fastdit.data_tools", "check", tmp_path, dali=dali).succeeded().text for dali in (True, False)]
+    texts = [
+        run("fastdit.commands.data_tools", "check", tmp_path, dali=dali).succeeded().text for dali in (True, False)
+    ]
     assert "11 images decode (11 gray; 5 x 7 pixels)" in texts[0]
     assert texts[1] == texts[0].replace("images decode", "images decode by Pillow")
     with (tmp_path / "n-01.tar").open("r+b") as file:  # image 4's pixels
         file.seek(512 + 45)
         file.write(b"damaged")
-    texts = [run("fastdit.data_tools", "check", tmp_path, dali=dali).text for dali in (True, False)]
+    texts = [run("fastdit.commands.data_tools", "check", tmp_path, dali=dali).text for dali in (True, False)]
     assert "n-01.tar: byte 512: 's004': the image is corrupt and cannot be decoded" in texts[0]
     lines = [[line for line in text.splitlines() if not line.startswith("libpng ")] for text in texts]  # by DALI
     assert lines[0] == lines[1]

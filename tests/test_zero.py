@@ -13,8 +13,8 @@ import torch
 from fp64_reference import MasterWeights, rank_inputs
 from launching import RECIPE, TINY, averages, forked, metrics, python, run
 
+from fastdit import run_parts
 from fastdit.config import parse
-from fastdit.engine import build
 
 pytestmark = pytest.mark.launch
 
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.launch
 def reference(world: int, accumulation: int = 1) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """Losses and gradient norms of every step of RECIPE, and its final EMA (float64)."""
     config = parse(RECIPE)
-    source = build.open_data(config)
-    shape = build.shape_of(config, source.classes)
-    network, method = build.build_training(config, shape)
+    source = run_parts.open_data(config)
+    shape = run_parts.shape_of(config, source.classes)
+    network, method = run_parts.build_training(config, shape)
     master, losses, norms = MasterWeights(network, warmup=5, steps=config.steps), [], []
     with rank_inputs(config, source, world, accumulation) as (loaders, noises):
         for _ in range(config.steps):
@@ -116,7 +116,7 @@ def test_bf16_trains_fp32_master_weights(tmp_path, stage):
     text = forked(*flags, "--out", tmp_path / "run").succeeded().text
     assert "bf16" in text
     found = averages(tmp_path / "run", 4)
-    network = build.build_network(parse(list(map(str, flags))), build.Shape(1, 28, 28, 10))
+    network = run_parts.build_network(parse(list(map(str, flags))), run_parts.Shape(1, 28, 28, 10))
     for name, p in network.named_parameters():
         assert found[name].dtype == torch.float32
         start = p.detach().bfloat16().float()  # DeepSpeed makes the masters from the cast network

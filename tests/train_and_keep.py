@@ -5,17 +5,17 @@ from pathlib import Path
 
 import torch
 
+from fastdit import distributed
 from fastdit.config import parse
-from fastdit.engine import runtime
 
 
 def main(argv: list[str]) -> None:
     config = parse(argv)
-    ranks = runtime.start(config)
+    ranks = distributed.start(config)
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    from fastdit.engine import loop
-    from fastdit.engine.session import Session
+    from fastdit.training import loop
+    from fastdit.training.session import Session
 
     session = Session(config, ranks)
     run = session.run

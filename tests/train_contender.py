@@ -1,5 +1,7 @@
-"""A program of tests/test_convergence.py: it prices a session, trains another one as benchmarks/convergence.py does and a
-third by the training loop, and says whether these two end with the same weights, to the bit."""
+"""A program of tests/test_convergence.py: is a contender's run what the training loop makes of it, to the bit?
+
+It prices a session, trains another one as benchmarks/convergence.py does, and a third by the training loop.
+"""
 
 import sys
 import tempfile
@@ -10,17 +12,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from convergence_training import SilentRuntime, price_runs, train
 
+from fastdit import distributed
 from fastdit.config import parse
-from fastdit.engine import runtime
 
 
 def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = parse([*argv, "--out", folder])
-        ranks = runtime.start(config)
-        from fastdit.engine import loop
-        from fastdit.engine.session import Session
-        from fastdit.engine.weights import ema_state
+        ranks = distributed.start(config)
+        from fastdit.training import loop
+        from fastdit.training.ema import ema_state
+        from fastdit.training.session import Session
 
         price_runs({"one": Session(config, SilentRuntime.like(ranks))}, 0.01)
         timed, plain = Session(config, SilentRuntime.like(ranks)), Session(config, ranks)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastdit import train
-from fastdit.engine import graphs
+from fastdit.training import cuda_graphs
 
 replays = {"forward": 0, "backward": 0}
 
@@ -67,7 +67,7 @@ def stand_in(module: nn.Module, samples: tuple[Tensor, ...], allow_unused_input:
 
 def main(argv: list[str]) -> None:
     torch.cuda.make_graphed_callables = stand_in
-    graphs.check = lambda plan, device: None
+    cuda_graphs.check = lambda plan, device: None
     try:
         train.main(argv)
     finally:

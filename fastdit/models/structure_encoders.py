@@ -1,6 +1,6 @@
 """What measures structure in SADM (arXiv 2402.17563): a small ResNet from samples to feature vectors.
 
-Its second player; for latents or small images, from scratch or warm-started as a classifier (fastdit/warm_start.py).
+Its second player; for latents or small images, from scratch or warm-started as a classifier (fastdit-warm-start).
 A pretrained one for pixels is in image_resnet.py. A sample's features depend on that sample alone, whatever shares its
 batch: else the game could be won through the batch's statistics.
 """

@@ -7,11 +7,11 @@ from pathlib import Path
 from jsonargparse import Namespace
 from torch import nn
 
+from fastdit import run_parts
 from fastdit.command_line import OneLineParser
 from fastdit.config import CONFIG_FILE, Config, load
-from fastdit.engine import build
-from fastdit.engine.checkpoint_files import choose, classes_of, manifest, sampled_weights
 from fastdit.errors import UserError
+from fastdit.rundir.checkpoint_files import choose, classes_of, manifest, sampled_weights
 
 SAMPLER_FLAGS = ("steps", "sampler", "guidance", "interval", "guided_channels")
 
@@ -20,7 +20,7 @@ SAMPLER_FLAGS = ("steps", "sampler", "guidance", "interval", "guided_channels")
 class SampledRun:
     config: Config
     checkpoint: Path
-    shape: build.Shape
+    shape: run_parts.Shape
     network: nn.Module  # on the CPU, with the averaged weights, in eval mode
 
     @property
@@ -78,11 +78,11 @@ def open_run(args: Namespace, config: Config, decide: Callable[[Callable], objec
     """
     run = Path(args.run)
     checkpoint = decide(lambda: choose(run, args.checkpoint))
-    shape = build.shape_of(config, classes_of(checkpoint))
+    shape = run_parts.shape_of(config, classes_of(checkpoint))
     written = manifest(checkpoint)
-    for field, value in build.checkpoint_signature(config, shape).items():
+    for field, value in run_parts.checkpoint_signature(config, shape).items():
         if written.get(field) != value:
             raise UserError(f"{checkpoint}: has {field} {written.get(field)}, {run} has {value}; give one of that run")
-    network = build.build_network(config, shape)
+    network = run_parts.build_network(config, shape)
     network.load_state_dict(sampled_weights(checkpoint))
     return SampledRun(config, checkpoint, shape, network.eval())

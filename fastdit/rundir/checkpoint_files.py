@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from fastdit.engine.layout import CHECKPOINTS, METRICS
 from fastdit.errors import UserError
 from fastdit.methods.registry import METHODS
+from fastdit.rundir.run_files import CHECKPOINTS, METRICS
 
 EMA_FILE = "ema.safetensors"
 MANIFEST = "manifest.json"

@@ -9,21 +9,22 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fastdit import run_parts
 from fastdit.config import CONFIG_FILE, Config, dump
-from fastdit.engine import build, checkpoint, graphs
-from fastdit.engine.checkpoint_files import newest_good
-from fastdit.engine.ds_config import Plan, plan
-from fastdit.engine.followers import Followers
-from fastdit.engine.layout import CHECKPOINTS, VERSIONS
-from fastdit.engine.loop import Run
-from fastdit.engine.meter import Meter
-from fastdit.engine.records import Recorder, versions
-from fastdit.engine.runtime import Runtime
-from fastdit.engine.weights import EMA, ema_state
+from fastdit.distributed import Runtime
 from fastdit.errors import UserError
 from fastdit.kernels import AdamWEMA, ApexAdamEMA, describe_attention, describe_native, describe_optimizer
 from fastdit.methods.registry import methods_of
 from fastdit.models.dit import Block
+from fastdit.rundir.checkpoint_files import newest_good
+from fastdit.rundir.metrics_log import Recorder, versions
+from fastdit.rundir.run_files import CHECKPOINTS, VERSIONS
+from fastdit.training import checkpoint, cuda_graphs
+from fastdit.training.deepspeed_config import Plan, plan
+from fastdit.training.ema import EMA, ema_state
+from fastdit.training.ema_replicas import Followers
+from fastdit.training.loop import Run
+from fastdit.training.meter import Meter
 
 
 class Session:
@@ -34,20 +35,20 @@ class Session:
         self.runtime, folder = runtime, Path(config.out)
         agreed = plan(config, runtime.world, runtime.device.type == "cuda")
         if config.cuda_graphs:
-            graphs.check(agreed, runtime.device)
+            cuda_graphs.check(agreed, runtime.device)
         for kind in methods_of(config.method):
             kind.check_batch(agreed.micro_batch * runtime.world)
-        self.source = build.open_data(config)
-        self.config = config = build.standardised(config, self.source)
-        self.shape = build.shape_of(config, self.source.classes)
-        self.process = build.build_noise(config)
+        self.source = run_parts.open_data(config)
+        self.config = config = run_parts.standardized(config, self.source)
+        self.shape = run_parts.shape_of(config, self.source.classes)
+        self.process = run_parts.build_noise(config)
         if self.source.kind == "image" and config.data.autoencoder not in (None, "identity"):
             raise UserError(
                 f"data.autoencoder: {config.data.autoencoder} decodes latents, and {self.source.path} holds images; "
                 "leave it out, or train on latents"
             )
-        self.decoder = build.build_decoder(config, self.shape)
-        module, method = build.build_training(config, self.shape, self.decoder)
+        self.decoder = run_parts.build_decoder(config, self.shape)
+        module, method = run_parts.build_training(config, self.shape, self.decoder)
         if self.decoder:
             self.decoder.to(runtime.device)
         network = method.sampled_network(module)
@@ -60,8 +61,8 @@ class Session:
         method.to(runtime.device, torch.bfloat16 if agreed.precision == "bf16" else torch.float32)
         if config.cuda_graphs:  # before the loader's threads allocate: nobody may while a graph is recorded
             for part, samples in method.graphed(engine.module, agreed.micro_batch):
-                graphs.record(part, samples)
-        loader = build.build_loader(
+                cuda_graphs.record(part, samples)
+        loader = run_parts.build_loader(
             config,
             self.source,
             batch=agreed.micro_batch,
@@ -79,7 +80,7 @@ class Session:
             plan=agreed,
             runtime=runtime,
             folder=folder,
-            identity=build.checkpoint_signature(config, self.shape),
+            identity=run_parts.checkpoint_signature(config, self.shape),
             engine=engine,
             optimizer=optimizer,
             method=method,
@@ -127,7 +128,7 @@ class Session:
 
     def averaged_network(self) -> nn.Module:
         """What is sampled, whole, with the EMA weights, in eval mode on the device. A collective."""
-        network = build.build_network(self.config, self.shape)
+        network = run_parts.build_network(self.config, self.shape)
         network.load_state_dict(ema_state(self.run.engine, self.run.sampled_network, "cpu"))
         return network.to(self.runtime.device).eval()
 

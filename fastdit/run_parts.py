@@ -10,7 +10,7 @@ from fastdit.config import Config, DataConfig
 from fastdit.data import Loader, Source, make_loader, open_source
 from fastdit.data.cache import Cache, choose_cache
 from fastdit.data.manifest import read_manifest
-from fastdit.engine.runtime import ranks_here
+from fastdit.distributed import ranks_here
 from fastdit.errors import UserError
 from fastdit.methods.denoising import Denoising, Shape
 from fastdit.methods.registry import methods_of
@@ -83,7 +83,7 @@ def open_data(config: Config) -> Source:
     return open_source(config.data.source, classes=config.data.classes)
 
 
-def standardised(config: Config, source: Source) -> Config:
+def standardized(config: Config, source: Source) -> Config:
     """Return `config` with the latents' scale and shift as `data.standardise` has them. Raises UserError."""
     data = config.data
     if data.standardise == "factor":

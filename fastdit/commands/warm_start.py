@@ -1,4 +1,4 @@
-"""Warm-start SADM's encoder: `python fastdit/warm_start.py --preset quickstart --steps 500 --out psi.safetensors`.
+"""Warm-start SADM's encoder: `fastdit-warm-start --preset quickstart --steps 500 --out psi.safetensors`.
 
 The encoder learns to classify the data that the diffusion transformer will be trained on. The file holds the encoder
 without the classifier, for `--sadm.psi_weights` or `--psi_align.psi_weights`. Several runs can share it; without it,
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastdit import distributed, run_parts
 from fastdit.command_line import OneLineParser
 from fastdit.config import Config, DataConfig, ModelConfig, parse, presets
-from fastdit.engine import build, runtime
 from fastdit.errors import UserError, run_command
 from fastdit.methods.encoder_warm_start import LR, WEIGHT_DECAY, WINDOW, Diverged, warm_start_encoder
 from fastdit.models.structure_encoders import LatentResNet, save_structure_encoder
@@ -60,11 +60,11 @@ def _warm_start(argv: list[str]) -> None:
         raise UserError(f"--out {out}: must end in .safetensors")
     shared = ("steps", "batch", "lr", "weight_decay", "seed", "device", "data")
     config = Config(model=ModelConfig(patch=1), **{field: getattr(args, field) for field in shared})  # checks ranges
-    device = torch.device("cuda" if runtime.on_gpu(config) else "cpu")
+    device = torch.device("cuda" if distributed.on_gpu(config) else "cpu")
     out.parent.mkdir(parents=True, exist_ok=True)
 
     # Open the data and build the encoder.
-    source = build.open_data(config)
+    source = run_parts.open_data(config)
     if config.data.standardise != "factor":
         raise UserError(
             "data.standardise: depends on the run's noise process; give data.latent_scale and data.latent_shift of its "
@@ -79,7 +79,7 @@ def _warm_start(argv: list[str]) -> None:
     ).to(device)
 
     # Train it and write it.
-    with closing(build.build_loader(config, source, batch=config.batch, rank=0, world=1, device=device)) as loader:
+    with closing(run_parts.build_loader(config, source, batch=config.batch, rank=0, world=1, device=device)) as loader:
         accuracy = _train(encoder, source.classes, loader, config, device)
     save_structure_encoder(encoder, out)
     epochs = config.steps * config.batch / source.n

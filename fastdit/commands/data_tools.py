@@ -5,9 +5,9 @@ import importlib
 from fastdit.errors import UserError, run_command
 
 COMMANDS = {
-    "fetch": "fastdit.data_fetch",
-    "convert-imagenet": "fastdit.data_convert_imagenet",
-    "check": "fastdit.data_check",
+    "fetch": "fastdit.commands.data_fetch",
+    "convert-imagenet": "fastdit.commands.data_convert_imagenet",
+    "check": "fastdit.commands.data_check",
 }
 
 

@@ -20,12 +20,12 @@ from torch import Tensor
 from fastdit.config import Config
 from fastdit.data import Source, make_loader
 from fastdit.data.readers import choose_backend
-from fastdit.engine.build import Shape
-from fastdit.engine.runtime import Runtime
+from fastdit.distributed import Runtime
 from fastdit.errors import UserError
 from fastdit.metrics.feature_nets import FeatureNet
 from fastdit.metrics.moments import Moments
 from fastdit.metrics.summary import Collector, Summary, compare
+from fastdit.run_parts import Shape
 
 KEPT = 10_000  # real images whose features are kept, as many as an ADM reference batch has
 SEED = 0  # of the choice of real images: the same for every run

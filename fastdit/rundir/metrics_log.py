@@ -11,8 +11,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from fastdit.engine.commit import find_commit
-from fastdit.engine.layout import BOARD, METRICS
+from fastdit.rundir.commit import find_commit
+from fastdit.rundir.run_files import BOARD, METRICS
 
 PACKAGES = ("fastdit", "torch", "triton", "deepspeed", "nvidia-dali-cuda130", "flash-attn", "numpy")
 # Dense bf16 TFLOP/s by datasheet. A CPU has no such figure, so no MFU is shown there.

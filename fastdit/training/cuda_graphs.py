@@ -14,8 +14,8 @@ before it is called again. A step calls each of `Denoising.graphed`'s networks o
 import torch
 from torch import Tensor, nn
 
-from fastdit.engine.ds_config import Plan
 from fastdit.errors import UserError
+from fastdit.training.deepspeed_config import Plan
 
 
 def check(plan: Plan, device: torch.device) -> None:

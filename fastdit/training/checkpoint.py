@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fastdit.engine.checkpoint_files import EMA_FILE, checkpoints, manifest, seal, sync
-from fastdit.engine.runtime import Runtime
-from fastdit.engine.weights import ema_state
+from fastdit.distributed import Runtime
 from fastdit.errors import UserError
+from fastdit.rundir.checkpoint_files import EMA_FILE, checkpoints, manifest, seal, sync
+from fastdit.training.ema import ema_state
 
 STATE = "deepspeed"
 METHOD_FILE = "method.pt"

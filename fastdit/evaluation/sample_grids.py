@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdit.engine import drawing, judge
-from fastdit.engine.layout import GRID, GRIDS
-from fastdit.engine.records import read_metrics, versions
-from fastdit.engine.report import write_report
-from fastdit.engine.session import Session
+from fastdit.evaluation import class_agreement, draw_samples
+from fastdit.rundir.metrics_log import read_metrics, versions
+from fastdit.rundir.report import write_report
+from fastdit.rundir.run_files import GRID, GRIDS
+from fastdit.training.session import Session
 
 
 def draw_grid(session: Session, step: int) -> None:
@@ -20,7 +20,7 @@ def draw_grid(session: Session, step: int) -> None:
     classes = _shown_classes(session)
     drawn = _samples(session, session.config.sample.per_class * len(classes), classes)
     if drawn:
-        picture = drawing.grid(*drawn, session.source.class_names)
+        picture = draw_samples.grid(*drawn, session.source.class_names)
         folder = session.run.folder / GRIDS
         folder.mkdir(exist_ok=True)
         picture.save(folder / f"step-{step:08d}.png")
@@ -36,10 +36,10 @@ def finish(session: Session) -> None:
         drawn = _samples(session, max(on_grid, settings.agreement), classes)
         if drawn:
             images, labels = drawn
-            drawing.grid(images[:on_grid], labels[:on_grid], session.source.class_names).save(run.folder / GRID)
+            draw_samples.grid(images[:on_grid], labels[:on_grid], session.source.class_names).save(run.folder / GRID)
             if (n := settings.agreement) and session.source.kind != "latent":
-                known = judge.known_images(session.config, session.source)
-                share = judge.agreement(images[:n], labels[:n], known)
+                known = class_agreement.known_images(session.config, session.source)
+                share = class_agreement.agreement(images[:n], labels[:n], known)
                 figures["class agreement"] = f"{share:.1%} of {n} samples (5-NN on raw pixels of the training images)"
     if session.runtime.first:
         report = write_report(run.folder, figures | _facts(session), versions())
@@ -50,8 +50,8 @@ def finish(session: Session) -> None:
 def _samples(session: Session, n: int, classes: list[int]) -> tuple[np.ndarray, np.ndarray] | None:
     """n samples of the EMA weights, the work shared by the ranks: uint8 (n, H, W, C) and labels (n,) on rank 0."""
     runtime = session.runtime
-    labels = drawing.balanced_labels(n, classes)
-    drawn = drawing.draw(
+    labels = draw_samples.balanced_labels(n, classes)
+    drawn = draw_samples.draw(
         session.averaged_network(),
         session.process,
         session.config.sample,
@@ -62,7 +62,7 @@ def _samples(session: Session, n: int, classes: list[int]) -> tuple[np.ndarray, 
         device=runtime.device,
         decoder=session.decoder,
     )
-    parts = runtime.gather(drawing.to_uint8(drawn))
+    parts = runtime.gather(draw_samples.to_uint8(drawn))
     if parts is None:
         return None
     images = np.empty((n, *parts[0].shape[1:]), np.uint8)

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdit import run_parts
 from fastdit.config import Config
 from fastdit.data import Source
-from fastdit.engine import build
 from fastdit.metrics.class_agreement import class_agreement
 
 KNOWN_IMAGES = 10_000  # the judge's share of the training images, at most
@@ -16,7 +16,7 @@ def known_images(config: Config, source: Source) -> tuple[Tensor, Tensor]:
     """The first training images (n, C, H, W), not mirrored, and their labels (n,), on the CPU."""
     batch, count = 500, min(source.n, KNOWN_IMAGES)
     here = {"rank": 0, "world": 1, "device": torch.device("cpu")}
-    loader = build.build_loader(config, source, batch=batch, flip=False, **here)
+    loader = run_parts.build_loader(config, source, batch=batch, flip=False, **here)
     pairs = [next(loader) for _ in range(-(-count // batch))]
     loader.close()
     images, labels = (torch.cat(parts)[:count] for parts in zip(*pairs))

@@ -14,11 +14,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from fastdit.config import CONFIG_FILE
-from fastdit.engine import eval_records
-from fastdit.engine.layout import CURVES, FACTS, GRID, REPORT, VERSIONS
-from fastdit.engine.records import read_metrics
 from fastdit.methods.denoising import Panels
 from fastdit.methods.registry import METHODS
+from fastdit.rundir import eval_log
+from fastdit.rundir.metrics_log import read_metrics
+from fastdit.rundir.run_files import CURVES, FACTS, GRID, REPORT, VERSIONS
 
 COLUMNS = 3
 # Title of each panel, and the label of each metric in it. A panel without data is left out.
@@ -49,11 +49,11 @@ def write_report(folder: Path, facts: dict[str, str], versions: dict[str, str]) 
     (folder / FACTS).write_text(json.dumps(facts, indent=1))
     metrics = read_metrics(folder)
     _curves(metrics, folder / CURVES)
-    template = jinja2.Template(files("fastdit.engine").joinpath("report.jinja").read_text(), autoescape=True)
+    template = jinja2.Template(files("fastdit.rundir").joinpath("report.jinja").read_text(), autoescape=True)
     page = template.render(
         name=folder.resolve().name,
         facts=facts,
-        evaluations=eval_records.table(eval_records.read(folder)),
+        evaluations=eval_log.table(eval_log.read(folder)),
         versions=versions,
         grid=_embedded(folder / GRID),
         curves=_embedded(folder / CURVES),

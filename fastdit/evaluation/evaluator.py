@@ -18,16 +18,19 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from fastdit import run_parts
 from fastdit.config import Config
 from fastdit.data import Source, open_source
-from fastdit.engine import build, drawing, eval_records, judge, reference
-from fastdit.engine.records import versions
-from fastdit.engine.runtime import Runtime
+from fastdit.distributed import Runtime
 from fastdit.errors import UserError
+from fastdit.evaluation import draw_samples, reference
+from fastdit.evaluation.class_agreement import agreement, known_images
 from fastdit.metrics.class_agreement import class_agreement
 from fastdit.metrics.feature_nets import feature_net
 from fastdit.metrics.summary import Collector, compare
 from fastdit.models import LatentDecoder
+from fastdit.rundir import eval_log
+from fastdit.rundir.metrics_log import versions
 
 KEPT = 50_000  # samples whose features are kept for kernel distance, precision and recall
 JUDGED_PIXELS = 3 * 64 * 64  # class agreement compares raw pixels: up to this size
@@ -41,7 +44,7 @@ class Evaluator:
     def __init__(
         self,
         config: Config,
-        shape: build.Shape,
+        shape: run_parts.Shape,
         runtime: Runtime,
         *,
         decoder: LatentDecoder | None = None,
@@ -57,10 +60,10 @@ class Evaluator:
         self.sampled, self.decoder = shape, decoder
         if decoder:  # from here on, what is compared
             factor = decoder.autoencoder.factor
-            shape = build.Shape(3, factor * shape.height, factor * shape.width, shape.classes)
+            shape = run_parts.Shape(3, factor * shape.height, factor * shape.width, shape.classes)
             config = replace(config, data=replace(config.data, size=(shape.height, shape.width), channels=3))
         self.config, self.settings, self.shape, self.runtime = config, settings, shape, runtime
-        self.batch = drawing.BATCH[runtime.device.type]
+        self.batch = draw_samples.BATCH[runtime.device.type]
         self.live = live and runtime.first
         self.data = settings.data or config.data.source
         self.source = None if settings.data else opened
@@ -95,7 +98,7 @@ class Evaluator:
         source, pixels = self.source, self.shape.channels * self.shape.height * self.shape.width
         if source is None or source.classes != self.shape.classes or source.n < JUDGED_LEAST or pixels > JUDGED_PIXELS:
             return None
-        return judge.known_images(self.config, self.source)
+        return known_images(self.config, self.source)
 
     def __call__(self, network: torch.nn.Module, step: int, checkpoint: str | None = None) -> dict | None:
         """The record of `network`, in eval mode on the device, trained for `step` steps. A collective; None but on
@@ -109,12 +112,12 @@ class Evaluator:
                 first = start + runtime.rank * self.batch
                 ids = np.arange(first, min(first + self.batch, settings.n))
                 x = self._draw(network, labels, ids)
-                images = drawing.to_uint8(x.nan_to_num(0, 1, -1))
+                images = draw_samples.to_uint8(x.nan_to_num(0, 1, -1))
                 output = self.net(torch.from_numpy(images).permute(0, 3, 1, 2).to(runtime.device))
                 collected.add(output.take(slice(len(ids))), ids)
                 tally.nonfinite += int((~x[: len(ids)].isfinite()).flatten(1).any(1).sum())
                 if known and len(ids):
-                    tally.right += round(judge.agreement(images[: len(ids)], labels[ids], known) * len(ids))
+                    tally.right += round(agreement(images[: len(ids)], labels[ids], known) * len(ids))
                 bar.update(min(self.batch * runtime.world, settings.n - start))
         samples = collected.summary().over_ranks(runtime.total, runtime.gather)
         right, nonfinite = map(int, runtime.agree([tally.right, tally.nonfinite], dist.ReduceOp.SUM))
@@ -127,9 +130,9 @@ class Evaluator:
 
     def _draw(self, network: torch.nn.Module, labels: np.ndarray, ids: np.ndarray) -> Tensor:
         """A whole batch, as pixels in [-1, 1]: the samples `ids`, then what fills it up."""
-        x = drawing.draw(
+        x = draw_samples.draw(
             network,
-            build.build_noise(self.config),
+            run_parts.build_noise(self.config),
             self.config.sample,
             self.sampled,
             labels,
@@ -153,7 +156,7 @@ class Evaluator:
             "real": {"data": self.reference.data, "n": self.reference.n, "floor_n": list(self.reference.floor_n)},
             "features": {"name": self.net.name, "weights": self.net.weights, "resize": self.net.resize},
             "sampling": {
-                "sampler": sample.sampler or build.build_noise(config).samplers[0],
+                "sampler": sample.sampler or run_parts.build_noise(config).samplers[0],
                 "steps": sample.steps,
                 "guidance": sample.guidance,
                 "interval": list(sample.interval) if sample.interval else None,
@@ -174,7 +177,7 @@ def during_training(session) -> Callable[[int], None]:
     """
     run, settings = session.run, session.config.eval
     if session.runtime.first:
-        eval_records.forget_after(run.folder, session.first_step)
+        eval_log.forget_after(run.folder, session.first_step)
     if not settings.every:
         return lambda step: None
     live = sys.stderr.isatty()
@@ -184,9 +187,9 @@ def during_training(session) -> Callable[[int], None]:
     def evaluate(step: int) -> None:
         record = evaluator(session.averaged_network(), step)
         if record is not None:
-            eval_records.append(run.folder, record)
-            run.recorder.figures(step, eval_records.scalars(record))
-            run.say(eval_records.line(record))
+            eval_log.append(run.folder, record)
+            run.recorder.figures(step, eval_log.scalars(record))
+            run.say(eval_log.line(record))
 
     return evaluate
 
@@ -200,7 +203,7 @@ class _Tally:
 def draw_labels(kind: str, n: int, classes: int, seed: int) -> np.ndarray:
     """n labels (int64): balanced, or uniform at random; the first m are those of `n = m`."""
     if kind == "balanced":
-        return drawing.balanced_labels(n, range(classes))
+        return draw_samples.balanced_labels(n, range(classes))
     bits = np.random.Philox(np.random.SeedSequence(seed)).random_raw(n)  # the same in every version of numpy
     return ((bits >> np.uint64(32)) * np.uint64(classes) >> np.uint64(32)).astype(np.int64)
 

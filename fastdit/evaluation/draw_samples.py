@@ -7,9 +7,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from fastdit.config import SampleConfig
-from fastdit.engine.build import Shape
 from fastdit.models import LatentDecoder
 from fastdit.noise.sampling import PerSampleNoise, sample
+from fastdit.run_parts import Shape
 
 # The number of samples drawn at once never changes, because matrix products round differently for another number of
 # rows. A CPU draws few, so that a few samples are quick (more at once is no faster there). It does not draw 8: MKL's

@@ -8,17 +8,18 @@ from pathlib import Path
 import torch
 
 from fastdit.config import Config
-from fastdit.engine import checkpoint, checkpoint_files, schedules
-from fastdit.engine.ds_config import Plan
-from fastdit.engine.followers import Followers
-from fastdit.engine.layout import CHECKPOINTS
-from fastdit.engine.meter import Meter
-from fastdit.engine.records import Recorder, peak_flops
-from fastdit.engine.runtime import Runtime, StopRequest
-from fastdit.engine.weights import EMA
+from fastdit.distributed import Runtime, StopRequest
 from fastdit.errors import UserError
 from fastdit.kernels import AdamWEMA
 from fastdit.methods.denoising import Denoising
+from fastdit.rundir import checkpoint_files
+from fastdit.rundir.metrics_log import Recorder, peak_flops
+from fastdit.rundir.run_files import CHECKPOINTS
+from fastdit.training import checkpoint, schedules
+from fastdit.training.deepspeed_config import Plan
+from fastdit.training.ema import EMA
+from fastdit.training.ema_replicas import Followers
+from fastdit.training.meter import Meter
 
 
 @dataclass

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from fastdit.engine.layout import BOARD, EVALUATIONS
 from fastdit.errors import UserError
+from fastdit.rundir.run_files import BOARD, EVALUATIONS
 
 TAG = "eval/"  # before a figure's name, in metrics.jsonl and TensorBoard
 

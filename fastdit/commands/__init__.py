@@ -1,0 +1,1 @@
+"""Commands beside training, sampling, evaluation, encoding and export."""

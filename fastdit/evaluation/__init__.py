@@ -1,0 +1,1 @@
+"""Evaluate a run: open it, draw samples, compare them with real images."""

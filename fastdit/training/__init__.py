@@ -1,0 +1,1 @@
+"""Train: open a session, take steps, keep the EMAs, write checkpoints."""
