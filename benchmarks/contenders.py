@@ -51,7 +51,7 @@ class Engine(Contender):
         self.session = Session(config, silent)
         self.run, self.done = self.session.run, 0
         graphs = ", CUDA graphs" if config.cuda_graphs else ""
-        self.ran = f"ZeRO-{self.run.plan.stage}, {self.session.attention}{graphs}"
+        self.ran = f"ZeRO-{self.run.deepspeed.stage}, {self.session.attention}{graphs}"
         self.flops = self.run.method.flops(self.run.engine.module)
         self.names = {"backward": "backward/network", "followers": "extras", "method": "extras"}
         for name, method in layers(self.run.method):
@@ -70,12 +70,12 @@ class Engine(Contender):
 
     def sizes(self) -> Trained:
         """Return the sizes that a prediction for other numbers of GPUs needs."""
-        module, plan, method = self.run.engine.module, self.run.plan, self.run.method
+        module, plan, method = self.run.engine.module, self.run.deepspeed, self.run.method
         weights = {p: getattr(p, "ds_numel", p.numel()) for p in module.parameters()}
         trained = [numel for p, numel in weights.items() if p.requires_grad]
-        zero = plan.deepspeed.get("zero_optimization", {})
+        zero = plan.merged.get("zero_optimization", {})
         small = zero.get("stage3_param_persistence_threshold", KEPT)
-        followers = [next(iter(follower.tensors.values())) for follower in self.run.followers]
+        followers = [next(iter(follower.tensors.values())) for follower in self.run.ema_replicas]
         players = [each for _, each in layers(method) if getattr(each, "adversarial", False)]
         psi = players[0].psi.parameters() if players else ()
         return Trained(

@@ -166,7 +166,7 @@ class Runner:
             self.journal.write("run point", **fields, began=stamp, step=step, seconds=round(seconds, 3), **values)
 
         seconds, diverged = train(session, self.args.points, note)
-        rate = (diverged or steps) * session.run.plan.batch / seconds
+        rate = (diverged or steps) * session.run.deepspeed.batch / seconds
         fields |= {
             "steps": steps, "seconds": round(seconds, 3), "planned_seconds": round(price.fixed + price.step * steps, 3),
             "price": price.step, "fixed_s": price.fixed, "images_per_s": round(rate, 2), "machine": self.machine,
@@ -236,7 +236,7 @@ class Runner:
         began = time.perf_counter()
         network = session.averaged_network()
         session.run.loader.close()
-        if session.run.plan.precision == "bf16":
+        if session.run.deepspeed.precision == "bf16":
             network = network.bfloat16()
         scales = self.plan.settings["guidance"]
         sampled = draw(network, session.config, self.reference, run.samples, scales)

@@ -219,7 +219,7 @@ def _warm(name: str, make, ranks: distributed.Runtime, watch: Stopwatch, journal
 
 
 def _scaled(name: str, engine, whole: Quantiles, batch: int, target: Target) -> dict:
-    measured = Measured(whole.p50 / 1e3, batch, engine.held, engine.peak, engine.run.plan.stage)
+    measured = Measured(whole.p50 / 1e3, batch, engine.held, engine.peak, engine.run.deepspeed.stage)
     return scaling(name, engine.sizes(), measured, target)
 
 

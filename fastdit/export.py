@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from fastdit import run_parts
 from fastdit.config import CONFIG_FILE, OneLineParser, load
 from fastdit.errors import UserError, run_command
-from fastdit.models import fold_gains, save_official
+from fastdit.models import fold_block_scales, save_official
 from fastdit.rundir.checkpoint_files import choose, classes_of, sampled_weights
 
 
@@ -34,7 +34,7 @@ def _export(argv: list[str]) -> None:
             f"--out {out}: the original DiT's layout has no place for an extra decoder; give a .safetensors file"
         )
     checkpoint = choose(run, args.checkpoint)
-    weights = fold_gains(sampled_weights(checkpoint))
+    weights = fold_block_scales(sampled_weights(checkpoint))
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".safetensors":
         save_file(weights, out)

@@ -14,7 +14,7 @@ from fastdit.distributed import ranks_here
 from fastdit.errors import UserError
 from fastdit.methods.denoising import Denoising, Shape
 from fastdit.methods.registry import methods_of
-from fastdit.models import LatentDecoder, add_gains, freeze_for_diffit, load_checkpoint, open_autoencoder
+from fastdit.models import LatentDecoder, add_block_scales, freeze_for_diffit, load_checkpoint, open_autoencoder
 from fastdit.noise import NoiseProcess
 
 
@@ -44,7 +44,7 @@ def build_network(config: Config, shape: Shape) -> nn.Module:
     base = methods_of(config.method)[0]
     network = base.build_network(config, sizes, build_noise(config).out_channels(shape.channels))
     if config.finetune == "diffit":
-        add_gains(network)
+        add_block_scales(network)
     return network
 
 

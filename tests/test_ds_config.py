@@ -7,7 +7,7 @@ import pytest
 
 from fastdit.config import Config
 from fastdit.errors import UserError
-from fastdit.training.deepspeed_config import SHIPPED, Plan, plan
+from fastdit.training.deepspeed_config import SHIPPED, DeepSpeedConfig, make_deepspeed_config
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.json"))
 
@@ -16,10 +16,10 @@ NAMES = sorted(path.stem for path in SHIPPED.glob("*.json"))
 def agree(tmp_path):
     """agree(file's values, world=1, on_gpu=False, **settings): the plan."""
 
-    def agree(values, world: int = 1, on_gpu: bool = False, **settings) -> Plan:
+    def agree(values, world: int = 1, on_gpu: bool = False, **settings) -> DeepSpeedConfig:
         path = tmp_path / "mine.json"
         path.write_text(values if isinstance(values, str) else json.dumps(values))
-        return plan(Config(ds_config=str(path), **settings), world, on_gpu)
+        return make_deepspeed_config(Config(ds_config=str(path), **settings), world, on_gpu)
 
     return agree
 
@@ -51,18 +51,18 @@ def test_any_sufficient_part_of_the_batch_gives_the_rest(agree, batch, micro, ac
     if not batch and not micro:
         assert "batch: not set" in refusal(agree, values, world=world, **settings)
         return
-    agreed = agree(values, world=world, **settings)
+    settings = agree(values, world=world, **settings)
     if batch and (micro or accumulation):
         expected = (8 * world, 4, 2)
     elif batch:
         expected = (8 * world, 8, 1)
     else:
         expected = (4 * world * (2 if accumulation else 1), 4, 2 if accumulation else 1)
-    assert (agreed.batch, agreed.micro_batch, agreed.accumulation) == expected
-    assert agreed.batch == agreed.micro_batch * agreed.accumulation * world
-    assert agreed.deepspeed["train_batch_size"] == agreed.batch
-    assert agreed.deepspeed["train_micro_batch_size_per_gpu"] == agreed.micro_batch
-    assert agreed.deepspeed["gradient_accumulation_steps"] == agreed.accumulation
+    assert (settings.batch, settings.micro_batch, settings.accumulation) == expected
+    assert settings.batch == settings.micro_batch * settings.accumulation * world
+    assert settings.merged["train_batch_size"] == settings.batch
+    assert settings.merged["train_micro_batch_size_per_gpu"] == settings.micro_batch
+    assert settings.merged["gradient_accumulation_steps"] == settings.accumulation
 
 
 @pytest.mark.parametrize(
@@ -126,19 +126,19 @@ def test_a_file_that_cannot_be_used_says_where_and_why(agree, tmp_path, values, 
 
 def test_unknown_names_list_the_shipped_files():
     with pytest.raises(UserError, match="--ds_config zero9: no such file") as caught:
-        plan(Config(ds_config="zero9", batch=8), 1, False)
+        make_deepspeed_config(Config(ds_config="zero9", batch=8), 1, False)
     assert ", ".join(NAMES) in str(caught.value)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_shipped_file_works_with_every_preset_like_batch(name):
-    agreed = plan(Config(ds_config=name, batch=64, grad_clip=1.0), 2, False)
-    assert (agreed.batch, agreed.micro_batch, agreed.accumulation) == (64, 32, 1)
-    assert agreed.stage == int(name.removesuffix("_offload")[-1])
-    assert agreed.deepspeed["zero_optimization"]["stage"] == agreed.stage
-    ours = agreed.stage < 3
-    assert (agreed.clip, agreed.deepspeed["gradient_clipping"]) == ((1.0, 0.0) if ours else (None, 1.0))
-    assert ("offload_optimizer" in agreed.deepspeed["zero_optimization"]) == name.endswith("_offload")
+    settings = make_deepspeed_config(Config(ds_config=name, batch=64, grad_clip=1.0), 2, False)
+    assert (settings.batch, settings.micro_batch, settings.accumulation) == (64, 32, 1)
+    assert settings.stage == int(name.removesuffix("_offload")[-1])
+    assert settings.merged["zero_optimization"]["stage"] == settings.stage
+    ours = settings.stage < 3
+    assert (settings.clip, settings.merged["gradient_clipping"]) == ((1.0, 0.0) if ours else (None, 1.0))
+    assert ("offload_optimizer" in settings.merged["zero_optimization"]) == name.endswith("_offload")
 
 
 def test_auto_means_the_settings_decide(agree):
@@ -149,24 +149,24 @@ def test_auto_means_the_settings_decide(agree):
         "gradient_clipping": "auto",
         "bf16": {"enabled": "auto"},
     }
-    agreed = agree(auto, world=2, batch=8, micro_batch=2, grad_clip=0.5)
-    assert agreed == agree({}, world=2, batch=8, micro_batch=2, grad_clip=0.5)
-    assert "auto" not in json.dumps(agreed.deepspeed)
-    assert agreed.clip == 0.5
+    settings = agree(auto, world=2, batch=8, micro_batch=2, grad_clip=0.5)
+    assert settings == agree({}, world=2, batch=8, micro_batch=2, grad_clip=0.5)
+    assert "auto" not in json.dumps(settings.merged)
+    assert settings.clip == 0.5
 
 
 def test_what_the_file_says_rules_and_the_rest_travels(agree):
-    agreed = agree(
+    settings = agree(
         {"gradient_clipping": 1, "train_batch_size": 6, "wall_clock_breakdown": True, "fp16": {"enabled": False}}
     )
-    assert agreed.batch == 6
-    assert agreed.clip == 1.0
-    assert agreed.deepspeed["wall_clock_breakdown"] is True
+    assert settings.batch == 6
+    assert settings.clip == 1.0
+    assert settings.merged["wall_clock_breakdown"] is True
     assert agree({}, batch=2).clip == 0.0, "off unless asked for"
     assert agree({"gradient_clipping": 1}, batch=2, grad_clip=1.0).clip == 1.0
-    assert agreed.deepspeed["timers"] == {"throughput": {"enabled": False}}
+    assert settings.merged["timers"] == {"throughput": {"enabled": False}}
     timers = {"throughput": {"enabled": True, "synchronized": False}}
-    assert agree({"timers": timers}, batch=2).deepspeed["timers"] == timers
+    assert agree({"timers": timers}, batch=2).merged["timers"] == timers
 
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -194,13 +194,13 @@ NORMS = [  # zero_optimization, precision, whether the optimizer takes the norm,
 @pytest.mark.parametrize(("zero", "precision", "ours", "told"), NORMS)
 def test_who_takes_the_norm_and_clips(agree, zero, precision, ours, told):
     for clip in (0.5, None):
-        agreed = agree({"zero_optimization": zero}, batch=8, precision=precision, grad_clip=clip)
-        assert agreed.clip == ((clip or 0.0) if ours else None)
-        assert agreed.deepspeed["gradient_clipping"] == (0.0 if ours else clip or 0.0)
-        assert agreed.deepspeed["zero_optimization"].get("compute_grad_norm") is told
-        assert {**agreed.deepspeed["zero_optimization"], "compute_grad_norm": 0} == {**zero, "compute_grad_norm": 0}
+        settings = agree({"zero_optimization": zero}, batch=8, precision=precision, grad_clip=clip)
+        assert settings.clip == ((clip or 0.0) if ours else None)
+        assert settings.merged["gradient_clipping"] == (0.0 if ours else clip or 0.0)
+        assert settings.merged["zero_optimization"].get("compute_grad_norm") is told
+        assert {**settings.merged["zero_optimization"], "compute_grad_norm": 0} == {**zero, "compute_grad_norm": 0}
         looks = None if told is not False else False
-        assert agreed.deepspeed["bf16"].get("check_grad_overflow") is looks, "else DeepSpeed waits for the device"
+        assert settings.merged["bf16"].get("check_grad_overflow") is looks, "else DeepSpeed waits for the device"
 
 
 @pytest.mark.parametrize(
@@ -233,10 +233,10 @@ def test_norms_that_deepspeed_cannot_do_without(agree, zero, precision):
     ],
 )
 def test_precision(agree, file, wanted, on_gpu, expected):
-    agreed = agree({"zero_optimization": {"stage": 1}, **file}, on_gpu=on_gpu, batch=8, precision=wanted)
-    assert agreed.precision == expected
-    assert agreed.deepspeed["bf16"]["enabled"] == (expected == "bf16")
-    assert ("data_types" in agreed.deepspeed) == (expected == "bf16")
+    settings = agree({"zero_optimization": {"stage": 1}, **file}, on_gpu=on_gpu, batch=8, precision=wanted)
+    assert settings.precision == expected
+    assert settings.merged["bf16"]["enabled"] == (expected == "bf16")
+    assert ("data_types" in settings.merged) == (expected == "bf16")
 
 
 @pytest.mark.parametrize(
@@ -252,18 +252,18 @@ def test_precision(agree, file, wanted, on_gpu, expected):
 )
 def test_gradients_are_added_up_in_fp32_where_anything_is(agree, zero, more, expected):
     for world in (1, 2):
-        agreed = agree({"zero_optimization": zero, **more}, world=world, batch=8, precision="bf16")
-        assert agreed.deepspeed["data_types"] == {"grad_accum_dtype": expected}
+        settings = agree({"zero_optimization": zero, **more}, world=world, batch=8, precision="bf16")
+        assert settings.merged["data_types"] == {"grad_accum_dtype": expected}
 
 
 def test_bf16_keeps_its_other_options(agree):
     types = {"grad_accum_dtype": "bf16"}
     options = {"immediate_grad_update": True, "check_grad_overflow": True}
     values = {"zero_optimization": {"stage": 1}, "bf16": options, "data_types": types}
-    agreed = agree(values, on_gpu=True, batch=8)
-    assert agreed.deepspeed["bf16"] == options | {"enabled": True}
-    assert agreed.deepspeed["data_types"] == types
-    assert agreed.deepspeed["zero_optimization"]["compute_grad_norm"] is False, "nothing of DeepSpeed's needs it"
+    settings = agree(values, on_gpu=True, batch=8)
+    assert settings.merged["bf16"] == options | {"enabled": True}
+    assert settings.merged["data_types"] == types
+    assert settings.merged["zero_optimization"]["compute_grad_norm"] is False, "nothing of DeepSpeed's needs it"
 
 
 def test_bf16_needs_a_stage_with_fp32_masters(agree):

@@ -17,8 +17,8 @@ from fastdit.models import (
     DiT,
     Encoder,
     EncoderDecoder,
-    add_gains,
-    fold_gains,
+    add_block_scales,
+    fold_block_scales,
     freeze_for_diffit,
     load_checkpoint,
     save_official,
@@ -56,7 +56,7 @@ def network(request):
 
 def test_gains_change_nothing_at_first(network):
     before = network(*inputs())
-    add_gains(network)
+    add_block_scales(network)
     assert torch.equal(network(*inputs()), before)
 
 
@@ -64,7 +64,7 @@ def test_gains_are_factors_on_the_gates():
     """Against blocks whose branches are scaled by hand."""
     network, plain = filled(DiT(**SMALL, classes=5)).double(), DiT(**SMALL, classes=5).double()
     plain.load_state_dict(network.state_dict())
-    add_gains(network)
+    add_block_scales(network)
     with torch.no_grad():
         network.gains.double().weight.normal_(generator=torch.Generator().manual_seed(2))
     gains = network.gains.weight.detach()
@@ -80,14 +80,14 @@ def test_folded_gains_make_the_same_ordinary_network(network):
     x, t, y = inputs()
     network.double()
     state = network.state_dict()
-    add_gains(network)
+    add_block_scales(network)
     encoder = network.encoder if isinstance(network, EncoderDecoder) else network
     with torch.no_grad():
         encoder.gains.double().weight.normal_(generator=torch.Generator().manual_seed(2))
     expected = network(x.double(), t, y)
-    folded = fold_gains(network.state_dict())
+    folded = fold_block_scales(network.state_dict())
     assert folded.keys() == state.keys()
-    assert fold_gains(state).keys() == state.keys()
+    assert fold_block_scales(state).keys() == state.keys()
     encoder.gains = None
     network.load_state_dict(folded)
     torch.testing.assert_close(network(x.double(), t, y), expected)
@@ -96,7 +96,7 @@ def test_folded_gains_make_the_same_ordinary_network(network):
 def test_diffit_trains_less_than_a_percent_of_xl():
     with torch.device("meta"):
         network = DiT(input_size=32, patch=2, channels=4, width=1152, depth=28, heads=16, classes=1000, out_channels=8)
-        add_gains(network)
+        add_block_scales(network)
     freeze_for_diffit(network)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     assert trained / sum(p.numel() for p in network.parameters()) < 0.01
@@ -108,7 +108,7 @@ def test_diffit_trains_less_than_a_percent_of_xl():
 def test_a_new_decoder_is_trained_whole():
     encoder = Encoder(**SMALL, classes=5, class_token=True)
     network = EncoderDecoder(encoder, out_channels=3, width=16, depth=1, heads=2)
-    add_gains(network)
+    add_block_scales(network)
     freeze_for_diffit(network)
     assert all(p.requires_grad for p in [*network.decoder.parameters(), *network.bridge.parameters()])
     assert encoder.class_token.weight.requires_grad

@@ -81,11 +81,11 @@ import importlib.util
 from fastdit import kernels
 from fastdit.config import parse, presets
 from fastdit.data import open_source
-from fastdit.training.deepspeed_config import plan
+from fastdit.training.deepspeed_config import make_deepspeed_config
 assert kernels.__name__ == "fastdit.kernels", kernels
 assert importlib.util.find_spec("kernels") is None
 config = parse(["--preset", "quickstart"])
-assert plan(config, 1, False).stage == 1
+assert make_deepspeed_config(config, 1, False).stage == 1
 assert open_source(config.data.source).n == 10_000
 print(kernels.__file__, *presets())
 """

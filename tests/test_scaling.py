@@ -10,7 +10,7 @@ from launching import SCRIPTS, free_port, python, run
 from fastdit.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-PROGRAM = Path(__file__).parent / "hold_and_tell.py"
+PROGRAM = Path(__file__).parent / "measure_traffic.py"
 NETWORK = (
     "--device cpu --threads 1 --batch 4 --data.source synthetic:3x16x16:7:100 --data.size 16 --data.channels 3 "
     "--model.patch 4 --model.depth 3 --model.width 96 --model.heads 2"
@@ -33,7 +33,7 @@ def benchmarks_on_the_path():
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
-    """`told[ranks][case]`: for each rank what tests/hold_and_tell.py says."""
+    """`told[ranks][case]`: for each rank what tests/measure_traffic.py says."""
     folder = tmp_path_factory.mktemp("told")
     flags = []
     for precision, method, stage in CASES:

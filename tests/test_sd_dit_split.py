@@ -15,7 +15,15 @@ from fastdit import run_parts
 from fastdit.config import CONFIG_FILE, dump, load, parse
 from fastdit.errors import UserError
 from fastdit.methods.self_discrimination import SDDiT
-from fastdit.models import DiT, EncoderDecoder, GradientRatio, SplitDiT, add_gains, load_checkpoint, save_official
+from fastdit.models import (
+    DiT,
+    EncoderDecoder,
+    GradientRatio,
+    SplitDiT,
+    add_block_scales,
+    load_checkpoint,
+    save_official,
+)
 from fastdit.models.dit import copy_blocks
 from fastdit.models.pretrained import from_diffusers, from_official
 
@@ -123,7 +131,7 @@ def test_bf16():
 def test_a_copy_of_the_first_blocks(gains):
     network, _ = make(2)
     if gains:
-        add_gains(network)
+        add_block_scales(network)
         randomise(network, seed=4)
     part = copy_blocks(network, 2)
     assert part.depth == len(part.blocks) == 2

@@ -16,7 +16,7 @@ def waits(tmp_path: Path, values: dict, *flags, ranks: int = 1) -> Counter[str]:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps(values))
     settings = [*TINY, "--grad_clip", "0.5", "--ds_config", file, *flags, "--out", tmp_path / "run"]
-    forked(*settings, ranks=ranks, program="tell_waits").succeeded()
+    forked(*settings, ranks=ranks, program="find_syncs").succeeded()
     told = [json.loads((tmp_path / "run" / f"waits-{rank}.json").read_text()) for rank in range(ranks)]
     return Counter(Path(call).name.partition(":")[0] for calls in told for call in calls)
 
@@ -43,7 +43,7 @@ def test_an_aligned_step_waits_nowhere(tmp_path):
 def test_a_gpus_step_waits_nowhere(tmp_path, method, graphs):
     flags = [*TINY, "--device", "cuda", "--data.source", "synthetic:1x28x28:10:64", "--grad_clip", "0.5"]
     flags += ["--method", method, "--cuda_graphs", graphs, "--out", tmp_path / "run"]
-    seen = ["env", "CUDA_VISIBLE_DEVICES=0", *python("tests/tell_waits.py", *flags)]
+    seen = ["env", "CUDA_VISIBLE_DEVICES=0", *python("tests/find_syncs.py", *flags)]
     run(seen, tmp_path / "log").succeeded()
     assert json.loads((tmp_path / "run" / "waits-0.json").read_text()) == []
 

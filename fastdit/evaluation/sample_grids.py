@@ -87,7 +87,7 @@ def _facts(session: Session) -> dict[str, str]:
     return {
         "method": f"{config.method}, noise {session.process.name}, {session.parameters / 1e6:.1f} M parameters",
         "data": f"{session.source.n:,} samples of {session.source.path}",
-        "trained": f"{config.steps:,} steps of {run.plan.batch} in {run.seconds:.0f} s",
+        "trained": f"{config.steps:,} steps of {run.deepspeed.batch} in {run.seconds:.0f} s",
         "last loss": f"{last['loss']:.4f}" if last.get("loss") is not None else "none",
         "speed": f"{last['images_per_sec']:.0f} images/s at the end" if last else "none",
         "sampled with": f"{sampler}, guidance {settings.guidance:g}, EMA {config.ema.kind}, seed 0",

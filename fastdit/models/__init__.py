@@ -4,7 +4,7 @@ from .alignment import AlignedDiT, TokenTargets
 from .autoencoders import Autoencoder, open_autoencoder
 from .dit import SIZES, DiT, Encoder, encoder_products, flops_per_image
 from .encoder_decoder import EncoderDecoder, HiddenTokens, decoder_products
-from .finetune import add_gains, fold_gains, freeze_for_diffit
+from .finetune import add_block_scales, fold_block_scales, freeze_for_diffit
 from .image_resnet import ImageResNet
 from .latent_decoder import LatentDecoder
 from .pretrained import load_checkpoint, save_official
@@ -30,11 +30,11 @@ __all__ = [
     "Target",
     "Teacher",
     "TokenTargets",
-    "add_gains",
+    "add_block_scales",
     "decoder_products",
     "encoder_products",
     "flops_per_image",
-    "fold_gains",
+    "fold_block_scales",
     "freeze_for_diffit",
     "head_products",
     "load_checkpoint",

@@ -11,7 +11,7 @@ costs nothing beside the sum that it is fused with.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dit import DiT, bare, init_weights, run_blocks, unpatchify
+from .dit import DiT, init_weights, run_blocks, uninitialized, unpatchify
 from .streams import GradientRatio, Stream
 from .structure_encoders import LatentResNet
 
@@ -75,9 +75,9 @@ class Projector(nn.Module):
     def __init__(self, width: int, hidden: int, features: int, seed: int) -> None:
         super().__init__()
         self.sizes = (width, hidden, features)  # ZeRO-3 leaves the weights empty between forward passes
-        self.fc1 = bare(nn.Linear, width, hidden)
-        self.fc2 = bare(nn.Linear, hidden, hidden)
-        self.fc3 = bare(nn.Linear, hidden, features)
+        self.fc1 = uninitialized(nn.Linear, width, hidden)
+        self.fc2 = uninitialized(nn.Linear, hidden, hidden)
+        self.fc3 = uninitialized(nn.Linear, hidden, features)
         init_weights(self, seed)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -115,10 +115,10 @@ class Encoder(nn.Module):
         self.register_buffer("pos_embed", sincos_positions(self.grid, width), persistent=False)
         self.class_token = Token(width) if class_token else None
         self.time_embed = TimeEmbed(width)
-        self.label_embed = bare(nn.Embedding, classes + null_class, width)
-        self.adaln = bare(nn.Linear, width, (6 * depth + 2) * width)
+        self.label_embed = uninitialized(nn.Embedding, classes + null_class, width)
+        self.adaln = uninitialized(nn.Linear, width, (6 * depth + 2) * width)
         self.blocks = nn.ModuleList(Block(width, heads, self.mlp_width, attention_backend) for _ in range(depth))
-        self.gains: Gains | None = None  # see fastdit.models.finetune
+        self.gains: BlockScale | None = None  # see fastdit.models.finetune
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, visible: Tensor | None = None) -> Encoded:
         """Encode x (B, channels, H, W) at noise levels t (B,), as the noise process gives them, with int labels y (B,).
@@ -166,7 +166,7 @@ class DiT(Encoder):
     def __init__(self, *, out_channels: int | None = None, seed: int = 0, **sizes) -> None:
         super().__init__(**sizes)
         self.out_channels = out_channels or self.channels
-        self.head = bare(ModulatedLinear, self.width, self.patch * self.patch * self.out_channels)
+        self.head = uninitialized(ModulatedLinear, self.width, self.patch * self.patch * self.out_channels)
         init_weights(self, seed)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ def copy_blocks(encoder: Encoder, count: int) -> Encoder:
     """
     part = Encoder(**encoder.arguments | {"depth": count})
     if encoder.gains is not None:
-        part.gains = Gains(count, part.width)
+        part.gains = BlockScale(count, part.width)
     whole = encoder.state_dict()
     cut = {name: whole[name].flatten()[: value.numel()].view_as(value) for name, value in part.state_dict().items()}
     part.load_state_dict(cut)
@@ -245,11 +245,11 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, mlp_width: int, attention_backend: str) -> None:
         super().__init__()
         self.heads, self.attention_backend = heads, attention_backend
-        self.qkv = bare(ModulatedLinear, width, 3 * width)
-        self.proj = bare(nn.Linear, width, width)
+        self.qkv = uninitialized(ModulatedLinear, width, 3 * width)
+        self.proj = uninitialized(nn.Linear, width, width)
         # qkv keeps the input of fc1 already, so that keeping it again costs nothing.
-        self.fc1 = bare(ModulatedLinear, width, mlp_width, keep_x=True)
-        self.fc2 = bare(GeluLinear, mlp_width, width)
+        self.fc1 = uninitialized(ModulatedLinear, width, mlp_width, keep_x=True)
+        self.fc2 = uninitialized(GeluLinear, mlp_width, width)
 
     def forward(
         self,
@@ -334,7 +334,7 @@ class Token(nn.Module):
         return self.weight.expand(batch, tokens, -1)
 
 
-class Gains(nn.Module):
+class BlockScale(nn.Module):
     """Scale the gates of each block's attention and MLP by learned factors, which start at one."""
 
     def __init__(self, depth: int, width: int) -> None:
@@ -359,8 +359,8 @@ class TimeEmbed(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.fc1 = bare(nn.Linear, TIME_FEATURES, width)
-        self.fc2 = bare(nn.Linear, width, width)
+        self.fc1 = uninitialized(nn.Linear, TIME_FEATURES, width)
+        self.fc2 = uninitialized(nn.Linear, width, width)
         self.register_buffer("freq_shift", torch.zeros((), dtype=torch.int64))
 
     def forward(self, t: Tensor) -> Tensor:
@@ -410,6 +410,6 @@ def block_products(tokens: int, width: int, mlp_width: int) -> int:
     return tokens * (4 * width * width + 2 * width * mlp_width + 2 * tokens * width)
 
 
-def bare(kind: type[nn.Module], *sizes: int, **options: bool) -> nn.Module:
+def uninitialized(kind: type[nn.Module], *sizes: int, **options: bool) -> nn.Module:
     """Build a module without initial values, which would take time and global random numbers; see `init_weights`."""
     return nn.utils.skip_init(kind, *sizes, device=torch.get_default_device(), **options)

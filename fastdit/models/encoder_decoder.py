@@ -24,11 +24,11 @@ from .dit import (
     Encoder,
     ModulatedLinear,
     Token,
-    bare,
     block_products,
     init_weights,
     run_blocks,
     sincos_positions,
+    uninitialized,
     unpatchify,
 )
 from .streams import GradientRatio, Stream
@@ -71,7 +71,7 @@ class EncoderDecoder(nn.Module):
         self.width, self.heads, self.grid = encoder.width, encoder.heads, encoder.grid
         self.gradients: GradientRatio | None = None
         self.encoder = encoder
-        self.bridge = bare(ModulatedLinear, encoder.width, width)
+        self.bridge = uninitialized(ModulatedLinear, encoder.width, width)
         self.mask_token = Token(width) if hidden_tokens == "mask_token" else None
         self.decoder = Decoder(
             encoder.grid, encoder.patch, out_channels, encoder.width, width, depth, heads, attention_backend
@@ -128,9 +128,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.grid, self.patch, self.width, self.depth = grid, patch, width, depth
         self.register_buffer("pos_embed", sincos_positions(grid, width), persistent=False)
-        self.adaln = bare(nn.Linear, condition_width, (6 * depth + 2) * width)
+        self.adaln = uninitialized(nn.Linear, condition_width, (6 * depth + 2) * width)
         self.blocks = nn.ModuleList(Block(width, heads, 4 * width, attention_backend) for _ in range(depth))
-        self.head = bare(ModulatedLinear, width, patch * patch * out_channels)
+        self.head = uninitialized(ModulatedLinear, width, patch * patch * out_channels)
 
     def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
         """Return (B, out_channels, H, W) from tokens (B, N, width) and condition (B, condition_width)."""

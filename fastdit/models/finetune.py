@@ -1,21 +1,21 @@
 """Which weights a fine-tuning trains: all, or the small subset of DiffFit (Xie et al., ICCV 2023, arXiv 2304.06648).
 
 DiffFit: biases, norms (a DiT's have no weights), the label table, and a new factor on what each block adds to the
-residual stream (`Gains`; a vector, ours). For DiT-XL/2 0.2 % of the weights. What a DiT does not have, a decoder or a
-class token, is new and trained whole.
+residual stream (`BlockScale`; a vector, ours). For DiT-XL/2 0.2 % of the weights. What a DiT does not have, a decoder
+or a class token, is new and trained whole.
 """
 
 import torch
 from torch import Tensor, nn
 
-from .dit import DiT, Encoder, Gains
+from .dit import BlockScale, DiT, Encoder
 from .encoder_decoder import EncoderDecoder
 
 
-def add_gains(network: DiT | EncoderDecoder) -> None:
-    """Give the encoder its `Gains`; the network's output stays the same."""
+def add_block_scales(network: DiT | EncoderDecoder) -> None:
+    """Give the encoder its `BlockScale`; the network's output stays the same."""
     encoder = _encoder(network)
-    encoder.gains = Gains(encoder.depth, encoder.width)
+    encoder.gains = BlockScale(encoder.depth, encoder.width)
 
 
 def freeze_for_diffit(network: DiT | EncoderDecoder) -> None:
@@ -25,7 +25,7 @@ def freeze_for_diffit(network: DiT | EncoderDecoder) -> None:
         parameter.requires_grad_(trained)
 
 
-def fold_gains(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def fold_block_scales(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict with its gains, if any, multiplied into the gates' rows of `adaln`: an ordinary network's."""
     state = dict(state)
     key = next((key for key in state if key.endswith("gains.weight")), None)

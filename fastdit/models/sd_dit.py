@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastdit.kernels import PrototypeLoss, prototype_loss
 
-from .dit import Encoder, GeluLinear, bare, copy_blocks
+from .dit import Encoder, GeluLinear, copy_blocks, uninitialized
 from .encoder_decoder import EncoderDecoder
 from .split_dit import SplitDiT
 from .streams import Stream
@@ -137,9 +137,9 @@ class ProjectionHead(nn.Module):
     def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int, seed: int) -> None:
         super().__init__()
         self.sizes = (width, hidden, bottleneck, prototypes)  # ZeRO-3 leaves the weights empty between forward passes
-        self.fc1 = bare(nn.Linear, width, hidden)
-        self.fc2 = bare(GeluLinear, hidden, hidden)
-        self.fc3 = bare(GeluLinear, hidden, bottleneck)
+        self.fc1 = uninitialized(nn.Linear, width, hidden)
+        self.fc2 = uninitialized(GeluLinear, hidden, hidden)
+        self.fc3 = uninitialized(GeluLinear, hidden, bottleneck)
         self.prototypes = Prototypes(prototypes, bottleneck)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.errors import UserError
-from fastdit.training.deepspeed_config import Plan
+from fastdit.training.deepspeed_config import DeepSpeedConfig
 
 
-def check(plan: Plan, device: torch.device) -> None:
+def check(settings: DeepSpeedConfig, device: torch.device) -> None:
     """Raises UserError where graphs cannot serve."""
     if device.type != "cuda":
         raise UserError("cuda_graphs: there is no GPU to record on; leave it out, or train with --device cuda")
-    if plan.stage == 3:
+    if settings.stage == 3:
         raise UserError("cuda_graphs: ZeRO-3 gathers weights to other places each step; take zero1 or zero2")
-    if plan.accumulation > 1:
+    if settings.accumulation > 1:
         raise UserError(
-            f"cuda_graphs: each of the {plan.accumulation} accumulated micro-batches would overwrite the gradients of "
-            "the one before; take a micro_batch of the batch's whole share for a rank"
+            f"cuda_graphs: each of the {settings.accumulation} accumulated micro-batches would overwrite the gradients "
+            "of the one before; take a micro_batch of the batch's whole share for a rank"
         )
 
 

@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration of a run. What the file says rules; where it contradicts a setting, the user is told."""
+"""Merge a DeepSpeed file with a run's settings. The file rules; a contradiction is an error."""
 
 import json
 from dataclasses import dataclass
@@ -17,19 +17,28 @@ FP32 = ("fp32", "float32", "float", "torch.float32")  # as DeepSpeed spells it
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the file and the settings agree on."""
+class DeepSpeedConfig:
+    """Hold what the file and the settings agree on.
 
-    deepspeed: dict
+    Args:
+        merged: the configuration that DeepSpeed gets.
+        batch, micro_batch: samples of an optimizer step over all ranks, and of one rank's forward pass.
+        accumulation: micro-batches of a rank in a step.
+        precision: bf16 or fp32.
+        stage: ZeRO stage.
+        clip: largest gradient norm, by which the optimizer clips; 0 is off. None: DeepSpeed computes norm and clips.
+    """
+
+    merged: dict
     batch: int
     micro_batch: int
     accumulation: int
     precision: str
     stage: int
-    clip: float | None  # the optimizer tells the gradients' norm and clips to this (0: not); None: DeepSpeed does
+    clip: float | None
 
 
-def plan(config: Config, world: int, on_gpu: bool) -> Plan:
+def make_deepspeed_config(config: Config, world: int, on_gpu: bool) -> DeepSpeedConfig:
     """Merge `config.ds_config` with the settings for `world` ranks.
 
     Raises UserError when the file is missing, is not JSON, holds a section that fastdit owns, or contradicts a setting.
@@ -85,7 +94,7 @@ def plan(config: Config, world: int, on_gpu: bool) -> Plan:
     if normless:
         merged["zero_optimization"] = {**zero, "compute_grad_norm": False}
         merged["bf16"].setdefault("check_grad_overflow", False)  # a pass over each gradient, and a wait
-    return Plan(merged, batch, micro, accumulation, precision, stage, clip if ours else None)
+    return DeepSpeedConfig(merged, batch, micro, accumulation, precision, stage, clip if ours else None)
 
 
 def _accumulator(values: dict, stage: int, accumulation: int) -> str:

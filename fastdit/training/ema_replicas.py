@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Followers:
+class EMAReplicas:
     """Keep `tensors` equal to the EMA `name` of `sources`, parameters of `engine` in the same order."""
 
     def __init__(self, engine, name: str, tensors: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

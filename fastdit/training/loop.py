@@ -16,9 +16,9 @@ from fastdit.rundir import checkpoint_files
 from fastdit.rundir.metrics_log import Recorder, peak_flops
 from fastdit.rundir.run_files import CHECKPOINTS
 from fastdit.training import checkpoint, schedules
-from fastdit.training.deepspeed_config import Plan
+from fastdit.training.deepspeed_config import DeepSpeedConfig
 from fastdit.training.ema import EMA
-from fastdit.training.ema_replicas import Followers
+from fastdit.training.ema_replicas import EMAReplicas
 from fastdit.training.meter import Meter
 
 
@@ -27,17 +27,17 @@ class Run:
     """Everything a training run is made of."""
 
     config: Config
-    plan: Plan
+    deepspeed: DeepSpeedConfig
     runtime: Runtime
     folder: Path
-    identity: dict
+    checkpoint_signature: dict
     engine: object
     optimizer: AdamWEMA
     method: Denoising
     loader: object
     generator: torch.Generator
     meter: Meter
-    followers: list[Followers] = field(default_factory=list)
+    ema_replicas: list[EMAReplicas] = field(default_factory=list)
     recorder: Recorder | None = None  # rank 0
     seconds: float = 0.0  # of training, over all starts: without pictures, checkpoints, evaluation
 
@@ -74,7 +74,7 @@ class Run:
             step,
             rank_state=self.state(),
             method_state=self.method.state_dict(),
-            meta=self.identity,
+            meta=self.checkpoint_signature,
             keep=self.config.keep_checkpoints,
         )
 
@@ -84,9 +84,9 @@ class Run:
 
     def follow(self, names: Container[str] | None = None) -> None:
         """Refresh the replicas of the EMAs `names`, the ones that the optimizer has just updated; None: of all."""
-        for followers in self.followers:
-            if names is None or followers.name in names:
-                followers.refresh()
+        for replicas in self.ema_replicas:
+            if names is None or replicas.name in names:
+                replicas.refresh()
 
     def say(self, text: str) -> None:
         if self.recorder:
@@ -167,7 +167,7 @@ def train_step(run: Run, step: int) -> None:
     run.optimizer.forget_nonfinite()
 
     # Accumulate gradients over the micro-batches; the last `engine.step` updates the weights and their EMAs.
-    for _ in range(run.plan.accumulation):
+    for _ in range(run.deepspeed.accumulation):
         x0, y = next(run.loader)
         outcome = run.method.loss(run.engine, x0, y, run.generator)
         run.engine.backward(outcome.loss)
@@ -189,7 +189,7 @@ def _skipped(run: Run) -> torch.Tensor:
 
 def _grad_norm(run: Run) -> torch.Tensor | float | None:
     """Of the last step's gradients, averaged over ranks and accumulated, before clipping."""
-    if run.plan.clip is None or not run.engine.was_step_applied():
+    if run.deepspeed.clip is None or not run.engine.was_step_applied():
         return run.engine.get_global_grad_norm()
     return run.optimizer.grad_norm
 
@@ -200,10 +200,10 @@ def _record(run: Run, clock: Clock, step: int) -> int:
     seconds, steps = run.runtime.agree(list(clock.read()))
     worst, first_bad = values.pop("worst_streak"), values.pop("first_bad")
     run.seconds += seconds
-    images = run.plan.batch * steps
+    images = run.deepspeed.batch * steps
     values |= {
         "lr": schedules.learning_rate(run.config, step - 1),
-        "images": run.plan.batch * step,
+        "images": run.deepspeed.batch * step,
         "images_per_sec": images / seconds,
         "seconds_per_step": seconds / steps,
         "seconds": run.seconds,

@@ -1,4 +1,4 @@
-"""Opening a run, fresh or resumed, on every rank alike."""
+"""Open a run, fresh or resumed, on every rank alike."""
 
 import json
 from pathlib import Path
@@ -20,24 +20,31 @@ from fastdit.rundir.checkpoint_files import newest_good
 from fastdit.rundir.metrics_log import Recorder, versions
 from fastdit.rundir.run_files import CHECKPOINTS, VERSIONS
 from fastdit.training import checkpoint, cuda_graphs
-from fastdit.training.deepspeed_config import Plan, plan
+from fastdit.training.deepspeed_config import DeepSpeedConfig, make_deepspeed_config
 from fastdit.training.ema import EMA, ema_state
-from fastdit.training.ema_replicas import Followers
+from fastdit.training.ema_replicas import EMAReplicas
 from fastdit.training.loop import Run
 from fastdit.training.meter import Meter
 
 
 class Session:
-    """One run and what it was built from."""
+    """One run, fresh or resumed, and the parts that it was built from.
+
+    The parts are `config`, `runtime`, `source` (data), `shape`, `process` (noise), `decoder` (of latents, or None),
+    `parameters` (their number), `attention` (what computes it, in words), and `run`, with which the loop works.
+    `first_step` is the number of steps that are finished.
+    """
 
     def __init__(self, config: Config, runtime: Runtime):
         """Build everything and, with `config.resume`, load the newest good checkpoint. Raises UserError."""
-        self.runtime, folder = runtime, Path(config.out)
-        agreed = plan(config, runtime.world, runtime.device.type == "cuda")
+        self.runtime = runtime
+
+        # Settings: what the DeepSpeed file and the data decide.
+        settings = make_deepspeed_config(config, runtime.world, runtime.device.type == "cuda")
         if config.cuda_graphs:
-            cuda_graphs.check(agreed, runtime.device)
+            cuda_graphs.check(settings, runtime.device)
         for kind in methods_of(config.method):
-            kind.check_batch(agreed.micro_batch * runtime.world)
+            kind.check_batch(settings.micro_batch * runtime.world)
         self.source = run_parts.open_data(config)
         self.config = config = run_parts.standardized(config, self.source)
         self.shape = run_parts.shape_of(config, self.source.classes)
@@ -47,87 +54,97 @@ class Session:
                 f"data.autoencoder: {config.data.autoencoder} decodes latents, and {self.source.path} holds images; "
                 "leave it out, or train on latents"
             )
+
+        # The network, its method, and the engine that trains it.
         self.decoder = run_parts.build_decoder(config, self.shape)
         module, method = run_parts.build_training(config, self.shape, self.decoder)
         if self.decoder:
             self.decoder.to(runtime.device)
         network = method.sampled_network(module)
         self.parameters = sum(p.numel() for p in module.parameters())
-        self.attention = _attention(config.model.attention, runtime.device, agreed.precision, network)
+        self.attention = _attention(config.model.attention, runtime.device, settings.precision, network)
         averages = {EMA: config.ema.decay, **method.begin_step(0, config.steps)}
         trained = [p for p in module.parameters() if p.requires_grad]
-        optimizer = make_optimizer(config, agreed, runtime.device, trained, averages)
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=agreed.deepspeed)
-        method.to(runtime.device, torch.bfloat16 if agreed.precision == "bf16" else torch.float32)
+        optimizer = make_optimizer(config, settings, runtime.device, trained, averages)
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings.merged)
+        method.to(runtime.device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
         if config.cuda_graphs:  # before the loader's threads allocate: nobody may while a graph is recorded
-            for part, samples in method.graphed(engine.module, agreed.micro_batch):
+            for part, samples in method.graphed(engine.module, settings.micro_batch):
                 cuda_graphs.record(part, samples)
+
+        # Data, random numbers, and the run.
         loader = run_parts.build_loader(
             config,
             self.source,
-            batch=agreed.micro_batch,
+            batch=settings.micro_batch,
             rank=runtime.rank,
             world=runtime.world,
             device=runtime.device,
             cache=config.data.cache,
             group=dist.group.WORLD if runtime.world > 1 else None,
         )
-        torch.manual_seed(config.seed)  # ours draws from `generator` alone; torch seeds its global one by chance
-        generator = torch.Generator(runtime.device)
-        generator.manual_seed(int(np.random.SeedSequence(config.seed, spawn_key=(runtime.rank,)).generate_state(1)[0]))
         self.run = Run(
             config=config,
-            plan=agreed,
+            deepspeed=settings,
             runtime=runtime,
-            folder=folder,
-            identity=run_parts.checkpoint_signature(config, self.shape),
+            folder=Path(config.out),
+            checkpoint_signature=run_parts.checkpoint_signature(config, self.shape),
             engine=engine,
             optimizer=optimizer,
             method=method,
-            followers=[Followers(engine, name, *lists) for name, lists in method.ema_replicas(module).items()],
+            ema_replicas=[EMAReplicas(engine, name, *lists) for name, lists in method.ema_replicas(module).items()],
             loader=loader,
-            generator=generator,
+            generator=_seeded_generator(config.seed, runtime),
             meter=Meter(runtime.device, runtime.world),
         )
         self.first_step = self._resume() if config.resume else 0
         if runtime.first:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / CONFIG_FILE).write_text(dump(config))
-            (folder / VERSIONS).write_text(json.dumps(versions(), indent=1))
-            self.run.recorder = Recorder(folder, self.first_step, config.steps)
-            self.run.say(self._introduction())
+            self._open_folder()
+
+    def _open_folder(self) -> None:
+        """Write the run's settings and versions, and begin to record."""
+        folder = self.run.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_FILE).write_text(dump(self.config))
+        (folder / VERSIONS).write_text(json.dumps(versions(), indent=1))
+        self.run.recorder = Recorder(folder, self.first_step, self.config.steps)
+        self.run.say(self._introduction())
 
     def _resume(self) -> int:
+        """Load the newest good checkpoint, if there is one. Return the number of finished steps."""
         run, folder = self.run, self.run.folder / CHECKPOINTS
         say = print if self.runtime.first else (lambda text: None)
         found = self.runtime.decide(lambda: newest_good(folder, say))
         if found is None:
             say(f"{folder}: nothing to resume yet; starting at step 0")
             return 0
-        step, *states = checkpoint.restore(run.engine, self.runtime, found, run.identity)
+        step, *states = checkpoint.restore(run.engine, self.runtime, found, run.checkpoint_signature)
         run.load_state(*states)
         say(f"resumed {found}")
         return step
 
     def _introduction(self) -> str:
-        config, runtime, agreed, shape = self.config, self.runtime, self.run.plan, self.shape
+        """Return the lines with which a run begins."""
+        config, runtime, settings, shape = self.config, self.runtime, self.run.deepspeed, self.shape
         source = f"{self.source.n:,} samples of {self.source.path} as {shape.channels}x{shape.height}x{shape.width}"
         if held := self.run.loader.held:
             source += f" ({held.bytes / 1e9:.3g} GB {'a rank ' if held.group else ''}kept on {held.views.device.type})"
         if reading := self.run.loader.reading:
             source += f", {reading}"
         optimizer = "optimizer: apex" if config.optimizer == "apex" else describe_optimizer(runtime.device)
-        batch = f"{agreed.batch} = {agreed.micro_batch} x {agreed.accumulation} accumulated x {runtime.world} ranks"
+        batch = (
+            f"{settings.batch} = {settings.micro_batch} x {settings.accumulation} accumulated x {runtime.world} ranks"
+        )
         return (
             f"{config.method} on {source}, {shape.classes} classes\n"
-            f"{self.parameters / 1e6:.1f} M parameters, {agreed.precision}, {self.process.name}; "
+            f"{self.parameters / 1e6:.1f} M parameters, {settings.precision}, {self.process.name}; "
             f"{self.attention}; {describe_native(runtime.device)}; {optimizer}\n"
-            f"{versions()['device']}, ZeRO-{agreed.stage}, batch {batch}\n"
+            f"{versions()['device']}, ZeRO-{settings.stage}, batch {batch}\n"
             f"steps {self.first_step} to {config.steps} into {self.run.folder}"
         )
 
     def averaged_network(self) -> nn.Module:
-        """What is sampled, whole, with the EMA weights, in eval mode on the device. A collective."""
+        """Return the sampled network, unsharded, with the EMA weights, in eval mode on the device. A collective."""
         network = run_parts.build_network(self.config, self.shape)
         network.load_state_dict(ema_state(self.run.engine, self.run.sampled_network, "cpu"))
         return network.to(self.runtime.device).eval()
@@ -140,23 +157,40 @@ class Session:
         self.runtime.leave()
 
 
-def make_optimizer(config: Config, agreed: Plan, device: torch.device, parameters, averages: dict) -> AdamWEMA:
-    """AdamW with `averages`, decays by name, by `config.optimizer`. Raises UserError where apex cannot serve."""
-    settings = {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")}
-    settings |= {"emas": averages, "max_norm": agreed.clip or None, "sharded": agreed.stage > 0}
+def _seeded_generator(seed: int, runtime: Runtime) -> torch.Generator:
+    """Return the rank's own generator, from which everything in training is drawn.
+
+    torch's global generators are seeded too, so that nothing depends on how torch seeds them.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator(runtime.device)
+    generator.manual_seed(int(np.random.SeedSequence(seed, spawn_key=(runtime.rank,)).generate_state(1)[0]))
+    return generator
+
+
+def make_optimizer(
+    config: Config, settings: DeepSpeedConfig, device: torch.device, parameters: list[nn.Parameter], decays: dict
+) -> AdamWEMA:
+    """Return AdamW with EMAs of the weights, whose `decays` go by name, as `config.optimizer` names it.
+
+    Raises UserError where apex cannot serve.
+    """
+    options = {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")}
+    options |= {"emas": decays, "max_norm": settings.clip or None, "sharded": settings.stage > 0}
     if config.optimizer == "fastdit":
-        return AdamWEMA(parameters, **settings)
+        return AdamWEMA(parameters, **options)
     try:
-        optimizer = ApexAdamEMA(parameters, **settings)
+        optimizer = ApexAdamEMA(parameters, **options)
     except ValueError as error:
         raise UserError(f"optimizer: {error}; mend that, or take --optimizer fastdit") from None
-    offload = agreed.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
+    offload = settings.merged.get("zero_optimization", {}).get("offload_optimizer") or {}
     if device.type != "cuda" or offload.get("device", "none") != "none":
         raise UserError("optimizer: apex works on GPUs only, without offload_optimizer; take --optimizer fastdit")
     return optimizer
 
 
-def _attention(backend: str, device: torch.device, precision: str, network) -> str:
+def _attention(backend: str, device: torch.device, precision: str, network: nn.Module) -> str:
+    """Return what computes the network's attention, in words. Raises UserError where `backend` cannot."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     sizes = [block.proj.in_features // block.heads for block in network.modules() if isinstance(block, Block)]
     try:

@@ -1,6 +1,6 @@
 """A program of tests/test_waits.py: says where a training step would make the host wait for a GPU.
 
-python tests/tell_waits.py [flags of a run]   writes a list of the calls in two steps to waits-RANK.json in its folder.
+python tests/find_syncs.py [flags of a run]   writes a list of the calls in two steps to waits-RANK.json in its folder.
 
 That is where a tensor's value is asked for (`item`, `bool`, `float`), and where DeepSpeed waits for its device; on a
 GPU also what torch's own watch finds, copies that wait among it.

@@ -1,6 +1,6 @@
 """Run under a launcher: takes steps of each of several runs and tells what every rank holds and sends.
 
-python tests/hold_and_tell.py OUT 'flags of one run' 'flags of another' ...   writes OUT/RANK.json, a list.
+python tests/measure_traffic.py OUT 'flags of one run' 'flags of another' ...   writes OUT/RANK.json, a list.
 """
 
 import gc
