@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernel_checks import assert_exact
+from kernel_checks import assert_as_good_as, assert_exact
 
 from fastdit.kernels import attention, attention_backends, describe_attention
-from fastdit.kernels.attention import BACKENDS, _flash_attn, _problem, _run
+from fastdit.kernels.attention import BACKENDS, PRODUCTS_TOKENS, _flash_attn, _problem, _run
 
+MODULE = sys.modules["fastdit.kernels.attention"]
 CPU_BACKENDS = attention_backends("cpu")
 
 
@@ -39,7 +40,7 @@ def make_qkv(batch, tokens, heads, dim, *, fused, dtype=torch.float32, device="c
 
 
 def test_cpu_has_the_promised_backends():
-    assert {"sdpa", "math"} <= set(CPU_BACKENDS) <= set(BACKENDS)
+    assert {"sdpa", "products", "math"} <= set(CPU_BACKENDS) <= set(BACKENDS)
     assert not {"flash_attn", "cudnn", "efficient"} & set(CPU_BACKENDS)
 
 
@@ -80,6 +81,57 @@ def test_bf16_error_is_that_of_bf16(backend):
     assert (out.double() - exact).abs().max() <= 2 * rounding
 
 
+def bf16_results(leaf, **options):
+    """Return attention of a fused qkv, and the gradient of qkv for a fixed upstream gradient."""
+    out = attention(*leaf.unbind(2), **options)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return out, torch.autograd.grad(out, leaf, upstream)[0]
+
+
+@pytest.mark.parametrize("shape", [(5, 16, 2, 32), (2, 33, 2, 72), (1, PRODUCTS_TOKENS, 2, 64)])
+def test_products_are_as_good_as_sdpa_in_bf16(shape):
+    """The forward pass is sdpa's. Gradients have at most twice the error of sdpa's, plus a rounding, as on a GPU."""
+    leaf, _ = make_qkv(*shape, fused=True, dtype=torch.bfloat16)
+    leaf64 = leaf.detach().double().requires_grad_()
+    out, got = bf16_results(leaf, backend="products")
+    expected, low = bf16_results(leaf, backend="sdpa")
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().double()
+    (exact,) = torch.autograd.grad(reference(*leaf64.unbind(2)), leaf64, upstream)
+    assert torch.equal(out, expected)
+    assert_as_good_as(got, low, exact, atol=2**-8 * exact.abs().max())
+    assert (got.double() - exact).norm() <= 2 * (low.double() - exact).norm()
+
+
+def test_auto_takes_products_for_short_bf16_sequences_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(MODULE, "PRODUCTS_TOKENS", 16)
+    for dtype, tokens, name in ((torch.bfloat16, 16, "products"), (torch.bfloat16, 17, "sdpa"), (None, 16, "sdpa")):
+        leaf, _ = make_qkv(2, tokens, 2, 32, fused=True, dtype=dtype or torch.float32)
+        found, expected = bf16_results(leaf), bf16_results(leaf, backend=name)
+        other = bf16_results(leaf, backend="sdpa" if name == "products" else "products")
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+        assert not torch.equal(found[1], other[1])
+
+
+def test_products_differentiate_twice():
+    _, qkv = make_qkv(2, 3, 2, 4, fused=True, dtype=torch.float64)
+    qkv = [x.detach().requires_grad_() for x in qkv]
+    torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, backend="products"), qkv)
+    torch.autograd.gradgradcheck(lambda q, k, v: attention(q, k, v, backend="products"), qkv)
+
+
+def test_auto_compiles_with_its_backward_pass_at_any_length(monkeypatch):
+    """torch.compile makes the length dynamic when it first changes."""
+    monkeypatch.setattr(MODULE, "PRODUCTS_TOKENS", 16)
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    for tokens in (9, 12, 16, 25, 33):
+        leaf, qkv = make_qkv(2, tokens, 2, 32, fused=True, dtype=torch.bfloat16)
+        out, grad = bf16_results(leaf)
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+        found = compiled(*qkv)
+        assert torch.equal(found, out)
+        assert torch.equal(torch.autograd.grad(found, leaf, upstream)[0], grad)
+
+
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_compiles_without_a_graph_break(backend):
     _, qkv = make_qkv(2, 9, 2, 24, fused=True)
@@ -92,6 +144,7 @@ def test_backend_is_decided_in_inference_mode_too():
     _, qkv = make_qkv(2, 9, 2, 24, fused=True)
     with torch.inference_mode():
         out = attention(*qkv, backend="math")
+        assert torch.equal(attention(*qkv, backend="products"), attention(*qkv, backend="sdpa"))
     assert_exact(out, reference(*qkv), tolerance(24, 9))
 
 
@@ -116,7 +169,7 @@ def test_what_a_kernel_refuses_becomes_a_reason(monkeypatch):
     def refuse(*args):
         raise RuntimeError("No available kernel. Aborting execution.\nmore")
 
-    monkeypatch.setattr(sys.modules["fastdit.kernels.attention"], "_run", refuse)
+    monkeypatch.setattr(MODULE, "_run", refuse)
     _problem.cache_clear()
     try:
         x = torch.zeros(2, 5, 3, 8)
@@ -135,6 +188,10 @@ def test_an_unknown_choice_lists_the_known():
 def test_described_in_one_line():
     assert describe_attention("auto", "cpu", torch.float32, 64) == "attention: torch sdpa (cpu)"
     assert describe_attention("math", torch.device("cpu"), torch.float32, 72) == "attention: torch math (cpu)"
+    described = describe_attention("products", "cpu", torch.bfloat16, 64)
+    assert described == "attention: torch sdpa, backward by products (cpu)"
+    described = describe_attention("auto", "cpu", torch.bfloat16, 64)
+    assert described == f"attention: torch sdpa, backward by products up to {PRODUCTS_TOKENS} tokens (cpu)"
 
 
 @pytest.mark.parametrize(
