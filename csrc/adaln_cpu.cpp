@@ -1,8 +1,8 @@
-// The adaLN family in fp32 on CPUs, one pass over memory forward and one backward; fastdit/kernels/adaln.py says what is
+// The adaLN operations in fp32 on CPUs, one pass over memory forward and one backward. kernels/adaln.py defines what is
 // computed.
 //
-// A row goes through all of its arithmetic while it lies in the nearest cache. Sums over a row run in a fixed number of
-// lanes, sums over tokens in fixed chunks of a sample: no bit depends on the threads, the vector width or the batch.
+// All arithmetic on a row runs while the row is in the nearest cache. Sums over a row run in a fixed number of lanes,
+// and sums over tokens in fixed chunks of a sample, so no bit depends on the threads, the vector width or the batch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -18,15 +18,16 @@ namespace py = pybind11;
 namespace fastdit {
 namespace {
 
-using Address = std::uintptr_t;  // 0: there is none
+using Address = std::uintptr_t;  // 0 stands for an absent tensor
+// (address, stride of a sample, stride of a token), as Python passes a matrix.
 using View = std::tuple<Address, std::int64_t, std::int64_t>;
-constexpr int kLanes = 32;
-constexpr std::int64_t kChunk = 16;  // tokens
-constexpr std::int64_t kAhead = 2;   // tokens
+constexpr int kLanes = 32;           // partial sums over a row
+constexpr std::int64_t kChunk = 16;  // tokens that one thread sums over
+constexpr std::int64_t kAhead = 2;   // tokens between the row in work and the row that is prefetched
 
 float* floats(Address address) { return reinterpret_cast<float*>(address); }
 
-// (batch, tokens, width) by strides, the inner one 1; a vector for a whole sample has token stride 0.
+// A (batch, tokens, width) matrix given by strides, with inner stride 1. A vector per sample has token stride 0.
 struct Matrix {
   const float* data;
   std::int64_t sample, token;
@@ -37,11 +38,12 @@ struct Matrix {
   explicit operator bool() const { return data; }
 };
 
-// A row that is read soon: the processor's own look-ahead ends at each page, and is late for short rows.
+// Prefetch a row that is read soon. The processor's own prefetcher stops at each page, and is late for short rows.
 void fetch(const float* row, std::int64_t width) {
   for (std::int64_t i = 0; i < width; i += 16) __builtin_prefetch(row + i);
 }
 
+// Return the sum of term(i) over a row: kLanes partial sums, then a tree over the lanes.
 template <typename Term>
 float sum(std::int64_t width, const Term term) {
   float lanes[kLanes] = {};
@@ -56,17 +58,20 @@ float sum(std::int64_t width, const Term term) {
   return lanes[0];
 }
 
+// Compute r = x + gate * y for one row.
 void add_gated(const float* x, const float* y, const float* gate, float* r, std::int64_t width) {
 #pragma omp simd
   for (std::int64_t i = 0; i < width; ++i) r[i] = x[i] + gate[i] * y[i];
 }
 
+// Compute h = (value - mean) * rstd * (1 + scale) + shift for one row.
 void modulate(const float* value, float mean, float rstd, const float* scale, const float* shift, float* h,
               std::int64_t width) {
 #pragma omp simd
   for (std::int64_t i = 0; i < width; ++i) h[i] = (value[i] - mean) * rstd * (1 + scale[i]) + shift[i];
 }
 
+// Compute r, h and stats. A thread owns whole rows: it reads x and y once, and writes r, h and two statistics once.
 void forward(const View& x_, const View& y_, const View& gate_, const View& scale_, const View& shift_, Address r_,
              Address h_, Address stats_, std::int64_t batch, std::int64_t tokens, std::int64_t width, float eps,
              bool rms, int threads) {
@@ -76,15 +81,18 @@ void forward(const View& x_, const View& y_, const View& gate_, const View& scal
   for (std::int64_t row = 0; row < batch * tokens; ++row) {
     const std::int64_t b = row / tokens, n = row % tokens;
     const float* value = x(b, n);
+    // Prefetch the row after next.
     if (const std::int64_t next = std::min(n + kAhead, tokens - 1); next > n) {
       fetch(x(b, next), width);
       if (y) fetch(y(b, next), width);
     }
+    // Form the new stream.
     if (y) {
-      float* const r = (rs ? rs : hs) + row * width;  // where r is not wanted, h overwrites it below
+      float* const r = (rs ? rs : hs) + row * width;  // if the caller does not want r, h overwrites it below
       add_gated(value, y(b, n), gate(b, n), r, width);
       value = r;
     }
+    // Normalize and modulate it.
     if (scale) {
       const float mean = rms ? 0 : sum(width, [=](std::int64_t i) { return value[i]; }) / width;
       const auto square = [=](std::int64_t i) { return (value[i] - mean) * (value[i] - mean); };
@@ -95,7 +103,7 @@ void forward(const View& x_, const View& y_, const View& gate_, const View& scal
   }
 }
 
-// Gradients of one vector (batch, width) from the sums of all chunks.
+// Add up the chunks' sums, in order, to the gradient (batch, width) of one vector. A thread owns whole samples.
 void add_chunks(const float* partials, float* gradient, std::int64_t batch, std::int64_t chunks, std::int64_t width) {
 #pragma omp for schedule(static) nowait
   for (std::int64_t b = 0; b < batch; ++b) {
@@ -109,11 +117,14 @@ void add_chunks(const float* partials, float* gradient, std::int64_t batch, std:
   }
 }
 
-void backward(const View& dr_, const View& dh_, const View& kept_, const View& y_, const View& gate_,
+// Compute all gradients. A thread owns chunks of kChunk tokens of a sample. For each row it reads dr, dh, the saved
+// stream and y once, and writes dx, dy and h once. The chunk's sums for gate, scale and shift stay in the nearest
+// cache, in the chunk's own part of `partials`; add_chunks adds them up after all rows.
+void backward(const View& dr_, const View& dh_, const View& residual_, const View& y_, const View& gate_,
               const View& scale_, const View& shift_, Address stats_, Address dx_, Address dy_, Address dgate_,
               Address dscale_, Address dshift_, Address h_, std::int64_t batch, std::int64_t tokens,
               std::int64_t width, bool rms, bool from_x, int threads) {
-  const Matrix dr(dr_), dh(dh_), kept(kept_), y(y_), gate(gate_), scale(scale_), shift(shift_);
+  const Matrix dr(dr_), dh(dh_), residual(residual_), y(y_), gate(gate_), scale(scale_), shift(shift_);
   const float* const stats = floats(stats_);
   float *const dxs = floats(dx_), *const dys = floats(dy_), *const hs = floats(h_);
   float* const vectors[] = {floats(dgate_), floats(dscale_), floats(dshift_)};
@@ -131,14 +142,17 @@ void backward(const View& dr_, const View& dh_, const View& kept_, const View& y
       std::fill_n(gate_sum, 3 * width, 0.0f);
       for (std::int64_t n = first; n < last; ++n) {
         const std::int64_t row = b * tokens + n;
+        // Prefetch the row after next.
         if (const std::int64_t next = std::min(n + kAhead, tokens - 1); next > n) {
           if (dr) fetch(dr(b, next), width);
-          if (dh) fetch(dh(b, next), width), fetch(kept(b, next), width);
+          if (dh) fetch(dh(b, next), width), fetch(residual(b, next), width);
           if (y) fetch(y(b, next), width);
         }
-        const float* gradient = dr ? dr(b, n) : zeros.data();  // of r, to begin with the part that passed the norm by
+        // The gradient of r starts with the part that bypasses the norm.
+        const float* gradient = dr ? dr(b, n) : zeros.data();
+        // Differentiate the modulated norm, and recompute h if the caller needs it.
         if (dh) {
-          const float* value = kept(b, n);
+          const float* value = residual(b, n);
           if (from_x && y) {
             add_gated(value, y(b, n), gate(b, n), buffer.data(), width);
             value = buffer.data();
@@ -159,6 +173,7 @@ void backward(const View& dr_, const View& dh_, const View& kept_, const View& y
           if (hs) modulate(value, mean, rstd, factor, shift(b, n), hs + row * width, width);
           gradient = dx;
         }
+        // Differentiate the gated sum.
         if (y) {
           const float *const update = y(b, n), *const open = gate(b, n);
           float* const dy = dys + row * width;
@@ -180,11 +195,12 @@ void backward(const View& dr_, const View& dh_, const View& kept_, const View& y
 void bind_adaln(py::module_& m) {
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("adaln", &forward, release(),
-        "x, y, gate, scale, shift as (address, stride of a sample, stride of a token); r, h, stats by address, each "
-        "contiguous; batch, tokens, width, eps, rms, threads. Address 0: not there, not wanted.");
+        "Fill r, h and stats. x, y, gate, scale and shift are (address, stride of a sample, stride of a token); r, h "
+        "and stats are addresses of contiguous tensors; then batch, tokens, width, eps, rms and threads. Address 0 "
+        "stands for an absent input or an unneeded result.");
   m.def("adaln_backward", &backward, release(),
-        "dr, dh, kept, y, gate, scale, shift as above; stats, dx, dy, dgate, dscale, dshift, h by address; batch, "
-        "tokens, width, rms, from_x, threads.");
+        "Fill the gradients. dr, dh, the saved stream, y, gate, scale and shift are as in adaln; stats, dx, dy, dgate, "
+        "dscale, dshift and h are addresses; then batch, tokens, width, rms, from_x and threads.");
 }
 
 }  // namespace fastdit

@@ -1,8 +1,8 @@
-// The update of one weight: AdamW (Loshchilov and Hutter 2019) and then any number of exponential moving averages.
+// The update of one weight: AdamW (arXiv 1711.05101, algorithm 2), and then any number of EMAs of the weight.
 //
-// The one definition behind the CPU and the CUDA code. Plain fp32 multiplications and additions, each rounded by
-// itself: compiled without contraction (-ffp-contract=off, --fmad=false), a result does not depend on the vector width,
-// the number of threads, the compiler or the place of a weight in its tensor. So a run resumes to the bit anywhere.
+// The CPU and the CUDA code share this definition. It uses plain fp32 operations, each rounded on its own. Compiled
+// without contraction (-ffp-contract=off, --fmad=false), a result does not depend on the vector width, the number of
+// threads, the compiler or the position of a weight in its tensor. A run therefore resumes to the bit on any machine.
 #pragma once
 
 #include <cmath>
@@ -17,9 +17,9 @@
 
 namespace fastdit {
 
-constexpr int kMaxAverages = 4;  // of one pass
+constexpr int kMaxAverages = 4;  // EMAs that one pass updates
 
-// a + weight * (b - a), computed from the nearer end: weight 0 gives a and weight 1 gives b, exactly.
+// Computes a + weight * (b - a) from the nearer end, so that weight 0 gives a and weight 1 gives b, exactly.
 struct Lerp {
   float step;  // weight, or weight - 1
   bool from_a;
@@ -30,7 +30,7 @@ struct Lerp {
   FASTDIT_INLINE float operator()(float a, float b) const { return (from_a ? a : b) + step * (b - a); }
 };
 
-// What one call has in common for all its weights.
+// The constants that all weights of one call share.
 struct Rule {
   Lerp first_moment;
   float beta2, beta2_rest;  // beta2 and 1 - beta2
@@ -49,7 +49,8 @@ struct Rule {
   }
 };
 
-// What depends on a tensor's own number of steps, the present one included: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t).
+// The bias corrections lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t), where t is the tensor's own number of steps,
+// including the current one.
 struct Correction {
   float step_size, root_scale;
 
@@ -59,7 +60,7 @@ struct Correction {
         root_scale(static_cast<float>(1 / sqrt(1 - pow(beta2, steps)))) {}
 };
 
-// Decay and step are added up before they leave the weight, so it is rounded once.
+// Update one weight and its moments. Decay and step are added first, so that the weight is rounded once.
 FASTDIT_INLINE void adamw(const Rule& rule, const Correction& now, float gradient, float& weight, float& exp_avg,
                           float& exp_avg_sq) {
   exp_avg = rule.first_moment(exp_avg, gradient);
@@ -68,7 +69,7 @@ FASTDIT_INLINE void adamw(const Rule& rule, const Correction& now, float gradien
   weight -= now.step_size * exp_avg / denominator + rule.shrink * weight;
 }
 
-// To nearest, ties to even; a NaN becomes the quiet one, as in torch.
+// Round to nearest, ties to even. Any NaN becomes the quiet NaN, as in torch.
 FASTDIT_INLINE uint16_t to_bfloat16(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);

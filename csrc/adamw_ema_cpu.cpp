@@ -1,4 +1,4 @@
-// AdamW with averages over lists of CPU tensors, in one pass over memory. The rule is in adamw_ema.h.
+// AdamW with EMAs over lists of CPU tensors, in one pass over memory. adamw_ema.h defines the update of one weight.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -15,15 +15,17 @@ namespace fastdit {
 namespace {
 
 using Addresses = std::vector<std::uintptr_t>;
-constexpr std::int64_t kChunk = 1 << 14;  // weights that one thread takes at a time
+constexpr std::int64_t kChunk = 1 << 14;  // weights that a thread owns at a time
 
 float* floats(std::uintptr_t address) { return reinterpret_cast<float*>(address); }
 
+// A part of one tensor.
 struct Chunk {
   std::size_t tensor;
   std::int64_t begin, end;
 };
 
+// Cut tensors into chunks, whose borders depend on the sizes only.
 std::vector<Chunk> split(const std::vector<std::int64_t>& sizes) {
   std::vector<Chunk> chunks;
   for (std::size_t t = 0; t < sizes.size(); ++t)
@@ -32,7 +34,7 @@ std::vector<Chunk> split(const std::vector<std::int64_t>& sizes) {
   return chunks;
 }
 
-// One tensor's part of a chunk; every pointer is at the chunk's first weight.
+// The tensors of one chunk. Every pointer is at the chunk's first weight.
 struct Span {
   std::int64_t size;
   float *weight, *exp_avg, *exp_avg_sq;
@@ -41,9 +43,11 @@ struct Span {
   std::uint16_t* copy;
 };
 
+// Update one chunk. Each weight's gradient, weight, moments and EMAs are read once and held in registers; the weight,
+// the moments, the EMAs and the bf16 copy are written once.
 template <int kAverages, bool kCopy>
 void update(const Rule& rule, const Correction now, const float scale, const Span& span) {
-  const Rule r = rule;  // a local: stores through the pointers below cannot alias it
+  const Rule r = rule;  // a local copy, which stores through the pointers below cannot alias
   const Span s = span;
 #pragma omp simd
   for (std::int64_t i = 0; i < s.size; ++i) {
@@ -57,6 +61,7 @@ void update(const Rule& rule, const Correction now, const float scale, const Spa
 
 using Update = void (*)(const Rule&, Correction, float, const Span&);
 
+// Return the instance of `update` for this number of EMAs.
 template <bool kCopy>
 Update with_averages(std::size_t count) {
   static constexpr Update kUpdates[] = {update<0, kCopy>, update<1, kCopy>, update<2, kCopy>, update<3, kCopy>,
@@ -64,19 +69,22 @@ Update with_averages(std::size_t count) {
   return kUpdates[count];
 }
 
+// Update all tensors by one step, unless `skip` is set. Threads take chunks in any order, which changes no bit.
 void adamw_ema(const Addresses& weights, const Addresses& gradients, const Addresses& exp_avgs,
                const Addresses& exp_avg_sqs, const Addresses& steps, const std::vector<Addresses>& averages,
                const Addresses& copies, const std::vector<std::int64_t>& sizes, const std::vector<double>& decays,
                double lr, double beta1, double beta2, double eps, double weight_decay, std::uintptr_t skip,
                std::uintptr_t grad_scale, int threads) {
-  if (decays.size() > kMaxAverages) throw py::value_error("too many averages for one pass");
+  if (decays.size() > kMaxAverages) throw py::value_error("too many EMAs for one pass");
   if (*floats(skip) != 0) return;
+  // Count the steps, which give each tensor's bias corrections.
   const Rule rule(lr, beta1, beta2, eps, weight_decay, static_cast<int>(decays.size()), decays.data());
   std::vector<Correction> corrections;
   for (const auto step : steps) corrections.emplace_back(lr, beta1, beta2, *floats(step) += 1);
   const float scale = grad_scale ? *floats(grad_scale) : 1;
   const Update update = copies.empty() ? with_averages<false>(averages.size()) : with_averages<true>(averages.size());
 
+  // Update the chunks.
   const auto chunks = split(sizes);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (std::size_t c = 0; c < chunks.size(); ++c) {
@@ -89,10 +97,11 @@ void adamw_ema(const Addresses& weights, const Addresses& gradients, const Addre
   }
 }
 
-typedef float Floats __attribute__((vector_size(32), aligned(4)));  // as the gradients lie, not 32-byte aligned
+typedef float Floats __attribute__((vector_size(32), aligned(4)));  // gradients need not be 32-byte aligned
 typedef double Doubles __attribute__((vector_size(64)));
 
-// In double, so no finite gradient overflows; always in the same order, so the threads do not change a bit.
+// Return the sum of squares of a chunk, in double, so that no finite gradient overflows. The order is fixed, so the
+// number of threads changes no bit.
 double sum_of_squares(const float* values, std::int64_t size) {
   constexpr int kLanes = 8, kVectors = 4;
   Doubles sums[kVectors] = {};
@@ -112,6 +121,7 @@ double sum_of_squares(const float* values, std::int64_t size) {
   return sum;
 }
 
+// Return the sum of squares over all tensors. Each chunk has one thread, and the chunks are added in order.
 double squared_norm(const Addresses& tensors, const std::vector<std::int64_t>& sizes, int threads) {
   const auto chunks = split(sizes);
   std::vector<double> sums(chunks.size());
@@ -133,9 +143,10 @@ void bind_adamw_ema(py::module_& m) {
         py::arg("exp_avg_sqs"), py::arg("steps"), py::arg("averages"), py::arg("copies"), py::arg("sizes"),
         py::arg("decays"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
         py::arg("skip"), py::arg("grad_scale"), py::arg("threads"),
-        "One step of lists of contiguous fp32 tensors given by address; `skip` a float, `grad_scale` one or 0.");
+        "Update lists of contiguous fp32 tensors, given by address, by one step. `skip` is the address of a float, "
+        "`grad_scale` that of a float or 0.");
   m.def("squared_norm", &squared_norm, release(), py::arg("tensors"), py::arg("sizes"), py::arg("threads"),
-        "Sum of squares over contiguous fp32 tensors given by address.");
+        "Return the sum of squares over contiguous fp32 tensors, given by address.");
 }
 
 }  // namespace fastdit

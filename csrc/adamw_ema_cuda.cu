@@ -1,8 +1,8 @@
-// AdamW with averages over lists of CUDA tensors: a library of its own with a C interface, so it needs no torch to build.
+// AdamW with EMAs over lists of CUDA tensors: a separate library with a C interface, which builds without torch.
 //
-// The tensors' addresses travel as a kernel argument, `kTensors` at a time: a ZeRO partition is one launch, a model of
-// 300 tensors eight. A block updates one chunk of one tensor, 16 bytes at a time where all its addresses allow it.
-// Nothing here waits for the device: whether a step is skipped, and by what gradients are scaled, is read there.
+// The tensors' addresses are passed as a kernel argument, `kTensors` at a time: a ZeRO partition takes one launch, a
+// model of 300 tensors takes nine. A block owns one chunk of one tensor and moves 16 bytes a thread at a time where all
+// addresses are aligned. Nothing here waits for the device: kernels read the skip flag and the gradients' scale there.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -13,27 +13,29 @@ namespace fastdit {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTensors = 36;                     // as many as 4 KB of kernel arguments hold
-constexpr int64_t kChunk = 8 * 4 * kThreads;     // weights of one block's update
-constexpr int64_t kNormChunk = 64 * 4 * kThreads;  // gradients of one block's sum
+constexpr int kTensors = 36;                     // 4 KB of kernel arguments hold this many
+constexpr int64_t kChunk = 8 * 4 * kThreads;     // weights that a block owns in the update
+constexpr int64_t kNormChunk = 64 * 4 * kThreads;  // gradients that a block owns in the norm
 
+// One tensor of an update: addresses of its weights, gradients, moments and EMAs.
 struct Tensor {
   float *weight, *exp_avg, *exp_avg_sq, *step;
   const float* gradient;
   float* averages[kMaxAverages];
-  uint16_t* copy;  // or null
+  uint16_t* copy;  // bf16, or null
   Correction* correction;
   int64_t size;
   bool aligned;
 };
 
+// The items of one launch, and the first block of each.
 template <class Item>
 struct Batch {
   int count;
   unsigned first_block[kTensors];
   Item items[kTensors];
 
-  // The item that block `block` belongs to.
+  // Return the item that block `block` belongs to, by binary search.
   __device__ int owner(unsigned block) const {
     int low = 0, high = count - 1;
     while (low < high) {
@@ -45,21 +47,24 @@ struct Batch {
   }
 };
 
+// The argument of the update kernels.
 struct Step {
   Rule rule;
   double lr, beta1, beta2;
-  const float* skip;        // not 0: change nothing
+  const float* skip;        // if it points to anything but 0, nothing changes
   const float* grad_scale;  // or null
   Batch<Tensor> tensors;
 };
 static_assert(sizeof(Step) <= 4096, "a kernel's arguments hold 4 KB");
 
+// One tensor of the norm.
 struct Gradient {
   const float* values;
   int64_t size;
   bool aligned;
 };
 
+// Load kWide neighboring floats: four in one 16-byte access, or one.
 template <int kWide>
 __device__ void load(const float* from, float (&to)[kWide]) {
   if constexpr (kWide == 4) {
@@ -87,6 +92,8 @@ __device__ void store_bfloat16(uint16_t* to, const float (&from)[kWide]) {
     *to = to_bfloat16(from[0]);
 }
 
+// Update kWide neighboring weights, which one thread owns. It reads gradient, weight, moments and EMAs once, computes
+// in registers, and writes all but the gradient once: 28 bytes a weight, 8 more for each EMA and 2 for a bf16 copy.
 template <int kAverages, int kWide>
 __device__ void update_at(const Rule& rule, const Correction& now, float scale, const Tensor& t, int64_t i) {
   float weight[kWide], gradient[kWide], exp_avg[kWide], exp_avg_sq[kWide], average[kAverages + 1][kWide];
@@ -110,7 +117,7 @@ __device__ void update_at(const Rule& rule, const Correction& now, float scale, 
   if (t.copy) store_bfloat16(t.copy + i, weight);
 }
 
-// One thread a tensor: count the step, before `adamw_ema_update` reads what follows from it.
+// Count the step and compute the bias corrections, which `adamw_ema_update` reads. A thread owns one tensor.
 __global__ void adamw_ema_advance(const __grid_constant__ Step step) {
   if (*step.skip != 0) return;
   const Tensor& t = step.tensors.items[threadIdx.x];
@@ -118,6 +125,8 @@ __global__ void adamw_ema_advance(const __grid_constant__ Step step) {
   *t.correction = Correction(step.lr, step.beta1, step.beta2, *t.step);
 }
 
+// Update one chunk of one tensor, which a block owns. Threads take groups of four weights by turns, then single weights
+// where the tensor is not aligned or its size is not a multiple of four.
 template <int kAverages>
 __global__ void __launch_bounds__(kThreads) adamw_ema_update(const __grid_constant__ Step step) {
   if (*step.skip != 0) return;
@@ -134,10 +143,10 @@ __global__ void __launch_bounds__(kThreads) adamw_ema_update(const __grid_consta
     update_at<kAverages, 1>(step.rule, now, scale, t, i);
 }
 
-// Sum over the block's threads, in thread 0, always in the same order.
-__device__ double block_sum(double mine) {
+// Return, in thread 0, the sum of `value` over the block's threads, in a fixed order: a tree in shared memory.
+__device__ double block_sum(double value) {
   __shared__ double sums[kThreads];
-  sums[threadIdx.x] = mine;
+  sums[threadIdx.x] = value;
   for (unsigned half = kThreads / 2; half; half /= 2) {
     __syncthreads();
     if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
@@ -145,7 +154,8 @@ __device__ double block_sum(double mine) {
   return sums[0];
 }
 
-// In double, so no finite gradient overflows; no atomics, so the sum is the same every time.
+// Store a block's sum of squares in its own place of `out`. The sum is in double, so that no finite gradient overflows,
+// and without atomics, so that it has the same bits in every run. A block owns one chunk and reads it once.
 __global__ void __launch_bounds__(kThreads)
     squared_norm_chunks(const __grid_constant__ Batch<Gradient> gradients, double* out) {
   const int owner = gradients.owner(blockIdx.x);
@@ -165,6 +175,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) out[blockIdx.x] = sum;
 }
 
+// Add up the blocks' sums, in one block.
 __global__ void __launch_bounds__(kThreads) squared_norm_total(const double* parts, int64_t count, double* out) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += parts[i];
@@ -199,21 +210,21 @@ void (*const kUpdates[])(Step) = {adamw_ema_update<0>, adamw_ema_update<1>, adam
 }  // namespace
 }  // namespace fastdit
 
-// The C interface. All addresses are the device's, but those of the lists themselves; each function returns an error's
-// text or null. Empty tensors are not allowed.
+// The C interface. All addresses are on the device, except for those of the lists themselves. Functions that launch
+// kernels return an error's text or null. Empty tensors are not allowed.
 extern "C" {
 
-// Whether these kernels can run on the current device.
+// Return why these kernels cannot run on the current device, or null.
 const char* fastdit_cuda_problem() {
   using namespace fastdit;
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, adamw_ema_update<0>);
-  (void)cudaGetLastError();  // the next call of someone else must not find this one's error
+  (void)cudaGetLastError();  // clear the error, so that the next caller does not find it
   return text(error);
 }
 
-// `averages` holds `average_count` lists of `count` addresses, one after the other; `copies` and `grad_scale` may be
-// null; `corrections` is scratch of 2 * count floats.
+// Launch one step. `averages` holds `average_count` lists of `count` EMA addresses, one after the other. `copies` and
+// `grad_scale` may be null. `corrections` is scratch of 2 * count floats.
 const char* fastdit_adamw_ema(int count, float* const* weights, const float* const* gradients, float* const* exp_avgs,
                               float* const* exp_avg_sqs, float* const* steps, int average_count,
                               float* const* averages, uint16_t* const* copies, const int64_t* sizes,
@@ -221,11 +232,12 @@ const char* fastdit_adamw_ema(int count, float* const* weights, const float* con
                               double weight_decay, const float* skip, const float* grad_scale, float* corrections,
                               cudaStream_t stream) {
   using namespace fastdit;
-  if (average_count > kMaxAverages) return "too many averages for one pass";
+  if (average_count > kMaxAverages) return "too many EMAs for one pass";
   Step step = {};
   step.rule = Rule(lr, beta1, beta2, eps, weight_decay, average_count, decays);
   step.lr = lr, step.beta1 = beta1, step.beta2 = beta2, step.skip = skip, step.grad_scale = grad_scale;
   for (int first = 0; first < count; first += kTensors) {
+    // Fill the kernel argument with the next tensors.
     auto& batch = step.tensors;
     batch.count = count - first < kTensors ? count - first : kTensors;
     unsigned blocks = 0;
@@ -239,19 +251,21 @@ const char* fastdit_adamw_ema(int count, float* const* weights, const float* con
       batch.first_block[k] = blocks;
       blocks += blocks_of(t.size, kChunk);
     }
+    // Count the step first: the update reads what follows from it.
     if (const char* error = text(launch(adamw_ema_advance, 1, batch.count, stream, step))) return error;
     if (const char* error = text(launch(kUpdates[average_count], blocks, kThreads, stream, step))) return error;
   }
   return nullptr;
 }
 
-// How many doubles of scratch `fastdit_squared_norm` needs.
+// Return how many doubles of scratch `fastdit_squared_norm` needs.
 int64_t fastdit_squared_norm_scratch(int count, const int64_t* sizes) {
   int64_t blocks = 0;
   for (int i = 0; i < count; ++i) blocks += fastdit::blocks_of(sizes[i], fastdit::kNormChunk);
   return blocks;
 }
 
+// Launch the sum of squares over all tensors, which is stored in `out`.
 const char* fastdit_squared_norm(int count, const float* const* tensors, const int64_t* sizes, double* scratch,
                                  double* out, cudaStream_t stream) {
   using namespace fastdit;

@@ -1,4 +1,4 @@
-// The module fastdit._C. A kernel's file says what it offers in a `bind_NAME` of its own; here they are only called.
+// Defines the module fastdit._C. Each kernel's file defines its functions in a `bind_NAME`, which is called here.
 #include <pybind11/pybind11.h>
 
 namespace fastdit {
@@ -7,7 +7,7 @@ void bind_adamw_ema(pybind11::module_&);
 }
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "fastdit's CPU kernels. They take addresses and trust them: call them through fastdit.kernels.";
+  module.doc() = "fastdit's CPU kernels. They do not check addresses: call them through fastdit.kernels.";
   fastdit::bind_adaln(module);
   fastdit::bind_adamw_ema(module);
 }

@@ -1,4 +1,7 @@
-"""Operations of a diffusion transformer's step. Knows nothing of the rest of fastdit."""
+"""The fused operations of a diffusion transformer's training step, independent of the rest of fastdit.
+
+README.md here tells how to add one.
+"""
 
 from ._native import describe_native
 from .adaln import gate_residual, gate_residual_modulate, modulate

@@ -1,8 +1,8 @@
-"""Which implementation of an operation runs: Triton on GPUs, C++ on CPUs where there is one, else the reference.
+"""Choose the implementation of an operation: Triton on GPUs, C++ on CPUs where it exists, else the reference.
 
-`FASTDIT_KERNELS` (auto, triton, cpp or reference) or an operation's `implementation` argument force a choice. The
-variable is a wish for all operations: one that lacks the implementation, or a tensor elsewhere, takes the reference.
-The argument is an order for one call: what cannot be had raises.
+The environment variable `FASTDIT_KERNELS` (auto, triton, cpp or reference) states a preference for all operations. An
+operation that lacks that implementation, or whose tensors are on another device, falls back to the reference. An
+operation's `implementation` argument is strict: the call raises where that implementation cannot run.
 """
 
 import os
@@ -24,20 +24,25 @@ def choose(
     cpp: bool = False,
     auto_cpp: bool = True,
 ) -> str:
-    """What takes this call on `device`: "triton", "cpp" or "reference". `triton`, `cpp`: whether those could.
+    """Return the implementation of a call on `device`: "triton", "cpp" or "reference".
 
-    auto_cpp: whether C++ is taken without being asked for.
-    Triton runs on CPU tensors only under TRITON_INTERPRET=1, and C++ where it was built.
+    implementation: the operation's argument of that name; None reads FASTDIT_KERNELS.
+    triton, cpp: whether these implementations support the call's arguments.
+    auto_cpp: whether "auto" chooses C++ on CPUs. Set it to False where the reference is faster.
+
+    Triton runs on CPU tensors only under TRITON_INTERPRET=1, and C++ only where it was built.
     Raises ValueError for an unknown choice, and for an `implementation` that cannot run here.
     """
     wish = implementation or os.environ.get("FASTDIT_KERNELS", "auto")
     if wish not in CHOICES:
         source = "implementation" if implementation else "FASTDIT_KERNELS"
         raise ValueError(f"{source}={wish!r} is unknown; choose one of {', '.join(CHOICES)}")
+    # Name the implementation that is asked for.
     on_gpu = device.type == "cuda"
     found = wish
     if wish == "auto":
         found = "triton" if on_gpu else "cpp" if auto_cpp else "reference"
+    # Use it if it can run, else raise or fall back.
     if found == "triton":
         usable = triton and (on_gpu or interpreting())
     else:
@@ -50,5 +55,5 @@ def choose(
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter, which takes CPU tensors."""
+    """Return whether Triton kernels run in Triton's interpreter, which takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,4 +1,7 @@
-"""The compiled kernels of csrc/: a C++ module for CPU tensors and a CUDA library. Each may be absent, with a reason."""
+"""Load the compiled kernels of csrc/: a C++ module for CPU tensors and a CUDA library.
+
+Either may be absent. setup.py writes the reason to fastdit/_native.json.
+"""
 
 import ctypes
 import importlib
@@ -17,14 +20,14 @@ NAMES = {"cpu": ("fastdit._C", "C++ kernels"), "cuda": ("fastdit._cuda", "CUDA k
 
 
 def load_native(device_type: str) -> tuple["ModuleType | CudaLibrary | None", str]:
-    """(the kernels for "cpu" or "cuda" tensors, "") or (None, why there are none)."""
+    """Return (kernels, "") for device type "cpu" or "cuda", or (None, the reason why there are none)."""
     if device_type not in NAMES:
         return None, f"there are none for {device_type}"
     return _load_cpp() if device_type == "cpu" else _load_cuda()
 
 
 def describe_native(device: torch.device | str) -> str:
-    """'C++ kernels: built' or 'C++ kernels: not built (reason)', for the start of a run."""
+    """Return 'C++ kernels: built' or 'C++ kernels: not built (reason)', for the start of a run."""
     device_type = torch.device(device).type
     kernels, problem = load_native(device_type)
     name = NAMES.get(device_type, ("", "compiled kernels"))[1]
@@ -33,6 +36,7 @@ def describe_native(device: torch.device | str) -> str:
 
 @lru_cache
 def _load_cpp() -> tuple[ModuleType | None, str]:
+    """Import fastdit._C, unless this CPU lacks instructions that it was compiled for."""
     built = _report("fastdit._C")
     if problem := built.get("problem"):
         return None, problem
@@ -50,6 +54,7 @@ def _load_cpp() -> tuple[ModuleType | None, str]:
 
 @lru_cache
 def _load_cuda() -> tuple["CudaLibrary | None", str]:
+    """Load fastdit._cuda, unless its kernels cannot run on the current device."""
     if problem := _report("fastdit._cuda").get("problem"):
         return None, problem
     spec = importlib.util.find_spec("fastdit._cuda")
@@ -64,7 +69,7 @@ def _load_cuda() -> tuple["CudaLibrary | None", str]:
 
 
 def _report(name: str) -> dict:
-    """What setup.py wrote about one of the two."""
+    """Return the entry of fastdit/_native.json for `name`."""
     package = importlib.util.find_spec("fastdit").submodule_search_locations[0]
     try:
         return json.loads((Path(package) / "_native.json").read_text())[name]
@@ -73,7 +78,7 @@ def _report(name: str) -> dict:
 
 
 def _cpu_features() -> set[str]:
-    """As setup.py spells them; empty where the system does not say."""
+    """Return this CPU's features in setup.py's spelling; an empty set where the system does not list them."""
     try:
         return set(Path("/proc/cpuinfo").read_text().replace("_", "").split())
     except OSError:
@@ -81,7 +86,11 @@ def _cpu_features() -> set[str]:
 
 
 class CudaLibrary:
-    """csrc/adamw_ema_cuda.cu, with the functions of `fastdit._C`. Kernels go to `stream` of the current device."""
+    """Wrap csrc/adamw_ema_cuda.cu in the interface of `fastdit._C`.
+
+    Tensors are device addresses. Kernels run on `stream` of the current device. Functions raise RuntimeError with
+    CUDA's message if a launch fails.
+    """
 
     def __init__(self, path: str, device: str = "cuda"):
         self._library, self._device = ctypes.CDLL(path), device
@@ -90,7 +99,7 @@ class CudaLibrary:
         self._library.fastdit_squared_norm_scratch.restype = c_int64
 
     def problem(self) -> str | None:
-        """Why the kernels cannot run on the current device, or None."""
+        """Return why the kernels cannot run on the current device, or None."""
         error = self._library.fastdit_cuda_problem()
         return error and error.decode()
 
@@ -114,6 +123,11 @@ class CudaLibrary:
         grad_scale: int,
         stream: int,
     ) -> None:
+        """Update lists of fp32 tensors in place: `fastdit_adamw_ema` of the library.
+
+        averages holds one list of addresses for each EMA. copies is empty or one bf16 tensor for each weight. skip and
+        grad_scale are addresses of one float; a grad_scale of 0 means none.
+        """
         corrections = torch.empty(2 * len(weights), device=self._device)
         self._call(
             "fastdit_adamw_ema",
@@ -129,6 +143,7 @@ class CudaLibrary:
         )
 
     def squared_norm(self, tensors: Addresses, sizes: Sequence[int], stream: int) -> torch.Tensor:
+        """Return the 0-dim fp64 sum of squares of fp32 tensors, which stays on the device."""
         sizes = _list(c_int64, sizes)
         count = c_int(len(tensors))
         parts = self._library.fastdit_squared_norm_scratch(count, sizes)
@@ -144,9 +159,11 @@ class CudaLibrary:
         return out
 
     def _call(self, name: str, *arguments) -> None:
+        """Call a function of the library and raise the error that it returns."""
         if error := getattr(self._library, name)(*arguments):
             raise RuntimeError(f"{name}: {error.decode()}")
 
 
 def _list(kind, values):
+    """Return a C array."""
     return (kind * len(values))(*values)

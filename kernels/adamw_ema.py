@@ -1,10 +1,10 @@
-"""AdamW and any number of weight averages in one optimizer, so that ZeRO shards the averages like every other state.
+"""AdamW and any number of EMAs of the weights in one optimizer, so that ZeRO shards the EMAs like every other state.
 
-DeepSpeed's ZeRO hands a client optimizer flat fp32 partitions; an average kept as *optimizer state* is therefore
-partitioned, checkpointed and restored with the moments, at no extra code and no extra gather.
+DeepSpeed's ZeRO gives a client optimizer flat fp32 partitions. EMA weights that are *optimizer state* are therefore
+partitioned, checkpointed and restored with the moments, without extra code and without an extra gather.
 
-fp32 tensors are updated by csrc/adamw_ema.h in one pass over memory, on CPUs and GPUs, where it was built; everything
-else by PyTorch, several passes.
+csrc/adamw_ema.h updates fp32 tensors in one pass over memory, on CPUs and GPUs, where it was built. PyTorch updates
+everything else in several passes.
 """
 
 import os
@@ -18,29 +18,31 @@ from torch.optim.adamw import adamw
 from ._dispatch import CHOICES
 from ._native import describe_native, load_native
 
-AVERAGES_PER_PASS = 4  # kMaxAverages of csrc/adamw_ema.h
+EMAS_PER_PASS = 4  # kMaxAverages of csrc/adamw_ema.h
 
 
 class AdamWEMA(torch.optim.Optimizer):
-    """Decoupled AdamW (Loshchilov and Hutter 2019) followed by `ema <- decay * ema + (1 - decay) * weight`.
+    """Update weights by AdamW (arXiv 1711.05101, algorithm 2), and then EMAs of the weights.
 
-    A step whose gradients are not all finite on every rank changes nothing: no weight, moment, average or step count.
-    The decision stays on the device. `nonfinite` (0-dim float32) is 1 if any update since `forget_nonfinite` was such
-    a one (ZeRO calls `step` group by group, so one training step may be several updates).
+    An EMA follows `ema <- decay * ema + (1 - decay) * weight`.
+
+    A step with a NaN or infinite gradient on any rank changes nothing: no weight, moment, EMA or step count. The
+    decision stays on the device. `nonfinite` (0-dim float32) is 1 if any update since `forget_nonfinite` was skipped.
+    ZeRO calls `step` group by group, so one training step may be several updates.
 
     Args:
-        params: parameters or parameter groups, as for every torch optimizer; all on one device.
-        lr, betas, eps, weight_decay: AdamW's.
-        emas: decay of each average by name. A schedule overwrites `group["emas"][name]` before each step.
-        max_norm: gradients count scaled down to this L2 norm, taken over all that one `step` sees; None: as they are.
-            Under ZeRO it means what it says only with a single parameter group.
-        sharded: with several ranks: their gradients are parts of one (ZeRO 1 to 3), not copies of it, and the norm is
-            that of the whole.
+        params: parameters or parameter groups, as for every torch optimizer, all on one device.
+        lr, betas, eps, weight_decay: those of AdamW.
+        emas: the decay of each EMA by name. A schedule overwrites `group["emas"][name]` before each step.
+        max_norm: clip gradients to this L2 norm, taken over all gradients that one `step` sees. None does not clip.
+            Under ZeRO the norm is the whole model's only with a single parameter group.
+        sharded: whether ranks hold parts of one gradient (ZeRO 1 to 3) instead of copies of it. The norm is then summed
+            over ranks.
         implementation: None (FASTDIT_KERNELS, else auto), auto, cpp (csrc/, on a GPU its CUDA code) or reference.
 
-    State per parameter: `step` (float32 scalar), `exp_avg`, `exp_avg_sq` and one tensor per average, named as in
-    `emas`, starting at the weights before its first step. All have the parameter's shape and dtype. The state of
-    `torch.optim.AdamW` can be loaded, and it can load this one's.
+    The state of a parameter is `step` (float32 scalar), `exp_avg`, `exp_avg_sq` and one tensor for each EMA, named as
+    in `emas`, which starts at the weights before its first step. All have the parameter's shape and dtype. States of
+    `torch.optim.AdamW` and of this class can be loaded into each other.
 
     Raises ValueError for an unknown `implementation`, and in `step` for `cpp` where that cannot run.
     """
@@ -76,20 +78,24 @@ class AdamWEMA(torch.optim.Optimizer):
         self.forget_nonfinite()
 
     def forget_nonfinite(self) -> None:
-        # On the CPU, whose scalars mix with any device without a sync: ZeRO-3's groups are empty between steps.
+        """Reset `nonfinite` to zero."""
+        # A CPU scalar mixes with tensors on any device without a sync. ZeRO-3's groups are empty between steps, so the
+        # parameters' device is not known here.
         self.nonfinite = torch.zeros(())
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """L2 norm of all gradients of the last `step`, before `max_norm`: 0-dim float64 on their device, not finite if
-        they were not. None before the first."""
+        """Return the L2 norm of all gradients of the last `step`, before clipping, or None before the first step.
+
+        It is a 0-dim float64 tensor on the gradients' device, and not finite if they were not.
+        """
         return None if self._squared_norm is None else self._squared_norm.sqrt()
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update of every parameter that has a gradient; gradients stay as they are.
+        """Update every parameter that has a gradient. Gradients are not changed.
 
-        Raises ValueError for a closure: none is supported.
+        Raises ValueError for a closure, which is not supported.
         """
         if closure is not None:
             raise ValueError("AdamWEMA.step takes no closure")
@@ -97,23 +103,28 @@ class AdamWEMA(torch.optim.Optimizer):
         grads = [p.grad for _, params in groups for p in params]
         if not grads:
             return
-        skip, grad_scale = self._judge(grads)
+        skip, grad_scale = self._check_gradients(grads)
         self.nonfinite = torch.maximum(self.nonfinite, skip)
         for group, params in groups:
             if params:
                 self._step_group(group, params, skip, grad_scale)
 
-    def _judge(self, grads: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """0-dim float32: 1 if any rank's gradients hold a NaN or infinity, the same on all; and the factor on them."""
-        own = squared_norm(grads, implementation=self.implementation)
-        total = _sum_over_ranks(own)
-        self._squared_norm = total if self.sharded else own
+    def _check_gradients(self, grads: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return (skip, grad_scale), each 0-dim float32 on the gradients' device.
+
+        skip is 1 on all ranks if any rank's gradients hold a NaN or infinity. grad_scale is the clipping factor, or
+        None without `max_norm`.
+        """
+        of_rank = squared_norm(grads, implementation=self.implementation)
+        total = _sum_over_ranks(of_rank)
+        self._squared_norm = total if self.sharded else of_rank
         skip = (~total.isfinite()).float()
         if self.max_norm is None:
             return skip, None
         return skip, (self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1).float()  # as torch's clip_grad_norm_
 
     def _step_group(self, group: dict, params: list[Tensor], skip: Tensor, grad_scale: Tensor | None) -> None:
+        """Update the parameters of one group."""
         states = [self._state_of(p, group["emas"]) for p in params]
         adamw_ema_(
             params,
@@ -132,6 +143,7 @@ class AdamWEMA(torch.optim.Optimizer):
         )
 
     def _state_of(self, param: Tensor, emas) -> dict:
+        """Return the parameter's state, after creating what it lacks."""
         state = self.state[param]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
@@ -143,11 +155,11 @@ class AdamWEMA(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Also takes the state of `torch.optim.AdamW`; an average it lacks starts at the weights of the next step."""
+        """Load a state of this class or of `torch.optim.AdamW`; an EMA it lacks starts at the next step's weights."""
         emas = [group["emas"] for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group, own in zip(self.param_groups, emas):
-            group.setdefault("emas", own)
+        for group, decays in zip(self.param_groups, emas):
+            group.setdefault("emas", decays)
             group["fused"] = True
         for param, state in self.state.items():
             if "step" in state:
@@ -171,16 +183,25 @@ def adamw_ema_(
     bf16_copies: Sequence[Tensor] = (),
     implementation: str | None = None,
 ) -> None:
-    """One step of AdamW with averages, in place, on lists of tensors of equal shapes.
+    """Update lists of tensors in place by one step of AdamW (arXiv 1711.05101, algorithm 2), and EMAs of the weights.
 
-    steps: 0-dim float32, finished steps, counted up. averages: (decay, tensors) each. skip, grad_scale: 0-dim float32;
-    skip not 0 changes nothing; gradients count times grad_scale. bf16_copies: bfloat16, get the new weights rounded to
-    nearest even. Raises ValueError when `implementation` is cpp and that cannot run.
+    params, grads, exp_avgs, exp_avg_sqs: lists of tensors with equal shapes, all on one device.
+    steps: 0-dim float32, the number of finished steps of each parameter, incremented here.
+    averages: (decay, EMA tensors) for each EMA.
+    skip: 0-dim float32; any value but 0 leaves everything unchanged.
+    grad_scale: 0-dim float32, the factor on all gradients, or None.
+    bf16_copies: empty, or one bfloat16 tensor for each parameter, which gets the new weights rounded to nearest even.
+        They let a step write the weights of a bf16 forward pass without another pass over memory.
+    implementation: see `AdamWEMA`. csrc/ serves contiguous fp32 tensors.
+
+    Raises ValueError if `implementation` is cpp and that cannot run.
     """
+    # Choose the implementation: csrc/ updates a limited number of EMAs in the same pass.
     fp32 = [*params, *grads, *exp_avgs, *exp_avg_sqs, *steps, skip, *(t for _, group in averages for t in group)]
     fp32 += [] if grad_scale is None else [grad_scale]
     kernels = _kernels_for(fp32, implementation, bf16_copies)
-    first, rest = averages[:AVERAGES_PER_PASS], averages[AVERAGES_PER_PASS:]
+    first, rest = averages[:EMAS_PER_PASS], averages[EMAS_PER_PASS:]
+    # Update weights and moments.
     if kernels:
         filled = [i for i, p in enumerate(params) if p.numel()]
         lists = [
@@ -210,12 +231,16 @@ def adamw_ema_(
         for copy, param in zip(bf16_copies, params):
             copy.copy_(torch.where(skip.bool(), copy, param.to(copy.dtype)))
         rest = averages
+    # Update the other EMAs, one more pass for each.
     for decay, tensors in rest:
-        average_reference(tensors, params, decay, skip)
+        ema_reference(tensors, params, decay, skip)
 
 
 def squared_norm(tensors: Sequence[Tensor], *, implementation: str | None = None) -> Tensor:
-    """Sum of squares over all `tensors`, 0-dim float64 on their device: the same bits every time."""
+    """Return the sum of squares over all `tensors`, 0-dim float64 on their device, with the same bits in every run.
+
+    Raises ValueError if `implementation` is cpp and that cannot run.
+    """
     kernels = _kernels_for(tensors, implementation)
     if not kernels:
         return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
@@ -226,7 +251,7 @@ def squared_norm(tensors: Sequence[Tensor], *, implementation: str | None = None
 
 
 def describe_optimizer(device: torch.device | str, implementation: str | None = None) -> str:
-    """'optimizer: csrc (cpu)', or what else runs and why, for the start of a run."""
+    """Return 'optimizer: csrc (cpu)', or the fallback and its reason, for the start of a run."""
     device = torch.device(device)
     if _kernels_for([torch.empty(0, device=device)], implementation):
         return f"optimizer: csrc ({device.type})"
@@ -234,7 +259,10 @@ def describe_optimizer(device: torch.device | str, implementation: str | None = 
 
 
 def _kernels_for(tensors: Sequence[Tensor], implementation: str | None, bf16_copies: Sequence[Tensor] = ()):
-    """The compiled kernels if they are wished for and can serve, else None. FASTDIT_KERNELS is as in `_dispatch`."""
+    """Return the compiled kernels if they are asked for and can run, else None. FASTDIT_KERNELS is as in `_dispatch`.
+
+    Raises ValueError for an unknown choice, and if `implementation` is cpp and that cannot run.
+    """
     wish = implementation or os.environ.get("FASTDIT_KERNELS", "auto")
     if wish not in CHOICES:
         raise ValueError(f"FASTDIT_KERNELS={wish!r} is unknown; choose one of {', '.join(CHOICES)}")
@@ -251,11 +279,12 @@ def _kernels_for(tensors: Sequence[Tensor], implementation: str | None, bf16_cop
 
 
 def _context(tensor: Tensor) -> int:
-    """What a kernel needs to know of its surroundings: threads of a CPU, stream of a GPU."""
+    """Return the last argument of a compiled kernel: the threads on a CPU, the stream on a GPU."""
     return torch.cuda.current_stream().cuda_stream if tensor.is_cuda else torch.get_num_threads()
 
 
 def _adamw_reference(params, grads, exp_avgs, exp_avg_sqs, steps, lr, betas, eps, weight_decay, skip) -> None:
+    """Run torch's fused AdamW, which changes nothing where `skip` is 1."""
     adamw(
         list(params),
         list(grads),
@@ -275,16 +304,18 @@ def _adamw_reference(params, grads, exp_avgs, exp_avg_sqs, steps, lr, betas, eps
     )
 
 
-def average_reference(averages, params, decay: float, skip: Tensor) -> None:
+def ema_reference(averages, params, decay: float, skip: Tensor) -> None:
+    """Update EMA tensors towards `params` in PyTorch, unless `skip` is 1."""
     skip = skip.to(torch.promote_types(averages[0].dtype, torch.float32))
     weight = (1.0 - decay) * (1.0 - skip)
     torch._foreach_lerp_(averages, params, [weight] * len(averages))
 
 
 def _sum_over_ranks(value: Tensor) -> Tensor:
-    """The sum of `value` (0-dim) over all ranks, on its device."""
+    """Return the sum of `value` (0-dim) over all ranks, on its device."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return value
-    total = value.cuda() if dist.get_backend() == "nccl" else value.clone()  # offloaded: NCCL has no CPU tensors
+    # An offloaded optimizer has CPU tensors, which NCCL cannot take.
+    total = value.cuda() if dist.get_backend() == "nccl" else value.clone()
     dist.all_reduce(total)
     return total.to(value.device)

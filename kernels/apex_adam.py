@@ -1,7 +1,7 @@
-"""AdamWEMA with AdamW's arithmetic done by NVIDIA apex's FusedAdam, for those who have apex and want it.
+"""Run AdamWEMA's update of weights and moments in NVIDIA apex's FusedAdam, where apex is installed.
 
-It moves more memory than csrc/: the averages are a second pass. Written against apex/optimizers/fused_adam.py of
-NVIDIA/apex 6424da3 (July 2026), whose capturable mode is of January 2023.
+It moves more memory than csrc/, because the EMAs take a second pass. It was written against
+apex/optimizers/fused_adam.py of NVIDIA/apex 6424da3 (July 2026), whose capturable mode dates from January 2023.
 """
 
 from dataclasses import dataclass
@@ -9,20 +9,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .adamw_ema import AdamWEMA, average_reference
+from .adamw_ema import AdamWEMA, ema_reference
 
 
 class ApexAdamEMA(AdamWEMA):
-    """AdamWEMA, updated by `apex.optimizers.FusedAdam`. Arguments, groups, state and promises are AdamWEMA's, and each
-    reads the other's state; `implementation` is that of the gradients' norm.
+    """Update an AdamWEMA by `apex.optimizers.FusedAdam` (arXiv 1711.05101, algorithm 2).
 
-    Nothing waits for the device, bad gradients included: a capturable FusedAdam takes the flag to skip and the
-    gradients' scale as tensors from what it is given as `grad_scaler`, and its kernels return at once under the flag.
+    Arguments, parameter groups, state and the handling of nonfinite gradients are AdamWEMA's, and either class loads
+    the other's state. `implementation` chooses how the gradient norm is computed.
 
-    What differs: parameters are float32, on a GPU, and of less than 2^31 elements each (its kernels count in 32 bits);
-    all that one `step` updates in a group take the step count of the first; `max_norm` scales gradients in place.
+    Nothing waits for the device, nonfinite gradients included. A capturable FusedAdam reads the skip flag and the
+    gradients' scale as tensors from its `grad_scaler` argument, and its kernels return at once under the flag.
 
-    Raises ValueError also where FusedAdam cannot be had, and in `step` for parameters of another dtype or size.
+    There are three differences. Parameters are float32, on a GPU, and have less than 2^31 elements each, because
+    FusedAdam's kernels count in 32 bits. All parameters that one `step` updates in a group take the step count of the
+    first. `max_norm` scales gradients in place.
+
+    Raises ValueError as AdamWEMA does, where FusedAdam cannot be used, and in `step` for parameters of another dtype or
+    size.
     """
 
     def __init__(self, params, *args, **kwargs):
@@ -30,13 +34,16 @@ class ApexAdamEMA(AdamWEMA):
         self._fused = _make_fused_adam()
 
     def _step_group(self, group: dict, params: list[Tensor], skip: Tensor, grad_scale: Tensor | None) -> None:
+        """Update the parameters of one group."""
         if any(p.dtype != torch.float32 or p.numel() >= 2**31 for p in params):
-            raise ValueError("FusedAdam updates float32 parameters of less than 2^31 elements each; take AdamWEMA")
+            raise ValueError("FusedAdam updates float32 parameters of less than 2^31 elements each; use AdamWEMA")
+        # Collect the states of the parameters that have elements.
         states = [self._state_of(p, group["emas"]) for p in params]
         steps = [state["step"] for state in states]
-        filled = [p for p in params if p.numel()]  # FusedAdam launches nothing if the last is empty
+        filled = [p for p in params if p.numel()]  # FusedAdam launches no kernel if the last is empty
         if not filled:
             return
+        # Point FusedAdam at them, and run it.
         fused = self._fused
         fused.state = self.state
         fused.param_groups = [
@@ -49,16 +56,17 @@ class ApexAdamEMA(AdamWEMA):
             }
         ]
         fused.param_groups_master = [{"params": [None] * len(filled)}]
-        fused._dummy_overflow_buf.zero_()  # with the flag of its last call still up, it would not count this step
-        fused.step(grad_scaler=_Verdict(skip, grad_scale))
+        fused._dummy_overflow_buf.zero_()  # a flag left from its last call would stop its step count
+        fused.step(grad_scaler=_SkipAndScale(skip, grad_scale))
+        # Count the step and update the EMAs.
         torch._foreach_add_(steps, [1 - skip] * len(steps))
         for name, decay in group["emas"].items():
-            average_reference([state[name] for state in states], params, decay, skip)
+            ema_reference([state[name] for state in states], params, decay, skip)
 
 
 @dataclass(frozen=True)
-class _Verdict:
-    """The part of a `torch.amp.GradScaler` that FusedAdam asks: skip or not, and the factor that gradients carry."""
+class _SkipAndScale:
+    """Imitate the part of `torch.amp.GradScaler` that FusedAdam reads: the skip flag and the gradients' scale."""
 
     skip: Tensor
     grad_scale: Tensor | None
@@ -71,7 +79,7 @@ class _Verdict:
 
 
 def _make_fused_adam():
-    """Without parameters: it is told them in each step."""
+    """Return a FusedAdam without parameters, which each step sets. Raises ValueError where there is none."""
     try:
         from apex.optimizers import FusedAdam
     except ImportError as error:
@@ -81,5 +89,5 @@ def _make_fused_adam():
         ) from None
     try:
         return FusedAdam([{"params": []}], adam_w_mode=True, capturable=True)
-    except (RuntimeError, AssertionError, TypeError) as error:  # no CUDA extensions; no GPU; older than its capturable
+    except (RuntimeError, AssertionError, TypeError) as error:  # no CUDA extension, no GPU, or too old for capturable
         raise ValueError(f"apex.optimizers.FusedAdam cannot be used here: {error}") from None

@@ -1,12 +1,14 @@
-"""From the network's output to the weighted denoising loss and the clean estimate, in one pass over memory.
+"""Compute the weighted denoising loss and the x0 prediction from the network's output, in one pass over memory.
 
-Every process whose target and estimate are linear in (x0, eps, output) is this, with coefficients per sample:
+One formula serves every noise process whose target and prediction are linear in (x0, eps, output), with coefficients
+for each sample:
 
     loss_b  = weight_b * mean (out - target_b)^2,   target = target_x0 * x0 + target_eps * eps
     x0_hat  = clean_x0 * x0 + clean_eps * eps + clean_out * out
 
-x_t itself is not read: with x_t = alpha x0 + sigma eps, an estimate a x_t + b out has clean_x0 = a alpha and
-clean_eps = a sigma. All arithmetic is fp32, however low the output's precision.
+x_t itself is not read: with x_t = alpha x0 + sigma eps, a prediction a x_t + b out has clean_x0 = a alpha and
+clean_eps = a sigma. The arithmetic is fp32 for outputs of any precision. The operation is ours; EDM's coefficients
+follow from table 1 of Karras et al. 2022 (arXiv 2206.00364), those of flow matching from arXiv 2209.03003.
 """
 
 from typing import NamedTuple
@@ -17,16 +19,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ._dispatch import choose
+from ._operator import operator
 
-_BLOCK = 2048
+_BLOCK = 2048  # elements of a sample that one program owns
 
 
 class DenoiseCoefficients(NamedTuple):
-    """Per sample, each (B,), as above.
+    """Hold the coefficients of the module's docstring, each (B,) and floating.
 
-    EDM (Karras et al. 2022), s = sigma_data, r = 1 / sqrt(sigma^2 + s^2), at the network's own output:
-        sigma r / s,  -s r,     s^2 r^2,  s^2 r^2 sigma,  sigma s r,   weight 1
-    Flow matching, velocity: -1,  1,     1 - t,  t,  -t,   weight 1
+    For EDM at the network's raw output F, with s = sigma_data and r = 1 / sqrt(sigma^2 + s^2), they are, in order:
+        sigma r / s,  -s r,  s^2 r^2,  s^2 r^2 sigma,  sigma s r,  1
+    For flow matching with velocity prediction: -1,  1,  1 - t,  t,  -t,  1
     """
 
     target_x0: Tensor
@@ -40,10 +43,15 @@ class DenoiseCoefficients(NamedTuple):
 def affine_denoise_loss(
     out: Tensor, x0: Tensor, eps: Tensor, coefficients: DenoiseCoefficients, *, implementation: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(loss (B,), x0_hat of out's shape), with a gradient for `out` only. Both fp32, or fp64 if a coefficient is.
+    """Return (loss, x0_hat) of the module's docstring, with a gradient for `out` only.
 
-    out, x0, eps (B, ...) of one shape, any floating dtypes and strides; coefficients floating (B,).
-    Raises ValueError for other shapes, and where x0, eps or a coefficient asks for a gradient.
+    out, x0, eps: (B, ...) of one shape and any floating dtypes and strides.
+    coefficients: six floating (B,).
+    implementation: see `fastdit.kernels._dispatch`. There is a Triton kernel for fp32 arithmetic.
+
+    loss is (B,) and x0_hat has out's shape. Both are fp32, or fp64 if a coefficient is.
+    Raises ValueError for other shapes, where x0, eps or a coefficient requires a gradient, and for an
+    `implementation` that cannot run here.
     """
     _check(out, x0, eps, coefficients)
     work = torch.float64 if any(x.dtype == torch.float64 for x in coefficients) else torch.float32
@@ -54,7 +62,10 @@ def affine_denoise_loss(
 
 
 def affine_denoise_loss_reference(out: Tensor, x0: Tensor, eps: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """`table` (6, B): the coefficients, in the dtype of the arithmetic."""
+    """Compute `affine_denoise_loss` in PyTorch.
+
+    `table` (6, B) holds the coefficients, in the dtype of the arithmetic.
+    """
     target_x0, target_eps, clean_x0, clean_eps, clean_out, _ = table.view(*table.shape, *[1] * (out.dim() - 1))
     out, x0, eps = (x.to(table.dtype) for x in (out, x0, eps))
     error = out - (target_x0 * x0 + target_eps * eps)
@@ -62,8 +73,9 @@ def affine_denoise_loss_reference(out: Tensor, x0: Tensor, eps: Tensor, table: T
     return loss, clean_x0 * x0 + clean_eps * eps + clean_out * out
 
 
-@torch.library.custom_op("fastdit::denoise", mutates_args=())
+@operator("fastdit::denoise")
 def _denoise(out: Tensor, x0: Tensor, eps: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (loss, x0_hat); the blocks' shares of a sample's loss are added up in a fixed order."""
     batch, size = len(out), out.numel() // len(out)
     out, x0, eps = (x.contiguous() for x in (out, x0, eps))
     clean = torch.empty(out.shape, dtype=torch.float32, device=out.device)
@@ -75,10 +87,11 @@ def _denoise(out: Tensor, x0: Tensor, eps: Tensor, table: Tensor) -> tuple[Tenso
     return partial.sum(1), clean
 
 
-@torch.library.custom_op("fastdit::denoise_backward", mutates_args=())
+@operator("fastdit::denoise_backward")
 def _denoise_backward(
     d_loss: Tensor | None, d_clean: Tensor | None, out: Tensor, x0: Tensor, eps: Tensor, table: Tensor
 ) -> Tensor:
+    """Return the gradient of out; d_loss or d_clean is None where that result is not used."""
     batch, size = len(out), out.numel() // len(out)
     out, x0, eps = (x.contiguous() for x in (out, x0, eps))
     d_out = torch.empty_like(out)
@@ -92,6 +105,11 @@ def _denoise_backward(
 
 @triton.jit
 def _denoise_forward_kernel(out, x0, eps, table, clean, partial, size, per_size, BLOCK: tl.constexpr):
+    """Process a block of one sample: a program owns it, reads out, x0 and eps once and writes x0_hat once.
+
+    The sample's six coefficients and the block's squared error stay in registers. A program stores one number of
+    `partial`, its share of the loss, so no two programs write to one place.
+    """
     sample, batch = tl.program_id(1), tl.num_programs(1)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -112,6 +130,10 @@ def _denoise_backward_kernel(
     d_loss, d_clean, out, x0, eps, table, d_out, size, two_per_size,
     LOSS: tl.constexpr, CLEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Write a block of one sample's d_out: a program owns it and forms the error again in registers.
+
+    With LOSS it reads out, x0 and eps, with CLEAN it reads d_clean; it writes d_out once.
+    """
     sample, batch = tl.program_id(1), tl.num_programs(1)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -152,6 +174,7 @@ _denoise.register_autograd(_backward, setup_context=_save)
 
 
 def _check(out: Tensor, x0: Tensor, eps: Tensor, coefficients: DenoiseCoefficients) -> None:
+    """Raise ValueError unless the arguments are those that `affine_denoise_loss` documents."""
     if out.dim() < 2 or not out.numel() or x0.shape != out.shape or eps.shape != out.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (out, x0, eps))
         raise ValueError(f"out, x0, eps must be (B, ...) of one shape, not empty, got {shapes}")

@@ -1,14 +1,15 @@
-"""Linear layers that keep, for the backward pass, what their cheap input is made of instead of the input.
+"""Linear layers that recompute their input in the backward pass instead of saving it.
 
-    modulated_linear    r = x + gate * y;  out = linear(LN(r) * (1 + scale) + shift)    keeps x or r, and y
-    gelu_linear         out = linear(gelu(u))                                           keeps u
+    modulated_linear    r = x + gate * y;  out = linear(LN(r) * (1 + scale) + shift)    saves x or r, and y
+    gelu_linear         out = linear(gelu(u))                                           saves u
 
-The input is a pointwise matter (and two numbers a row) of tensors that are kept anyway. The backward pass has to read
-them for the gradients; writing the input out once more, for the weight's gradient, is all that it costs. So of a
-transformer block the residual stream, q, k and v, the attention's and the branches' outputs and the MLP's hidden
-layer before the GELU are kept, and nothing else. The products are PyTorch's.
+The linear layer's input is a pointwise function (with two statistics a row) of tensors that are saved anyway, and
+which the backward pass reads for their gradients. Recomputation therefore costs one more write of the input, which the
+weight's gradient needs. A transformer block saves the residual stream, q, k and v, the outputs of attention and of the
+branches, and the MLP's hidden layer before the GELU, and nothing else. The matrix products are PyTorch's. The scheme
+is ours.
 
-Reference implementations keep the input. The GELU has no other on CPUs: one in C++ was no faster than PyTorch's.
+The reference implementations save the input. GELU has only the reference on CPUs: a C++ kernel was no faster.
 """
 
 import torch
@@ -37,16 +38,16 @@ def modulated_linear(
     keep_x: bool = False,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(r, linear(LN(r) * (1 + scale) + shift)) with r = x + gate * y, or r = x where y and gate are None.
+    """Return (r, linear(LN(r) * (1 + scale) + shift)) with r = x + gate * y, or r = x where y and gate are None.
 
     Args:
         x, y, gate, scale, shift, eps, norm, rows, implementation: as in `gate_residual_modulate`.
-        weight, bias: (O, D) and (O,); the norm's result is cast to their dtype, or under autocast to autocast's.
-        keep_x: keep x for the backward pass, which then forms r again at no cost, instead of r. Either is free where
-            something else keeps that tensor too, as the layer before does if x is its r and it keeps that.
+        weight, bias: (O, D) and (O,). The modulated norm is cast to their dtype, or under autocast to autocast's.
+        keep_x: save x instead of r for the backward pass, which forms r again at no cost. Either is free where another
+            layer saves that tensor too, as the previous layer does if x is its r and it saves r.
 
-    Returns r (B, N or M, D) in x's dtype, and (B, N or M, O) in the weight's. Raises ValueError for what breaks this
-    contract.
+    Returns r (B, N or M, D) in x's dtype, and (B, N or M, O) in the weight's. Raises ValueError for other shapes,
+    dtypes and devices, and for an `implementation` that cannot run here.
     """
     check(x, y, gate, scale, shift, rows, norm)
     weight, bias = _prepare(x, weight, bias)
@@ -58,10 +59,14 @@ def modulated_linear(
 
 
 def gelu_linear(u: Tensor, weight: Tensor, bias: Tensor | None = None, *, implementation: str | None = None) -> Tensor:
-    """linear(gelu(u)), the GELU with tanh.
+    """Return linear(gelu(u)) with the tanh approximation of GELU (arXiv 1606.08415, section 2).
 
-    u (..., D); weight (O, D) and bias (O,), whose dtype (under autocast: autocast's) gelu(u) is cast to. Returns
-    (..., O). Raises ValueError for other shapes.
+    u: (..., D) of any floating dtype.
+    weight, bias: (O, D) and (O,) or None. gelu(u) is cast to their dtype, or under autocast to autocast's.
+    implementation: see `fastdit.kernels._dispatch`. There is a Triton kernel for fp32, bf16 and fp16.
+
+    Returns (..., O) in the weight's dtype. Raises ValueError for other shapes, and for an `implementation` that cannot
+    run here.
     """
     weight, bias = _prepare(u, weight, bias)
     takes = u.dtype in (torch.float32, torch.bfloat16, torch.float16) and u.numel() > 0
@@ -71,6 +76,8 @@ def gelu_linear(u: Tensor, weight: Tensor, bias: Tensor | None = None, *, implem
 
 
 class _ModulatedLinear(torch.autograd.Function):
+    """Differentiate `modulated_linear`; the adaLN backward pass recomputes the input h for the weight's gradient."""
+
     @staticmethod
     def forward(ctx, x, y, gate, scale, shift, rows, weight, bias, eps, rms, keep_x, implementation):
         new_r = y is not None or rows is not None
@@ -86,12 +93,14 @@ class _ModulatedLinear(torch.autograd.Function):
         *saved, weight = ctx.saved_tensors
         need_weight, need_bias = ctx.needs_input_grad[6:8]
         dh = None if dout is None else (dout @ weight).to(saved[0].dtype)
-        again = need_weight and dout is not None
-        *gradients, h = adaln_gradients(dr, dh, *saved, *ctx.options, again, ctx.implementation)
+        need_h = need_weight and dout is not None
+        *gradients, h = adaln_gradients(dr, dh, *saved, *ctx.options, need_h, ctx.implementation)
         return *gradients, None, *_linear_gradients(dout, h, need_weight, need_bias), None, None, None, None
 
 
 class _GeluLinear(torch.autograd.Function):
+    """Differentiate `gelu_linear`; the GELU's backward pass recomputes gelu(u) for the weight's gradient."""
+
     @staticmethod
     def forward(ctx, u, weight, bias):
         ctx.save_for_backward(u, weight)
@@ -106,6 +115,7 @@ class _GeluLinear(torch.autograd.Function):
 
 
 def _linear_gradients(dout, inputs, need_weight, need_bias):
+    """Return the gradients of a linear layer's weight and bias, None where they are not needed."""
     if dout is None:
         return None, None
     dout = dout.flatten(0, -2)
@@ -113,16 +123,18 @@ def _linear_gradients(dout, inputs, need_weight, need_bias):
     return weight, dout.sum(0) if need_bias else None
 
 
-# u * sigmoid(2 z) = u / 2 * (1 + tanh z), z = sqrt(2 / pi) * (u + 0.044715 u^3)
+# The kernels use u * sigmoid(2 z), which equals u / 2 * (1 + tanh z), with z = sqrt(2 / pi) * (u + 0.044715 u^3).
 
 
 @triton.jit
 def _sigmoid(u):
+    """Return sigmoid(2 z) of the comment above."""
     return 1 / (1 + tl.exp(-1.5957691216057308 * (u + 0.044715 * u * u * u)))
 
 
 @triton.jit
 def _gelu_kernel(u, g, size, BLOCK: tl.constexpr):
+    """Store g = gelu(u). A program owns BLOCK elements, reads each once and writes each once."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(u + at, mask=at < size).to(tl.float32)
     tl.store(g + at, value * _sigmoid(value), mask=at < size)
@@ -130,6 +142,7 @@ def _gelu_kernel(u, g, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gelu_backward_kernel(dg, u, du, g, size, BLOCK: tl.constexpr):
+    """Store du and g = gelu(u). A program owns BLOCK elements: it reads dg and u, and writes du and g, once each."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(u + at, mask=at < size).to(tl.float32)
     grad = tl.load(dg + at, mask=at < size).to(tl.float32)
@@ -139,12 +152,12 @@ def _gelu_backward_kernel(dg, u, du, g, size, BLOCK: tl.constexpr):
     tl.store(du + at, grad * sigmoid * (1 + value * (1 - sigmoid) * slope), mask=at < size)
 
 
-_BLOCK = 1024  # 4 warps: 8 values, 16 bytes of bf16, a thread
+_BLOCK = 1024  # with 4 warps, a thread holds 8 values, which are 16 bytes of bf16
 
 
 @operator("fastdit::gelu")
 def gelu(u: Tensor) -> Tensor:
-    """gelu(u), contiguous."""
+    """Return gelu(u), contiguous."""
     u = u.contiguous()
     g = torch.empty_like(u)
     _gelu_kernel[(triton.cdiv(u.numel(), _BLOCK),)](u, g, u.numel(), BLOCK=_BLOCK)
@@ -153,7 +166,7 @@ def gelu(u: Tensor) -> Tensor:
 
 @operator("fastdit::gelu_backward")
 def gelu_backward(dg: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """(du, gelu(u)), in one pass."""
+    """Return (du, gelu(u)), contiguous, from one pass."""
     dg, u = dg.contiguous(), u.contiguous()
     du, g = torch.empty_like(u), torch.empty_like(u)
     _gelu_backward_kernel[(triton.cdiv(u.numel(), _BLOCK),)](dg, u, du, g, u.numel(), BLOCK=_BLOCK)
@@ -171,7 +184,7 @@ def _(dg, u):
 
 
 def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias in the dtype that the product shall have."""
+    """Return weight and bias in the product's dtype. Raises ValueError for shapes that do not fit x."""
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight must be (O, {x.shape[-1]}), got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:

@@ -1,12 +1,14 @@
-"""SD-DiT's discriminative loss (arXiv 2403.17004): cross-entropy between a teacher's and a student's distribution
-over K prototypes, in the manner of DINO and iBOT (arXiv 2104.14294, 2111.07832).
+"""Compute SD-DiT's discriminative loss (arXiv 2403.17004), as DINO and iBOT do (arXiv 2104.14294, 2111.07832).
 
-    l = (z / |z|) . (V_k / |V_k|)        logits of bottleneck features z, student's and teacher's own prototypes V
+It is the cross-entropy between the teacher's and the student's distributions over K prototypes:
+
+    l = (z / |z|) . (V_k / |V_k|)        logits of bottleneck features z with prototypes V, student's and teacher's
     q = softmax((l_T - C) / tau_t),  p = softmax(l_S / tau_s),  L = mean_i -q_i . log p_i
 
-52,000 tokens by 8,192 prototypes are 1.7 GB of logits for each side. So tokens come in chunks, and the gradient
-is formed on the way forward, while a chunk's logits exist: two GEMMs make them, one kernel reads them once and
-leaves the gradient of the student's, two GEMMs take that to features and prototypes. Backward only scales.
+The logits of 52,000 tokens and 8,192 prototypes take 1.7 GB for each side. Tokens are therefore processed in chunks,
+and the forward pass forms the gradient while a chunk's logits exist. Two GEMMs compute the logits, one kernel reads
+them once and writes the gradient of the student's logits, and two GEMMs take it to features and prototypes. The
+backward pass only scales. The chunking and the fused gradient are ours.
 """
 
 from collections.abc import Callable
@@ -19,28 +21,27 @@ import triton.language as tl
 from torch import Tensor
 
 from ._dispatch import choose
+from ._operator import operator
 
 CENTERINGS = ("ema", "sinkhorn", "none")
-SINKHORN_ITERATIONS = 3  # DINOv2's
+SINKHORN_ITERATIONS = 3  # as in DINOv2
 
 _CHUNK_LOGITS = {"cuda": 1 << 24, "cpu": 1 << 21}
-_BLOCK = 4096  # prototypes a Triton program holds at once
+_BLOCK = 4096  # prototypes that a Triton program holds at once
 _TINY = 1e-30
 
 
 class PrototypeLoss(NamedTuple):
-    """The loss, and what centring and a collapse watch need, all on the device. Only `loss` carries a gradient."""
+    """Hold the loss and the statistics for centering and for detecting collapse, all on the device.
+
+    Only `loss` carries a gradient. Entropy and KL are means over tokens, with the loss's weights.
+    """
 
     loss: Tensor  # () fp32
-    teacher_mean: Tensor  # (K,) fp32 mean over tokens of the teacher's raw logits: the centre moves towards it
-    wins: Tensor  # (K,) int64, the number of tokens whose most likely prototype, to the teacher, it is
-    teacher_entropy: Tensor  # () fp32, nats, mean over tokens as the loss
-    kl: Tensor  # () fp32, KL(teacher || student), mean over tokens as the loss
-
-    @property
-    def usage(self) -> Tensor:
-        """() share of the prototypes that win any token. For several ranks: add up `wins` first."""
-        return (self.wins > 0).float().mean()
+    teacher_mean: Tensor  # (K,) fp32, the mean of the teacher's raw logits over tokens, which the center follows
+    wins: Tensor  # (K,) int64, the number of tokens for which the teacher prefers this prototype
+    teacher_entropy: Tensor  # () fp32, in nats
+    kl: Tensor  # () fp32, KL(teacher || student)
 
 
 def prototype_loss(
@@ -58,25 +59,32 @@ def prototype_loss(
     chunk: int | None = None,
     implementation: str | None = None,
 ) -> PrototypeLoss:
-    """L of the module's docstring, with gradients for `student` and `student_prototypes`; the rest is constant.
+    """Return L of the module's docstring, with gradients for `student` and `student_prototypes` only.
 
-    student, teacher (T, k) bottleneck features of the same tokens; prototypes (K, k); floating, any strides.
-    Features and prototypes are normalised here, in fp32; GEMMs run in `student`'s dtype and accumulate in fp32;
-    logits and all that follows are fp32 (fp64 for fp64).
-    centering: "ema" needs `center` C (K,), which the caller moves towards `teacher_mean`; "none";
-    "sinkhorn" instead balances the prototypes' shares by 3 Sinkhorn-Knopp iterations over all tokens, as DINOv2:
-    three more passes over the teacher's logits. Its sums (K,) over tokens go through `all_reduce`, in place, so
-    that ranks can be joined; its teacher_temperature must be >= 0.025, that exp(-2 / temperature) be an fp32 number.
-    weight (T,) >= 0: L is the weighted mean of the tokens' terms, and entropy and KL are too; `teacher_mean`,
-    `wins` and Sinkhorn count every token once. All weights zero: the loss is zero.
+    student, teacher: (T, k) bottleneck features of the same tokens, floating, any strides.
+    student_prototypes, teacher_prototypes: (K, k), floating, any strides.
+    student_temperature, teacher_temperature: tau_s and tau_t, positive.
+    centering: "ema" subtracts `center`, which the caller moves towards `teacher_mean`. "sinkhorn" balances the
+        prototypes' shares by 3 Sinkhorn-Knopp iterations over all tokens, as DINOv2 does (arXiv 2304.07193), in three
+        more passes over the teacher's logits. It needs teacher_temperature >= 0.025, so that exp(-2 / temperature) is
+        an fp32 number. "none" does neither.
+    center: C (K,), floating, for "ema" only.
+    weight: (T,) >= 0, floating. L, entropy and KL are weighted means over tokens. `teacher_mean`, `wins` and Sinkhorn
+        count every token once. The loss is zero if all weights are.
+    all_reduce: sums Sinkhorn's (K,) totals over ranks, in place.
+    chunk: tokens that are processed at once. Results depend on it only by rounding.
+    implementation: see `fastdit.kernels._dispatch`. There is a Triton kernel for all dtypes but fp64.
 
-    Memory: of `chunk` x K logits at most 3 fp32 arrays with Triton, 4 without; by default such an array holds 2^24
-    numbers on a GPU (64 MiB) and 2^21 on a CPU (8 MiB). Besides: normalised copies and gradients of the inputs.
-    Results do not depend on `chunk` but for rounding.
-    Raises ValueError for other shapes, dtypes and choices.
+    Features and prototypes are normalized in fp32. GEMMs run in `student`'s dtype and accumulate in fp32. Logits and
+    everything after them are fp32 (fp64 for fp64).
+
+    At most 3 fp32 arrays of `chunk` x K logits exist at once with Triton, and 4 without. By default such an array holds
+    2^24 numbers on a GPU (64 MiB) and 2^21 on a CPU (8 MiB). Normalized copies and gradients of the inputs come on top.
+    Raises ValueError for other shapes, dtypes and choices, and for an `implementation` that cannot run here.
     """
     _check(student, teacher, student_prototypes, teacher_prototypes, centering, center, weight, chunk)
     _check_temperatures(student_temperature, teacher_temperature, centering)
+    # Normalize features and prototypes, and form what centering adds to the teacher's logits.
     work = torch.promote_types(student.dtype, torch.float32)
     chosen = choose(student.device, implementation=implementation, triton=work == torch.float32)
     with torch.autocast(student.device.type, enabled=False):
@@ -94,6 +102,7 @@ def prototype_loss(
             offset = t.new_zeros(count, dtype=work)
         teacher_mean = vt.to(work) @ t.mean(0, dtype=work)
 
+    # Compute the loss, its gradient and the statistics, in chunks of tokens.
     weight = t.new_ones(size, dtype=work) if weight is None else weight.detach().to(work)
     needs = [torch.is_grad_enabled() and x.requires_grad for x in (s, vs)]
     temperatures = (student_temperature, teacher_temperature)
@@ -104,10 +113,10 @@ def prototype_loss(
 
 @torch.no_grad()
 def _sinkhorn(t: Tensor, vt: Tensor, temperature: float, chunk: int, all_reduce: Callable | None) -> Tensor:
-    """(K,) b such that the balanced assignment of token i is softmax_k(l_ik / temperature + b_k).
+    """Return b (K,) such that the balanced assignment of token i is softmax_k(l_ik / temperature + b_k).
 
-    Sinkhorn-Knopp scales prototypes to equal sums over tokens, then tokens to sums of 1, in turns. The tokens'
-    scale is their softmax's, so only the prototypes' need keeping: b is the logarithm of theirs.
+    Sinkhorn-Knopp alternates between scaling prototypes to equal sums over tokens and scaling tokens to sums of 1. The
+    softmax includes the tokens' scale, so only the prototypes' scale is stored: b is its logarithm.
     """
     offset = None
     for _ in range(SINKHORN_ITERATIONS):
@@ -125,12 +134,16 @@ def _sinkhorn(t: Tensor, vt: Tensor, temperature: float, chunk: int, all_reduce:
     return offset
 
 
-@torch.library.custom_op("fastdit::prototype_cross_entropy", mutates_args=())
+@operator("fastdit::prototype_cross_entropy")
 def _cross_entropy(
     s: Tensor, t: Tensor, vs: Tensor, vt: Tensor, offset: Tensor, weight: Tensor,
     student_temperature: float, teacher_temperature: float, chunk: int, need_s: bool, need_v: bool, implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, entropy, wins, ds, dvs, scale) of unit vectors; the gradients, where needed, lack the factor `scale`."""
+    """Return (loss, entropy, wins, ds, dvs, scale) for unit vectors.
+
+    ds and dvs, empty where they are not needed, are gradients without the factor `scale`, which backward applies.
+    """
+    # Allocate the results.
     size, (count, width) = s.shape[0], vs.shape
     offset, weight = offset.contiguous(), weight.contiguous()
     ds = torch.empty_like(s, memory_format=torch.contiguous_format) if need_s else s.new_empty(0)
@@ -140,7 +153,8 @@ def _cross_entropy(
     rows = _rows_triton if implementation == "triton" else _rows_reference
     temperatures = (student_temperature, teacher_temperature)
 
-    def run(part: slice) -> None:  # its own scope: a chunk's logits are gone before the next one's are made
+    def run(part: slice) -> None:
+        """Process a chunk; its logits are freed on return, before the next chunk's are allocated."""
         ls, lt = _product(s[part], vs.t()), _product(t[part], vt.t())
         pull = rows(
             ls, lt, offset, weight[part], *temperatures, terms[part], entropies[part], winners[part],
@@ -155,6 +169,7 @@ def _cross_entropy(
     with torch.autocast(s.device.type, enabled=False):
         for start in range(0, size, chunk):
             run(slice(start, min(start + chunk, size)))
+    # Reduce the tokens' terms.
     total = weight.sum().clamp_min(_TINY)
     wins = torch.zeros(count, dtype=torch.int64, device=s.device)
     wins.scatter_add_(0, winners, torch.ones_like(winners))
@@ -194,9 +209,9 @@ def _rows_reference(
     ls: Tensor, lt: Tensor, offset: Tensor, weight: Tensor, student_temperature: float, teacher_temperature: float,
     terms: Tensor, entropies: Tensor, winners: Tensor, gradient: torch.dtype | None,
 ) -> Tensor | None:  # fmt: skip
-    """Fills each row's -q . log p, entropy of q and most likely prototype.
+    """Fill each row's -q . log p, its entropy of q and its most likely prototype, in PyTorch.
 
-    Returns weight * (p - q) in the dtype `gradient`, if given. ls and lt (chunk, K) are overwritten.
+    Returns weight * (p - q) in the dtype `gradient`, or None without one. ls and lt (chunk, K) are overwritten.
     """
     a = ls.div_(student_temperature)
     z = lt.div_(teacher_temperature).add_(offset)
@@ -213,7 +228,7 @@ def _rows_triton(
     ls: Tensor, lt: Tensor, offset: Tensor, weight: Tensor, student_temperature: float, teacher_temperature: float,
     terms: Tensor, entropies: Tensor, winners: Tensor, gradient: torch.dtype | None,
 ) -> Tensor | None:  # fmt: skip
-    """As `_rows_reference`, in one pass over memory: what a row's second reading needs is still in cache."""
+    """Compute `_rows_reference` with one kernel, whose second read of a row hits the cache."""
     count = ls.shape[1]
     pull = ls if gradient in (None, ls.dtype) else torch.empty_like(ls, dtype=gradient)
     _prototype_rows_kernel[(ls.shape[0],)](
@@ -229,11 +244,17 @@ def _prototype_rows_kernel(
     ls, lt, offset, weight, pull, terms, entropies, winners, count, student_sharpness, teacher_sharpness,
     LOWEST: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
+    """Compute one token's terms and gradient: a program owns a row of K logits of either side.
+
+    It reads both rows once from memory, BLOCK prototypes at a time, and writes three numbers. Running maxima and sums
+    stay in registers. With GRADIENT it reads both rows again, then from cache, and writes w (p - q) once, in place of
+    the student's logits if the dtype allows.
+    """
     row = tl.program_id(0).to(tl.int64)
     ls += row * count
     lt += row * count
-    # Running maxima, sums of exponentials, and the teacher's mean of both sides' logits below their maxima: so
-    # cross-entropy and entropy are sums of positive terms, and keep their digits when they are small.
+    # Keep running maxima, sums of exponentials, and the teacher's mean of both sides' logits below their maxima.
+    # Cross-entropy and entropy then are sums of positive terms, which keep their digits when they are small.
     a_max = LOWEST
     z_max = LOWEST
     a_sum = 0.0
@@ -242,10 +263,12 @@ def _prototype_rows_kernel(
     z_by_q = 0.0
     winner = 0
     for start in range(0, count, BLOCK):
+        # Load a block of scaled logits.
         k = start + tl.arange(0, BLOCK)
         inside = k < count
         a = tl.load(ls + k, mask=inside, other=0.0) * student_sharpness
         z = tl.load(lt + k, mask=inside, other=0.0) * teacher_sharpness + tl.load(offset + k, mask=inside, other=0.0)
+        # Move the maxima, and rescale the sums to them.
         a_top = tl.maximum(a_max, tl.max(tl.where(inside, a, LOWEST)))
         z_block, index = tl.max(tl.where(inside, z, LOWEST), axis=0, return_indices=True)
         z_top = tl.maximum(z_max, z_block)
@@ -259,9 +282,11 @@ def _prototype_rows_kernel(
         z_sum = z_sum * shrink + tl.sum(q)
         a_max = a_top
         z_max = z_top
+    # Store the row's cross-entropy, entropy and winner.
     tl.store(terms + row, tl.log(a_sum) - a_by_q / z_sum)
     tl.store(entropies + row, tl.log(z_sum) - z_by_q / z_sum)
     tl.store(winners + row, winner)
+    # Store the gradient of the student's scaled logits.
     if GRADIENT:
         a_log = a_max + tl.log(a_sum)
         z_log = z_max + tl.log(z_sum)
@@ -277,7 +302,7 @@ def _prototype_rows_kernel(
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, accumulated and returned in fp32 (fp64 for fp64) whatever the inputs' dtype."""
+    """Return a @ b, accumulated and returned in fp32 (fp64 for fp64) for inputs of any dtype."""
     if a.dtype in (torch.float32, torch.float64):
         return a @ b
     if a.is_cuda:
@@ -286,6 +311,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _check(student, teacher, student_prototypes, teacher_prototypes, centering, center, weight, chunk) -> None:
+    """Raise ValueError unless the arguments are those that `prototype_loss` documents."""
+    # Check features and prototypes.
     size, count = student.shape[:1], student_prototypes.shape[:1]
     if student.dim() != 2 or teacher.shape != student.shape or not student.numel():
         shapes = f"{tuple(student.shape)}, {tuple(teacher.shape)}"
@@ -295,6 +322,7 @@ def _check(student, teacher, student_prototypes, teacher_prototypes, centering, 
             raise ValueError(f"{name} must be (K, k) with k = {student.shape[1]}, got {tuple(x.shape)}")
     if not all(x.is_floating_point() for x in (student, teacher, student_prototypes, teacher_prototypes)):
         raise ValueError("features and prototypes must be floating")
+    # Check the options.
     if centering not in CENTERINGS:
         raise ValueError(f"centering={centering!r} is unknown; choose one of {', '.join(CENTERINGS)}")
     if (centering == "ema") != (center is not None):
@@ -307,6 +335,7 @@ def _check(student, teacher, student_prototypes, teacher_prototypes, centering, 
 
 
 def _check_temperatures(student: float, teacher: float, centering: str) -> None:
+    """Raise ValueError unless both temperatures are in range."""
     lowest = 0.025 if centering == "sinkhorn" else 0.0
     if not student > 0 or not teacher > 0 or teacher < lowest:
         raise ValueError(f"temperatures must be positive, with sinkhorn the teacher's >= 0.025: {student}, {teacher}")

@@ -1,10 +1,10 @@
-"""What is done to queries and keys before attention, in one pass: RMS norm over each head, then 2-D rotary positions.
+"""Prepare queries and keys for attention in one pass: RMS norm over each head, then 2-D rotary position embedding.
 
-    q = q / sqrt(mean q^2 + eps) * weight                                      (QK-norm)
-    (q_j, q_{j + d/2}) = rotation by angle_j(token) of (q_j, q_{j + d/2})      (RoPE, arXiv 2104.09864)
+    q = q / sqrt(mean q^2 + eps) * weight                                      (QK-norm, arXiv 2302.05442)
+    (q_j, q_{j + d/2}) = rotation by angle_j(token) of (q_j, q_{j + d/2})      (RoPE, arXiv 2104.09864, section 3.2.2)
 
-The d/2 pairs of a head are split between the grid's axes: the first half turns with the row, the second with the
-column, pair i of either by coordinate * theta^(-i / (d/4)). A pair's two numbers are d/2 apart.
+The grid's axes share the d/2 pairs of a head: the first half turns with the row, the second with the column, pair i of
+either half by coordinate * theta^(-i / (d/4)). The two numbers of a pair are d/2 apart.
 """
 
 import torch
@@ -13,15 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ._dispatch import choose
+from ._operator import operator
 
 EPS = 1e-6
-_TOKENS = 16  # tokens whose gradients for the norm's weights one program of backward adds up
+_TOKENS = 16  # tokens that one backward program owns, whose weight gradients it adds up
 
 
 def rope_table(grid: tuple[int, int], head_dim: int, *, theta: float = 10000.0, device=None) -> Tensor:
-    """(rows * cols, head_dim) fp32 of fp64 arithmetic: cosines of the d/2 angles of each token, then sines.
+    """Return the rotation table of a grid: for each token the cosines of its d/2 angles, then their sines.
 
-    Tokens go row by row. Raises ValueError unless head_dim is a multiple of 4.
+    The table is (rows * cols, head_dim) fp32, computed in fp64, with tokens row by row. Raises ValueError unless
+    head_dim is a multiple of 4.
     """
     if head_dim < 4 or head_dim % 4:
         raise ValueError(f"head_dim must be a multiple of 4, got {head_dim}")
@@ -43,14 +45,17 @@ def norm_rotate(
     eps: float = EPS,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """q and k normed and rotated as in the module's docstring: contiguous (B, N, H, d), in their dtype.
+    """Return q and k, normalized and rotated as in the module's docstring.
 
-    q, k (B, N, H, d) of one shape and dtype; views of a fused qkv are read as they are, d even.
-    norm: False, True for no weights, or the weights of q and of k, each (d,).
-    rope: None, or a table (positions, d) of `rope_table`; token n takes row n, or, with ids (B, N) int64 (a masked
-    encoder's visible tokens), row ids[b, n], which is the caller's to keep inside the table.
-    All arithmetic is fp32 (fp64 for fp64). Gradients for q, k and the weights; sums have a fixed order.
-    Raises ValueError for other shapes and dtypes, and where there is nothing to do.
+    q, k: (B, N, H, d) of one shape and floating dtype, d even. Views of a fused qkv are read in place.
+    norm: False; True for a norm without weights; or the weights of q and of k, each floating (d,).
+    rope: None, or a table (positions, d) of `rope_table`. Token n takes row n, or row ids[b, n] where ids are given.
+    ids: (B, N) int64, the positions of a masked encoder's visible tokens. Their values are not checked.
+    implementation: see `fastdit.kernels._dispatch`. There is a Triton kernel for all dtypes but fp64.
+
+    Both results are contiguous (B, N, H, d) in the inputs' dtype. The arithmetic is fp32 (fp64 for fp64). q, k and the
+    weights get gradients, and every sum has a fixed order. Raises ValueError for other shapes and dtypes, where neither
+    norm nor rope is given, and for an `implementation` that cannot run here.
     """
     weights = norm if isinstance(norm, tuple) else (None, None)
     normed = norm is not False  # torch 2.11's compiler cannot trace bool() of a tuple
@@ -63,6 +68,7 @@ def norm_rotate(
 def norm_rotate_reference(
     x: Tensor, norm: bool, weight: Tensor | None, rope: Tensor | None, ids: Tensor | None, eps: float = EPS
 ) -> Tensor:
+    """Compute one of the two results of `norm_rotate` in PyTorch."""
     out = x.to(torch.promote_types(x.dtype, torch.float32))
     if norm:
         out = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + eps)
@@ -76,11 +82,12 @@ def norm_rotate_reference(
     return out.to(x.dtype, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("fastdit::norm_rotate", mutates_args=())
+@operator("fastdit::norm_rotate")
 def _norm_rotate(
     q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, rope: Tensor | None, ids: Tensor | None,
     norm: bool, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return q and k, normalized and rotated, contiguous."""
     batch, tokens, heads, dim = q.shape
     outs = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2)]
     _norm_rotate_forward_kernel[(tokens, batch)](
@@ -90,12 +97,12 @@ def _norm_rotate(
     return outs[0], outs[1]
 
 
-@torch.library.custom_op("fastdit::norm_rotate_backward", mutates_args=())
+@operator("fastdit::norm_rotate_backward")
 def _norm_rotate_backward(
     dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     rope: Tensor | None, ids: Tensor | None, norm: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dq_weight, dk_weight), the last two fp32; empty without weights."""
+    """Return (dq, dk, dq_weight, dk_weight). The last two are fp32, and empty without weights."""
     batch, tokens, heads, dim = q.shape
     dq, dk = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
     parts = triton.cdiv(tokens, _TOKENS)
@@ -110,28 +117,34 @@ def _norm_rotate_backward(
 
 
 def _strided(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """x and its strides but the last, which is 1."""
+    """Return x and its first three strides, where x is copied unless its last stride is 1."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     return x, *x.stride()[:3]
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
+    """Return x, contiguous."""
     return None if x is None else x.contiguous()
 
 
 def _blocks(heads: int, dim: int) -> dict[str, int]:
+    """Return a tile that covers all heads of one token, half a head wide, and its number of warps."""
     sizes = {"HEADS": triton.next_power_of_2(heads), "BLOCK": triton.next_power_of_2(dim // 2)}
     return sizes | {"num_warps": max(1, min(8, sizes["HEADS"] * sizes["BLOCK"] // 256))}
 
 
 @triton.jit
 def _places(x, b, n, head, j):
-    """Pointers to the first halves of one token's heads in (tensor, batch, token and head stride)."""
+    """Return pointers to the first halves of one token's heads.
+
+    x is (tensor, stride of a sample, stride of a token, stride of a head).
+    """
     return x[0] + b * x[1] + n * x[2] + head * x[3] + j
 
 
 @triton.jit
 def _load(x, b, n, head, j, mask, HALF: tl.constexpr):
+    """Load both halves of one token's heads as fp32, zero where masked."""
     at = _places(x, b, n, head, j)
     first = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     return first, tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
@@ -139,6 +152,7 @@ def _load(x, b, n, head, j, mask, HALF: tl.constexpr):
 
 @triton.jit
 def _store(x, b, n, head, j, mask, first, second, HALF: tl.constexpr):
+    """Store both halves of one token's heads in x's dtype."""
     at = _places(x, b, n, head, j)
     tl.store(at, first.to(x[0].dtype.element_ty), mask=mask)
     tl.store(at + HALF, second.to(x[0].dtype.element_ty), mask=mask)
@@ -146,7 +160,7 @@ def _store(x, b, n, head, j, mask, first, second, HALF: tl.constexpr):
 
 @triton.jit
 def _load_row(x, row, j, HALF: tl.constexpr):
-    """Both halves of a row of d numbers."""
+    """Load both halves of a row of d numbers as fp32."""
     at = x + row * (2 * HALF) + j
     first = tl.load(at, mask=j < HALF, other=0.0).to(tl.float32)
     return first, tl.load(at + HALF, mask=j < HALF, other=0.0).to(tl.float32)
@@ -154,7 +168,7 @@ def _load_row(x, row, j, HALF: tl.constexpr):
 
 @triton.jit
 def _unit(first, second, eps, HALF: tl.constexpr):
-    """Normed halves, and the factor that normed them."""
+    """Return both halves divided by their root mean square, and its inverse."""
     mean = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF)
     rstd = tl.rsqrt(mean + eps)[:, None]
     return first * rstd, second * rstd, rstd
@@ -162,12 +176,13 @@ def _unit(first, second, eps, HALF: tl.constexpr):
 
 @triton.jit
 def _row_of(ids, b, n, tokens, live):
-    """Token n's row of the rope table; one past the last token has row 0."""
+    """Return token n's row of the rope table, or row 0 for a token past the last."""
     return tl.where(live, n, 0) if ids is None else tl.load(ids + b * tokens + n, mask=live, other=0)
 
 
 @triton.jit
 def _forward_one(x, out, weight, rope, row, b, n, head, j, mask, eps, HALF: tl.constexpr, NORM: tl.constexpr):
+    """Normalize and rotate one token of q or of k: read x once and write out once, in registers between."""
     first, second = _load(x, b, n, head, j, mask, HALF)
     if NORM:
         first, second, _ = _unit(first, second, eps, HALF)
@@ -185,6 +200,10 @@ def _norm_rotate_forward_kernel(
     q, k, q_out, k_out, q_weight, k_weight, rope, ids, tokens, heads, eps,
     HALF: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Process q and k of one token: a program owns all heads of token n of sample b.
+
+    It reads q and k once, one row of the rope table for both, and writes both results once.
+    """
     n = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
     head, j = tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK)[None, :]
@@ -196,13 +215,15 @@ def _norm_rotate_forward_kernel(
 
 @triton.jit
 def _backward_one(d_out, x, dx, weight, rope, row, b, n, head, j, mask, eps, HALF: tl.constexpr, NORM: tl.constexpr):
-    """Stores dx; returns this token's share of the weight's gradient, (1, BLOCK) for each half."""
+    """Store dx of one token, and return its share of the weight's gradient, (1, BLOCK) for each half."""
     first, second = _load(d_out, b, n, head, j, mask, HALF)
+    # Rotate back, by the negative angle.
     if rope is not None:
         cos, sin = _load_row(rope, row, j, HALF)
         first, second = first * cos + second * sin, second * cos - first * sin
     w_first = tl.zeros((1, first.shape[1]), tl.float32)
     w_second = w_first
+    # Recompute the normalized x, and differentiate the norm.
     if NORM:
         u_first, u_second = _load(x, b, n, head, j, mask, HALF)
         u_first, u_second, rstd = _unit(u_first, u_second, eps, HALF)
@@ -223,6 +244,12 @@ def _norm_rotate_backward_kernel(
     dq_out, dk_out, q, k, dq, dk, partial, q_weight, k_weight, rope, ids, tokens, heads, eps,
     HALF: tl.constexpr, NORM: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Write dq and dk of TOKENS tokens of sample b: a program owns them and all their heads.
+
+    It reads the results' gradients and, for the norm, q and k once, and writes dq and dk once. The four halves of the
+    weights' gradients stay in registers through the loop. The program stores them to its own row of `partial`, and the
+    caller adds up the rows in order.
+    """
     part = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
     head, j = tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK)[None, :]
@@ -230,6 +257,7 @@ def _norm_rotate_backward_kernel(
     q_second = tl.zeros((1, BLOCK), tl.float32)
     k_first = tl.zeros((1, BLOCK), tl.float32)
     k_second = tl.zeros((1, BLOCK), tl.float32)
+    # One token at a time.
     for step in range(TOKENS):
         n = part * TOKENS + step
         live = n < tokens
@@ -241,6 +269,7 @@ def _norm_rotate_backward_kernel(
         first, second = _backward_one(dk_out, k, dk, k_weight, rope, row, b, n, head, j, mask, eps, HALF, NORM)
         k_first += first
         k_second += second
+    # This program's sums for the weights: q's rows of `partial` precede k's.
     if partial is not None:
         rows = tl.num_programs(1) * tl.num_programs(0)
         at = partial + (b * tl.num_programs(0) + part) * (2 * HALF) + j
@@ -278,6 +307,7 @@ _norm_rotate.register_autograd(_backward, setup_context=_save)
 
 
 def _check(q, k, norm, q_weight, k_weight, rope, ids) -> None:
+    """Raise ValueError unless the arguments are those that `norm_rotate` documents."""
     if q.dim() != 4 or k.shape != q.shape or not q.numel() or q.shape[-1] % 2:
         raise ValueError(f"q, k must be (B, N, H, d) of one shape, d even, got {tuple(q.shape)}, {tuple(k.shape)}")
     if k.dtype != q.dtype or not q.is_floating_point():

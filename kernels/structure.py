@@ -1,4 +1,4 @@
-"""SADM's structure loss (arXiv 2402.17563): do predicted samples keep the pairwise distances of the real ones?
+"""Compute SADM's structure loss (arXiv 2402.17563): predicted samples keep the pairwise distances of real ones.
 
 The paper leaves the normalization of the distances, the weights of the pairs and the penalty open. Ours are:
 
@@ -40,7 +40,7 @@ _REFERENCE_CHUNK = 1 << 26  # rows * B * d of one chunk of the reference
 
 
 class StructureLoss(NamedTuple):
-    """The loss and the statistics that a trainer logs, all on the device. Only `loss` carries a gradient.
+    """Hold the loss and the statistics that a trainer logs, all on the device. Only `loss` carries a gradient.
 
     The statistics carry the pairs' weights too, so they describe the pairs that the loss acts on.
     """
@@ -86,11 +86,14 @@ def structure_loss(
         |a - b|^2 / 2. A zero vector stays zero, at 1/2 from all others.
     normalise: divide distances by their "rms" or their "mean", or by nothing ("none").
     penalty: of e = P - Q: "l2" e^2, "l1" |e|, "huber" e^2 / 2, which is linear from huber_delta on.
+    huber_delta: the error from which the Huber penalty is linear.
+    implementation: see `fastdit.kernels._dispatch`. There is a Triton kernel for all dtypes but fp64.
+
     Coincident points are at distance exactly 0 and pull at each other with gradient 0.
 
     Beyond a padded copy of the features and their transposes, the backward pass takes 128 MiB for any B. Where ranks
     gather their features, each may compute the loss of all; its own rows of the gradient are exact.
-    Raises ValueError for other shapes, dtypes and choices, and for B < 2.
+    Raises ValueError for other shapes, dtypes and choices, for B < 2, and for an `implementation` that cannot run here.
     """
     _check(real, fake, weight, distance, normalise, penalty, huber_delta)
     work = torch.promote_types(real.dtype, torch.float32)
@@ -125,6 +128,7 @@ def structure_loss_reference(
 
 
 def _chunk_totals(f: Tensor, g: Tensor, weight: Tensor, start: int, stop: int, distance: str) -> Tensor:
+    """Return the (6,) fp64 sums over the pairs of rows start..stop-1 with all samples."""
     r, s = (_distances(x, start, stop, distance) for x in (f, g))
     w = _pair_weights(weight, start, stop)
     return torch.stack([x.sum(dtype=torch.float64) for x in (w * r, w * s, w * r * r, w * s * s, w * r * s, w)])
@@ -134,6 +138,7 @@ def _chunk_cost(
     f: Tensor, g: Tensor, weight: Tensor, scale: Tensor, start: int, stop: int, distance: str, penalty: str,
     delta: float,
 ) -> Tensor:  # fmt: skip
+    """Return the () fp64 weighted penalty of the pairs of rows start..stop-1 with all samples."""
     p, q = (_distances(x, start, stop, distance) / unit for x, unit in zip((f, g), scale))
     if penalty == "l2":
         cost = (p - q).square()
@@ -157,11 +162,13 @@ def _distances(x: Tensor, start: int, stop: int, distance: str) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
+    """Return rows of x at unit length; zero rows stay zero."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return x / torch.where(norm > 0, norm, 1)
 
 
 def _check(real, fake, weight, distance, normalise, penalty, delta) -> None:
+    """Raise ValueError unless the arguments are those that `structure_loss` documents."""
     if real.dim() != 2 or fake.shape != real.shape:
         raise ValueError(f"real and fake must be (B, d) of one shape, got {tuple(real.shape)}, {tuple(fake.shape)}")
     if not real.is_floating_point() or fake.dtype != real.dtype:

@@ -1,8 +1,8 @@
-"""Triton kernels of `structure.py`, which own tiles of pairs, and the operator with its backward pass.
+"""Triton kernels of `structure.py`, whose programs own tiles of pairs, and the operator with its backward pass.
 
-The inner loops walk the reduction one feature at a time (the last kernel of the backward pass: one sample at a
-time). They load two vectors and form a tile of exact differences, all in registers. Features are padded with zeros
-to whole tiles and are also kept transposed, so these loops load contiguously and without masks.
+The inner loops walk the reduction one feature at a time, or one sample at a time in the last kernel of the backward
+pass. They load two vectors and form a tile of exact differences, all in registers. Features are padded with zeros to
+whole tiles and are also stored transposed, so these loops load contiguously and without masks.
 """
 
 import torch
@@ -11,10 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._operator import operator
+
 TINY = 1e-30  # avoids 0 / 0 where all weights, or all distances, are zero
 
-# Tiles for 4 warps. In sm_90 code neither inner loop goes through shared memory: a thread owns one of 128 columns
-# and reads 32 rows as 8 vectors, for 64 operations; of 64 features it owns four, in a vector, with 4 rows.
+# Tiles for 4 warps. In sm_90 code neither inner loop uses shared memory. In a tile of pairs a thread owns one of 128
+# columns, and reads 32 rows as 8 vectors for 64 operations. In a tile of features it owns 4 rows by a vector of 4.
 _ROWS, _COLS, _FEATURES, _UNROLL = 32, 128, 64, 8
 _PANEL = 1 << 24  # pairs whose gradient coefficients exist at once in backward, for each of f and g
 
@@ -59,7 +61,7 @@ def _upper_tile(ROWS: tl.constexpr, COLS: tl.constexpr):
     ratio: tl.constexpr = COLS // ROWS
     square = tl.program_id(0) // ratio
     b = ((tl.sqrt_rn(8.0 * square.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    b = tl.where(b * (b + 1) // 2 > square, b - 1, b)  # should the root have been rounded across an integer
+    b = tl.where(b * (b + 1) // 2 > square, b - 1, b)  # the root may have been rounded across an integer
     b = tl.where((b + 1) * (b + 2) // 2 <= square, b + 1, b)
     a = (square - b * (b + 1) // 2) * ratio + tl.program_id(0) % ratio
     return a * ROWS + tl.arange(0, ROWS), b * COLS + tl.arange(0, COLS)
@@ -67,6 +69,7 @@ def _upper_tile(ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _total(tile):
+    """Return the sum of a tile."""
     return tl.sum(tile)
 
 
@@ -81,12 +84,18 @@ def _structure_moments_kernel(
     ft, gt, weight, partial, size, width, stride, factor,
     EUCLIDEAN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Store the tile's weighted sums of r, s, r^2, s^2 and r s, and the sum of its weights."""
+    """Store the tile's weighted sums of r, s, r^2, s^2 and r s, and the sum of its weights.
+
+    A program owns one tile of pairs. It reads the features of its rows and columns once per tile; distances and weights
+    stay in registers, and six numbers leave them.
+    """
     rows, cols = _upper_tile(ROWS, COLS)
     valid = (rows[:, None] < cols[None, :]) & (cols[None, :] < size)
+    # The tile's distances and weights, zero where there is no pair.
     r = tl.where(valid, _distance_tile(ft, stride, width, rows, cols, factor, EUCLIDEAN, UNROLL), 0.0)
     s = tl.where(valid, _distance_tile(gt, stride, width, rows, cols, factor, EUCLIDEAN, UNROLL), 0.0)
     w = _pair_weights(weight, rows, cols, valid)
+    # Its sums, each in this tile's own place of `partial`.
     out, step = partial + tl.program_id(0), tl.num_programs(0)
     tl.store(out, _total(w * r))
     tl.store(out + step, _total(w * s))
@@ -119,13 +128,18 @@ def _structure_sums_kernel(
     EUCLIDEAN: tl.constexpr, PENALTY: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Store the tile's weighted sums of the penalty, and of its slope times P and times Q."""
+    """Store the tile's weighted sums of the penalty, and of its slope times P and times Q.
+
+    A program owns one tile of pairs, whose distances it recomputes in registers; three numbers leave them.
+    """
     rows, cols = _upper_tile(ROWS, COLS)
     f_scale, g_scale = _scales(units)
     valid = (rows[:, None] < cols[None, :]) & (cols[None, :] < size)
+    # The tile's normalized distances and its weights, zero where there is no pair.
     p = tl.where(valid, _distance_tile(ft, stride, width, rows, cols, factor, EUCLIDEAN, UNROLL) * f_scale, 0.0)
     q = tl.where(valid, _distance_tile(gt, stride, width, rows, cols, factor, EUCLIDEAN, UNROLL) * g_scale, 0.0)
     w = _pair_weights(weight, rows, cols, valid)
+    # The penalty of each pair and its slope.
     e = p - q
     if PENALTY == "l2":
         cost = e * e
@@ -134,6 +148,7 @@ def _structure_sums_kernel(
     else:
         cost = tl.where(tl.abs(e) <= delta, 0.5 * e * e, delta * (tl.abs(e) - 0.5 * delta))
     pull = w * _slope(e, delta, PENALTY)
+    # The sums, each in this tile's own place of `partial`.
     out, step = partial + tl.program_id(0), tl.num_programs(0)
     tl.store(out, _total(w * cost))
     tl.store(out + step, _total(pull * p))
@@ -150,7 +165,10 @@ def _structure_coefficients_kernel(
 
     With W the sum of the weights, dL / dP_ij = w_ij slope(P_ij - Q_ij) / W, and the unit u of f takes its part:
     dL / dr_ij = w_ij / (W u) (slope - sum_kl(w_kl slope_kl P_kl) / W d), d = P_ij for the rms and 1 for the mean.
+
+    A program owns a tile of pairs (j, i). It recomputes both distances in registers, and writes two numbers a pair.
     """
+    # The tile's distances, r of f and s of g.
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # j
     local = tl.program_id(1) * COLS + tl.arange(0, COLS)
     cols = first + local  # i
@@ -158,17 +176,20 @@ def _structure_coefficients_kernel(
     r = _distance_tile(ft, stride, width, rows, cols, factor, EUCLIDEAN, UNROLL)
     s = _distance_tile(gt, stride, width, rows, cols, factor, EUCLIDEAN, UNROLL)
     valid = (rows[:, None] != cols[None, :]) & (rows[:, None] < size) & (cols[None, :] < size)
+    # The slope of the loss in the normalized distances.
     all_weights = tl.maximum(tl.load(totals + 5), TINY)
     share = _pair_weights(weight, rows, cols, valid) * (tl.load(upstream) / all_weights).to(tl.float32)
     slope = _slope(r * f_scale - s * g_scale, delta, PENALTY)
+    # The slope of the loss in the units, which depend on all distances.
     f_unit = 0.0
     g_unit = 0.0
-    if NORMALISE != "none":  # the slope of the loss in the units, which depend on all distances
+    if NORMALISE != "none":
         f_unit = (tl.load(sums + 1) / all_weights).to(tl.float32)
         g_unit = (tl.load(sums + 2) / all_weights).to(tl.float32)
     if NORMALISE == "rms":
         f_unit = f_unit * r * f_scale
         g_unit = g_unit * s * g_scale
+    # From distances to differences of features. Coincident points get zero.
     for_f = share * (slope - f_unit) * f_scale
     for_g = share * (g_unit - slope) * g_scale
     if EUCLIDEAN:
@@ -187,7 +208,11 @@ def _structure_pull_kernel(
     x, coefficients, out, stride, width, panel, first,
     ROWS: tl.constexpr, FEATURES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Store out_i = sum_j k_ij (x_i - x_j) for x (stride, width); a program owns a tile of rows i and features."""
+    """Store out_i = sum_j k_ij (x_i - x_j) for x (stride, width).
+
+    A program owns a tile of rows i and features, which stays in registers with its sum. For each sample j it reads ROWS
+    coefficients and FEATURES features, and it writes the tile once.
+    """
     local = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     features = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     at = (first + local)[:, None] * width + features[None, :]
@@ -208,7 +233,7 @@ def _padded(x: Tensor) -> Tensor:
     return F.pad(x, [pad for size in reversed(x.shape) for pad in (0, -size % _COLS)]).contiguous()
 
 
-@torch.library.custom_op("fastdit::structure", mutates_args=())
+@operator("fastdit::structure")
 def structure(
     f: Tensor, g: Tensor, weight: Tensor, distance: str, normalise: str, penalty: str, delta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -241,12 +266,13 @@ def structure(
     return (sums[0] / totals[5].clamp_min(TINY)).float(), totals, sums
 
 
-@torch.library.custom_op("fastdit::structure_backward", mutates_args=())
+@operator("fastdit::structure_backward")
 def structure_backward(
     upstream: Tensor, f: Tensor, g: Tensor, weight: Tensor, totals: Tensor, sums: Tensor,
     distance: str, normalise: str, penalty: str, delta: float, need_f: bool, need_g: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return (df, dg), each empty where it is not needed."""
+    # Pad the inputs and allocate the gradients that are needed.
     size, width = f.shape
     whole = [_padded(x) for x in (f, g)]
     ft, gt = (x.t().contiguous() for x in whole)

@@ -1,8 +1,8 @@
-"""Visible tokens of a masked encoder: choose them, embed only them, put them back among the others.
+"""Draw the visible tokens of a masked encoder, embed only those, and scatter them back among the others.
 
-Choosing and embedding are a few torch calls without a host sync: the patches' pixels are a small part of the
-tokens they become, and only those of visible patches are read. Putting back is one pass over the whole (B, N, D),
-forward and backward, where torch's copy, expanded index and scatter are nearly two: a Triton kernel.
+Drawing and embedding are a few torch calls without a host sync. They read the pixels of visible patches only, which
+are few bytes beside the tokens that they become. Scattering is a Triton kernel: one pass over the (B, N, D) result in
+either direction, where torch's copy, expanded index and scatter take nearly two.
 """
 
 import torch
@@ -12,15 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ._dispatch import choose
+from ._operator import operator
 
 
 def visible_tokens(
     batch: int, tokens: int, keep: int, *, generator: torch.Generator | None, device: torch.device | str
 ) -> Tensor:
-    """(batch, keep) int64: for each sample its own `keep` of 0..tokens-1, uniformly drawn, in rising order.
+    """Draw `keep` of the token ids 0..tokens-1 for each sample, uniformly and without replacement.
 
-    With keep == tokens they are 0..tokens-1. `generator` lives on `device` (None: torch's global one).
-    Raises ValueError unless 1 <= keep <= tokens.
+    Returns (batch, keep) int64 in rising order; with keep == tokens each row is 0..tokens-1. `generator` lives on
+    `device`; None means torch's global one. Raises ValueError unless 1 <= keep <= tokens.
     """
     return split_tokens(batch, tokens, keep, generator=generator, device=device)[0]
 
@@ -28,7 +29,10 @@ def visible_tokens(
 def split_tokens(
     batch: int, tokens: int, keep: int, *, generator: torch.Generator | None, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
-    """As `visible_tokens`, and the hidden ones, (batch, tokens - keep) int64, in rising order too."""
+    """Return the ids that `visible_tokens` draws, and the hidden ones.
+
+    The hidden ids are (batch, tokens - keep) int64, in rising order too. Raises ValueError unless 1 <= keep <= tokens.
+    """
     if not 1 <= keep <= tokens:
         raise ValueError(f"keep must be in 1..{tokens}, got {keep}")
     order = torch.rand(batch, tokens, generator=generator, device=device).argsort(dim=1, stable=True)
@@ -36,11 +40,14 @@ def split_tokens(
 
 
 def embed_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, ids: Tensor) -> Tensor:
-    """Patch embedding plus position of the tokens `ids` only: (B, keep, D), in the weight's dtype.
+    """Return patch embedding plus position embedding of the tokens `ids` only.
 
-    x (B, C, H, W) images; weight (D, C, p, p) and bias (D,) of a convolution with stride p; positions (N, D) with
-    N = H/p * W/p, row by row; ids (B, keep) in 0..N-1, which is the caller's to keep. Gradients for all floating
-    inputs, the same in every run.
+    x: (B, C, H, W) images.
+    weight, bias: (D, C, p, p) and (D,) or None, those of a convolution with stride p.
+    positions: (N, D) with N = H/p * W/p, row by row.
+    ids: (B, keep) int64 in 0..N-1. Their values are not checked.
+
+    Returns (B, keep, D) in the weight's dtype. All floating inputs get gradients, the same bits in every run.
     Raises ValueError for shapes that do not fit.
     """
     patch = weight.shape[-1]
@@ -53,20 +60,24 @@ def embed_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tens
             f"got {tuple(positions.shape)}"
         )
     _check_ids(ids, x.shape[0], rows * cols)
+    # Gather the visible patches' pixels, then multiply as the convolution would.
     grid = x.to(weight.dtype).unflatten(3, (cols, patch)).unflatten(2, (rows, patch)).permute(0, 2, 4, 1, 3, 5)
     sample = torch.arange(x.shape[0], device=x.device)[:, None]
-    patches = grid[sample, ids // cols, ids % cols].flatten(2)  # B keep (C p p)
+    patches = grid[sample, ids // cols, ids % cols].flatten(2)  # (B, keep, C * p * p)
     embedded = F.linear(patches, weight.flatten(1), bias)
     return embedded + positions.to(embedded.dtype)[ids]
 
 
 def scatter_tokens(x: Tensor, ids: Tensor, base: Tensor, *, implementation: str | None = None) -> Tensor:
-    """base with its tokens `ids` replaced by x: out[b, ids[b, i]] = x[b, i], out = base elsewhere.
+    """Return base with its tokens `ids` replaced by x: out[b, ids[b, i]] = x[b, i], and out = base elsewhere.
 
-    x (B, keep, D); ids (B, keep) int64, distinct within a sample and in 0..N-1, which is the caller's to keep;
-    base (B, N, D), any strides (an expanded mask token is never written out). x and base have one dtype.
-    Returns (B, N, D). Gradients are exact copies: of x those of its places, of base the others' and zeros.
-    Raises ValueError for other shapes and dtypes.
+    x: (B, keep, D) of any floating dtype.
+    ids: (B, keep) int64 in 0..N-1, distinct within a sample. Their values are not checked.
+    base: (B, N, D) of x's dtype and any strides. An expanded mask token is read as it is, never materialized.
+    implementation: see `fastdit.kernels._dispatch`. There is a Triton kernel for all dtypes but fp64.
+
+    Returns (B, N, D). Gradients are exact copies: x gets those of its tokens, base gets the others and zeros.
+    Raises ValueError for other shapes and dtypes, and for an `implementation` that cannot run here.
     """
     if x.dim() != 3 or base.dim() != 3 or (x.shape[0], x.shape[2]) != (base.shape[0], base.shape[2]):
         raise ValueError(f"x (B, keep, D), base (B, N, D): got {tuple(x.shape)}, {tuple(base.shape)}")
@@ -81,23 +92,26 @@ def scatter_tokens(x: Tensor, ids: Tensor, base: Tensor, *, implementation: str 
 
 
 def scatter_tokens_reference(x: Tensor, ids: Tensor, base: Tensor) -> Tensor:
+    """Compute `scatter_tokens` in PyTorch."""
     return base.scatter(1, ids[:, :, None].expand_as(x), x)
 
 
 def _slots(ids: Tensor, tokens: int) -> Tensor:
-    """(B, N) int32: where in x a token is, -1 if nowhere."""
+    """Return (B, N) int32: the index in x of each token, or -1 for tokens that x lacks."""
     slots = torch.full((ids.shape[0], tokens), -1, dtype=torch.int32, device=ids.device)
     places = torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)
     return slots.scatter(1, ids, places.expand(ids.shape))
 
 
 def _check_ids(ids: Tensor, batch: int, tokens: int) -> None:
+    """Raise ValueError unless ids are int64 (batch, 1..tokens)."""
     if ids.dim() != 2 or ids.shape[0] != batch or not 1 <= ids.shape[1] <= tokens or ids.dtype != torch.int64:
         raise ValueError(f"ids must be int64 ({batch}, 1..{tokens}), got {ids.dtype} {tuple(ids.shape)}")
 
 
-@torch.library.custom_op("fastdit::scatter_tokens", mutates_args=())
+@operator("fastdit::scatter_tokens")
 def _scatter(x: Tensor, slots: Tensor, base: Tensor) -> Tensor:
+    """Return (B, N, D): x[b, slots[b, n]] where that slot is not negative, else base[b, n]."""
     x, out = x.contiguous(), torch.empty(base.shape, dtype=base.dtype, device=base.device)
     batch, tokens, width = base.shape
     _scatter_tokens_kernel[(tokens, batch)](
@@ -106,9 +120,9 @@ def _scatter(x: Tensor, slots: Tensor, base: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("fastdit::scatter_tokens_backward", mutates_args=())
+@operator("fastdit::scatter_tokens_backward")
 def _scatter_backward(upstream: Tensor, slots: Tensor, keep: int, need_base: bool) -> tuple[Tensor, Tensor]:
-    """(dx, dbase); dbase is empty where not needed."""
+    """Return (dx, dbase); dbase is empty where it is not needed."""
     upstream = upstream.contiguous()
     batch, tokens, width = upstream.shape
     dx = upstream.new_empty(batch, keep, width)
@@ -120,11 +134,12 @@ def _scatter_backward(upstream: Tensor, slots: Tensor, keep: int, need_base: boo
 
 
 def _block(width: int) -> int:
+    """Return the features that a program moves at once."""
     return min(1024, triton.next_power_of_2(width))
 
 
 def _warps(width: int) -> int:
-    """One 16-byte access of bf16 a thread where the width allows."""
+    """Return warps for one 16-byte access of bf16 a thread, where the width allows it."""
     return max(1, _block(width) // 256)
 
 
@@ -132,6 +147,10 @@ def _warps(width: int) -> int:
 def _scatter_tokens_kernel(
     x, slots, base, out, keep, width, base_batch, base_token, base_feature, BLOCK: tl.constexpr
 ):  # fmt: skip
+    """Write one token of the result: a program owns it, and copies D numbers from x or from base, a block at a time.
+
+    It reads the token's slot (4 bytes) and only the one source that is needed.
+    """
     token = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
     place = sample * tl.num_programs(0) + token
@@ -151,6 +170,10 @@ def _scatter_tokens_kernel(
 def _scatter_tokens_backward_kernel(
     upstream, slots, dx, dbase, keep, width, NEED_BASE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
+    """Route one token's gradient: a program owns it, reads D numbers once and stores them to dx or to dbase.
+
+    dbase gets zeros where x replaced the token. Each element of dx and dbase has one writer.
+    """
     sample = tl.program_id(1).to(tl.int64)
     place = sample * tl.num_programs(0) + tl.program_id(0)
     slot = tl.load(slots + place)

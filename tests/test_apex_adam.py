@@ -236,7 +236,7 @@ def test_what_fused_adam_cannot_take_is_refused(apex):
 
 def made_by(optimizer: str, device="cuda", clip=None, stage=1, **zero) -> AdamWEMA:
     """What a run with this setting gets."""
-    plan = SimpleNamespace(deepspeed={"zero_optimization": zero}, clip=clip, stage=stage)
+    plan = SimpleNamespace(merged={"zero_optimization": zero}, clip=clip, stage=stage)
     return make_optimizer(Config(optimizer=optimizer), plan, torch.device(device), parameters(), EMAS)
 
 

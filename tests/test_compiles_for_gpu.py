@@ -1,26 +1,14 @@
 """The Triton kernels as the GPU's compiler sees them, on machines without one."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-KERNELS = {
-    "adaln_triton": {"_adaln_forward_kernel", "_adaln_backward_kernel", "_adaln_sum_kernel"},
-    "linear": {"_gelu_kernel", "_gelu_backward_kernel"},
-    "denoise": {"_denoise_forward_kernel", "_denoise_backward_kernel"},
-    "prototypes": {"_prototype_rows_kernel"},
-    "rotary": {"_norm_rotate_forward_kernel", "_norm_rotate_backward_kernel"},
-    "structure_triton": {
-        "_structure_moments_kernel",
-        "_structure_sums_kernel",
-        "_structure_coefficients_kernel",
-        "_structure_pull_kernel",
-    },
-    "tokens": {"_scatter_tokens_kernel", "_scatter_tokens_backward_kernel"},
-}
+KERNELS = Path(__file__).parents[1] / "kernels"
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +21,8 @@ def compiled():
 
 
 def test_every_kernel_compiles_and_no_register_spills(compiled):
-    for module, names in KERNELS.items():
-        assert {line[1] for line in compiled if line[0] == module} == names
+    sources = {path.stem: path.read_text() for path in KERNELS.glob("*.py")}
+    kernels = {(module, name) for module, text in sources.items() for name in re.findall(r"def (\w+_kernel)\(", text)}
+    assert {(line[0], line[1]) for line in compiled} == kernels
+    assert len(kernels) > 14, "kernels are found"
     assert {line[-1] for line in compiled} == {"0"}

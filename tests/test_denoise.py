@@ -175,10 +175,10 @@ def test_fp64_by_finite_differences():
 def test_operators_are_registered_soundly():
     out, x0, eps = make(torch.bfloat16)
     table = torch.stack(coefficients())
-    torch.library.opcheck(MODULE._denoise, (out.requires_grad_(), x0, eps, table))
+    torch.library.opcheck(MODULE._denoise.op, (out.requires_grad_(), x0, eps, table))
     detached = (out.detach(), x0, eps, table)
-    torch.library.opcheck(MODULE._denoise_backward, (normal(3, seed=5), None, *detached))
-    torch.library.opcheck(MODULE._denoise_backward, (None, normal(*SHAPE, seed=5), *detached))
+    torch.library.opcheck(MODULE._denoise_backward.op, (normal(3, seed=5), None, *detached))
+    torch.library.opcheck(MODULE._denoise_backward.op, (None, normal(*SHAPE, seed=5), *detached))
 
 
 @pytest.mark.parametrize(("implementation", "backend"), [("reference", "aot_eager"), ("triton", "inductor")])

@@ -1,5 +1,7 @@
 """Operators step aside where nothing watches them, and only there."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from kernel_checks import DEVICE, normal
@@ -84,6 +86,11 @@ def test_the_compiler_sees_the_operator(double):
     with torch.no_grad():
         assert torch.equal(torch.compile(lambda x: double(x) + 1, backend=keep, fullgraph=True)(x), 2 * x + 1)
     assert "fastdit_tests.double" in graphs[0].print_readable(print_output=False)
+
+
+def test_every_operator_is_registered_here():
+    folder = Path(adaln.__file__).parent
+    assert [path.name for path in folder.glob("*.py") if "custom_op(" in path.read_text()] == ["_operator.py"]
 
 
 def test_a_blocks_layers_do_without_the_dispatcher(monkeypatch):

@@ -207,10 +207,10 @@ def test_operators_are_registered_soundly(monkeypatch):
     q, k, _ = leaf.unbind(2)
     rope, ids = rope_table((1, 2), 4, device=DEVICE), torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)
     q, k = (x.detach().requires_grad_() for x in (q, k))
-    torch.library.opcheck(MODULE._norm_rotate, (q, k, *weights, rope, ids, True, 1e-6))
-    torch.library.opcheck(MODULE._norm_rotate, (q, k, None, None, rope, None, False, 1e-6))
+    torch.library.opcheck(MODULE._norm_rotate.op, (q, k, *weights, rope, ids, True, 1e-6))
+    torch.library.opcheck(MODULE._norm_rotate.op, (q, k, None, None, rope, None, False, 1e-6))
     q, k, *weights = (x.detach() for x in (q, k, *weights))
-    torch.library.opcheck(MODULE._norm_rotate_backward, (q, k, q, k, *weights, rope, ids, True, 1e-6))
+    torch.library.opcheck(MODULE._norm_rotate_backward.op, (q, k, q, k, *weights, rope, ids, True, 1e-6))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

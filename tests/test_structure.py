@@ -282,10 +282,10 @@ def test_memory_of_the_kernels_is_a_panel():
     """B = 40 in panels of 16 rows: the largest tensor holds 2 x 48 x 16 coefficients, where (B, B) has 1,600."""
     real, fake, weight = (x.clone() for x in features(40, 3))
     with LargestTensor() as largest:
-        saved = TRITON.structure._init_fn(real, fake, weight, "euclidean", "rms", "l2", 1.0)
+        saved = TRITON.structure.function(real, fake, weight, "euclidean", "rms", "l2", 1.0)
         one = torch.ones((), device=DEVICE)
         choices = ("euclidean", "rms", "l2", 1.0, True, True)
-        TRITON.structure_backward._init_fn(one, real, fake, weight, *saved[1:], *choices)
+        TRITON.structure_backward.function(one, real, fake, weight, *saved[1:], *choices)
     assert largest.bytes == 4 * 2 * 48 * 16
 
 
@@ -309,10 +309,10 @@ def test_operators_are_registered_soundly():
     real, fake, weight = features(11, 5)
     choices = ("euclidean", "rms", "huber", DELTA)
     inputs = (real.requires_grad_(), fake.requires_grad_(), weight)
-    torch.library.opcheck(TRITON.structure, (*inputs, *choices))
+    torch.library.opcheck(TRITON.structure.op, (*inputs, *choices))
     loss, *saved = TRITON.structure(*inputs, *choices)
     detached = [x.detach() for x in (torch.ones_like(loss), *inputs, *saved)]
-    torch.library.opcheck(TRITON.structure_backward, (*detached, *choices, True, False))
+    torch.library.opcheck(TRITON.structure_backward.op, (*detached, *choices, True, False))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -175,9 +175,9 @@ def test_operators_are_registered_soundly():
     ids = draw(2, 4, 2)
     slots = MODULE._slots(ids, 4)
     x, base = normal(2, 2, 3, seed=0).requires_grad_(), normal(2, 4, 3, seed=1).requires_grad_()
-    torch.library.opcheck(MODULE._scatter, (x, slots, base))
-    torch.library.opcheck(MODULE._scatter_backward, (base.detach(), slots, 2, True))
-    torch.library.opcheck(MODULE._scatter_backward, (base.detach(), slots, 2, False))
+    torch.library.opcheck(MODULE._scatter.op, (x, slots, base))
+    torch.library.opcheck(MODULE._scatter_backward.op, (base.detach(), slots, 2, True))
+    torch.library.opcheck(MODULE._scatter_backward.op, (base.detach(), slots, 2, False))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
