@@ -29,6 +29,7 @@ from fastdit.errors import UserError, run_command
 METHODS = Config.__dataclass_fields__["method"].type
 SAMPLE = "--data.source synthetic:4x8x8:10:100 --data.size 8 --data.channels 4"
 RUN = "--ds_config zero1 --batch 4 --precision bf16 --device cpu --threads 1 --out none --model.size S --model.patch 2"
+RUN += " --model.attention sdpa"  # the launches are to be a GPU's; on CPUs, auto has a backward pass of many products
 # The networks beside the DiT are small, which makes the step quick and changes no count.
 SMALL = (
     "--sd_dit.decoder_width 32 --sd_dit.decoder_heads 2 --sd_dit.prototypes 64 --sd_dit.head_width 32 "

@@ -18,6 +18,7 @@ from fastdit.errors import UserError, check_ranges
 from fastdit.methods.registry import METHODS, canonical_name, methods_of
 from fastdit.models import SIZES
 from fastdit.noise import PROCESSES, NoiseProcess
+from fastdit.settings_help import asked_group, help_text
 
 PRESETS = Path(__file__).parent / "presets"
 CONFIG_FILE = "config.yaml"  # in a run's folder
@@ -28,8 +29,8 @@ class DataConfig:
     """Choose the training samples and how they are read.
 
     Args:
-        source: name of a shipped set (fashion_mnist), folder of class folders, WebDataset shards (a tar, a folder of
-            tars, or a pattern `x-{000..099}.tar`), or `synthetic`.
+        source: training samples: name of a shipped set (fashion_mnist), folder of class folders, WebDataset shards (a
+            tar, a folder of tars, or a pattern `x-{000..099}.tar`), or `synthetic`.
         size: height and width the network sees, in pixels (or latent cells); one number means square.
         channels: channels of an image (1 or 3) or latent.
         classes: number of classes; none reads it from the source.
@@ -88,7 +89,8 @@ class ModelConfig:
         width: features per token.
         heads: attention heads.
         mlp_ratio: hidden width of the MLP over `width`.
-        attention: kernel of `fastdit.kernels.attention`; auto: flash-attn where it can be used, else torch's choice.
+        attention: kernel of `fastdit.kernels.attention`; auto: flash-attn where it can be used, products for short bf16
+            sequences on CPUs, else torch's choice.
     """
 
     size: Literal["S", "B", "L", "XL"] = "S"
@@ -149,8 +151,8 @@ class EMAConfig:
     """Choose the EMA whose weights are sampled.
 
     Args:
-        kind: `fixed` decay with the usual warm-up min(decay, (1+t)/(10+t)), or `power` (Karras et al. 2024, eq. 127:
-            a profile whose width is a fixed share of the run, with nothing to warm up).
+        kind: law of the decay: `fixed`, with the usual warm-up min(decay, (1+t)/(10+t)), or `power` (Karras et al.
+            2024, eq. 127: a profile whose width is a fixed share of the run, with nothing to warm up).
         decay: decay of `fixed`.
         std: relative width of the profile of `power`.
     """
@@ -239,8 +241,8 @@ class _RunConfig:
         init_from: start from these weights: official DiT .pt, a folder saved by diffusers, or fastdit's own export.
         finetune: carry `init_from` to other data: a new label table, and all weights trained, or diffit's subset
             (biases, label table, a factor on each block: below 1 % of a DiT). none: the same classes, all weights.
-        device: cpu, cuda, or auto (a GPU when there is one).
-        precision: bf16 (fp32 master weights), fp32, or auto (bf16 on GPUs, fp32 on CPUs).
+        device: hardware: cpu, cuda, or auto (a GPU when there is one).
+        precision: arithmetic: bf16 (fp32 master weights), fp32, or auto (bf16 on GPUs, fp32 on CPUs).
         steps: optimizer steps of the whole run.
         batch: samples per optimizer step over all ranks; none reads it from the DeepSpeed file.
         micro_batch: samples per rank and forward pass; none takes batch / ranks.
@@ -393,8 +395,11 @@ def _preset_path(name: str) -> str:
 def parse(argv: list[str]) -> Config:
     """Return the `Config` of a command line. A preset is read first wherever it stands; flags override it.
 
-    Raises UserError for an unknown field, a wrong type or an impossible value.
+    `--help` shows settings and exits. Raises UserError for an unknown field, a wrong type or an impossible value.
     """
+    if (group := asked_group(argv)) is not None:
+        print(help_text(_parser(), group, "deepspeed fastdit/train.py"))
+        raise SystemExit(0)
     args = []
     for arg, after in zip(argv, [*argv[1:], None]):
         if arg == "--resume" and after not in ("true", "false"):

@@ -1,5 +1,6 @@
 """Settings: presets and flags, what they mean together, and what a user reads when they are wrong."""
 
+import re
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass, replace
@@ -15,6 +16,7 @@ from fastdit.config import CONFIG_FILE, Config, DataConfig, ModelConfig, SampleC
 from fastdit.errors import UserError
 from fastdit.kernels.attention import BACKENDS
 from fastdit.noise import DDPM, EDM
+from fastdit.settings_help import COMMON
 
 TRAIN = Path(__file__).parents[1] / "fastdit/train.py"
 
@@ -283,13 +285,39 @@ def test_dump_holds_every_field():
             value = value[part]
 
 
-def test_help_lists_every_field(capsys):
+def shown_help(capsys, *words):
     with pytest.raises(SystemExit) as left:
-        parse(["--help"])
+        parse(list(words))
     assert left.value.code == 0
-    text = capsys.readouterr().out
-    assert [name for name in all_fields(Config) if f"--{name} " not in text] == []
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--help", "all"], ["--help=all"], ["--lr", "1", "-h", "all"]])
+def test_help_lists_every_field(capsys, words):
+    text = shown_help(capsys, *words)
+    assert [name for name in all_fields(Config) if f"--{name}" not in text.split()] == []
     assert "probability of training a sample without its label" in " ".join(text.split())
+
+
+def test_help_fits_two_screens_and_leads_to_the_rest(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = shown_help(capsys, "--help")
+    lines = text.splitlines()
+    assert len(lines) <= 48
+    assert max(map(len, lines)) <= 80
+    assert text == shown_help(capsys, "--preset", "nonsense", "--help", "--lr", "1")
+    assert [name for name in COMMON if not any(line.startswith(f"  --{name} ") for line in lines)] == []
+    groups = re.findall(r"(\w+) \(\d+\)", text.partition("--help GROUP")[2])
+    shown = [shown_help(capsys, "--help", group) for group in groups]
+    assert "".join(shown) == shown_help(capsys, "--help", "all")
+
+
+def test_help_of_a_group(capsys):
+    assert "--noise.flow.mean (default: 0.0)" in shown_help(capsys, "--help", "noise.flow")
+    assert "--noise.edm" not in shown_help(capsys, "--help", "noise.flow")
+    assert "--precision {auto,bf16,fp32} (default: auto)" in shown_help(capsys, "--help", "run")
+    with pytest.raises(UserError, match=r"^--help nois: no such group; choose one of all, run, data"):
+        parse(["--help", "nois"])
 
 
 def test_the_command_says_one_line_and_exits_with_2():

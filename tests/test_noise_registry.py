@@ -199,7 +199,7 @@ drawn = sample(method.noise, lambda x, t, y: torch.full_like(x, 0.5), torch.rand
 torch.testing.assert_close(drawn, torch.full_like(drawn, 0.5))
 drawn = sample(method.noise, network, torch.randn(3, 3, 4, 4), torch.arange(3), steps=5, guidance=2.0, null_label=3)
 assert drawn.shape == (3, 3, 4, 4) and drawn.isfinite().all()
-parse(["--help"])
+parse(["--help", "all"])
 """
 
 
@@ -214,5 +214,5 @@ def test_a_new_process_is_one_file_and_one_line(tmp_path):
     (copy / "registry.py").write_text(registry.replace(line, line + line.replace("flow", "toy").replace("Flow", "Toy")))
     ended = subprocess.run([sys.executable, "-c", USE, tmp_path], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    for text in ("--noise.name {edm,ddpm,flow,toy}", "edm, ddpm, flow or toy.", "a toy process:", "the highest level"):
+    for text in ("--noise.name {edm,ddpm,flow,toy}", "edm, ddpm, flow or toy.", "a toy process", "the highest level"):
         assert text in ended.stdout
