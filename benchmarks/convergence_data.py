@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fastdit.config import DataConfig
 from fastdit.data import Source, make_loader, open_source, read_in_order, write_shard, write_shards
-from fastdit.data.latents import quantized_dtype as quantised_dtype
+from fastdit.data.latents import quantized_dtype
 from fastdit.errors import UserError
 
 QUALITY = 95  # of packed JPEGs
@@ -187,7 +187,7 @@ def _digest(source: Source) -> str:
 
 def _latents(source: Source, shape: tuple[int, int, int]) -> Iterator[tuple[str, dict[str, bytes]]]:
     channels, *size = shape
-    record = np.empty(2, quantised_dtype(shape))  # the image and its mirror image
+    record = np.empty(2, quantized_dtype(shape))  # the image and its mirror image
     record["low"], record["step"] = -1, 2 / 255
     batches = [np.arange(at, min(at + DECODED_AT_ONCE, source.n)) for at in range(0, source.n, DECODED_AT_ONCE)]
     workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)))

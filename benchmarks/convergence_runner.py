@@ -17,8 +17,9 @@ from convergence_training import Price, SilentRuntime, machine_label, price_runs
 from journal import Journal
 
 from fastdit import distributed, run_parts
-from fastdit.config import Config, parse
+from fastdit.config import Config
 from fastdit.errors import UserError
+from fastdit.parser import parse
 
 # As in the quickstart. The warm-up is a share of the run, so that it does not depend on a contender's price.
 COMMON = "--noise.name flow --ema.kind power --ema.std 0.1 --schedule cosine --grad_clip 1"
@@ -234,7 +235,7 @@ class Runner:
     def _judge(self, session, run: Planned) -> dict:
         """Sample and judge the EMA weights, in bf16 where training was: fp32 would take several times as long."""
         began = time.perf_counter()
-        network = session.averaged_network()
+        network = session.ema_network()
         session.run.loader.close()
         if session.run.deepspeed.precision == "bf16":
             network = network.bfloat16()

@@ -23,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdit import distributed
 from fastdit.command_line import OneLineParser
-from fastdit.config import Config, parse
+from fastdit.config import Config
 from fastdit.errors import UserError, run_command
+from fastdit.parser import parse
 
 METHODS = Config.__dataclass_fields__["method"].type
 SAMPLE = "--data.source synthetic:4x8x8:10:100 --data.size 8 --data.channels 4"

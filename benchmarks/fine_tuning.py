@@ -26,9 +26,9 @@ import numpy as np
 import record as records
 
 from fastdit.command_line import OneLineParser
-from fastdit.config import parse
 from fastdit.data import Source, open_source, write_shard
 from fastdit.errors import EXIT_CODE, UserError, run_command
+from fastdit.parser import parse
 
 ROOT = Path(__file__).parents[1]
 DATA, PRETRAINED_CLASSES = "fashion_mnist", 5

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from fastdit.data import write_shards
-from fastdit.data.latents import quantize as quantise
+from fastdit.data.latents import quantize
 from fastdit.errors import UserError
 
 CLASSES = 10
@@ -27,7 +27,7 @@ Samples = Iterator[tuple[str, dict[str, bytes]]]
 
 @contextmanager
 def at_hand(name: str) -> Iterator[str]:
-    """What to read for `name`: a folder while the context lasts, for a name of MADE; `name` itself for others."""
+    """Yield the data source for `name`: for a name of MADE a folder that lasts as long as the context, else `name`."""
     if name not in MADE:
         yield name
         return
@@ -66,5 +66,5 @@ def _latents(stored: Callable[[np.ndarray], np.ndarray]) -> Samples:
 MADE: dict[str, Callable[[], Samples]] = {
     "photos": _photos,
     "latents": lambda: _latents(lambda posterior: posterior.astype(np.float16)),
-    "latents8": lambda: _latents(lambda posterior: quantise(posterior[::2])),
+    "latents8": lambda: _latents(lambda posterior: quantize(posterior[::2])),
 }

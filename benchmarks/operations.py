@@ -1,4 +1,4 @@
-"""What is measured: each operation of fastdit.kernels, at a model size's shapes, beside PyTorch's own.
+"""Define what is measured: each operation of fastdit.kernels, at a model size's shapes, beside PyTorch's own.
 
 Bytes are counted from the algorithm, not from an implementation: forward reads every input and writes every output
 once; backward reads the outputs' gradients and what `Case.reads` names, and writes the gradients `Case.writes` names.
@@ -34,7 +34,7 @@ class Setting(NamedTuple):
 
     @classmethod
     def of(cls, size: str, batch: int, device: torch.device, quick: bool) -> "Setting":
-        """Of DiT-`size`: 256 tokens. `quick`: few tokens and one block."""
+        """Return the shapes of DiT-`size` with 256 tokens. `quick`: few tokens and one block."""
         model, gpu = SIZES[size], device.type == "cuda"
         dtype = torch.bfloat16 if gpu else torch.float32
         shape = (16, model["width"], model["heads"], 1, 64) if quick else (256, *map(model.get, _DIMENSIONS), 0)

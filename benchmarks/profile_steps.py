@@ -28,9 +28,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastdit import distributed
 from fastdit.command_line import OneLineParser
-from fastdit.config import Config, parse
+from fastdit.config import Config
 from fastdit.errors import UserError, run_command
 from fastdit.models import SIZES
+from fastdit.parser import parse
 from fastdit.rundir.metrics_log import peak_flops
 
 DEFAULT = ("S/2 dit 256", "B/2 dit 256", "XL/2 dit 256")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from fastdit.errors import UserError
+from fastdit.files import write_atomically
 from fastdit.rundir.metrics_log import versions
 
 HERE = Path(__file__).parent
@@ -53,7 +54,7 @@ def _driver() -> str:
 
 
 def failure(error: Exception) -> str:
-    """What a contender that raised shows in place of what it ran."""
+    """Return what a table shows of a contender that raised, in place of what it ran."""
     return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
@@ -75,9 +76,8 @@ def write_json(record: dict, path: Path, load: bool = True) -> None:
     """
     if load:
         record["load"]["after"] = [round(value, 2) for value in os.getloadavg()]
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
+    with write_atomically(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def write_csv(record: dict, path: Path, columns: Sequence[str] = COLUMNS) -> None:
@@ -162,7 +162,7 @@ def gpus_first(records: Iterable[dict]) -> list[dict]:
 
 
 def table(records: Iterable[dict], section: Section = KERNELS) -> str:
-    """What the README shows of these records, GPUs first."""
+    """Return what the README shows of these records, GPUs first."""
     records = gpus_first(records)
     parts = [] if any(record["kind"] == "cuda" for record in records) else ["NVIDIA GPUs: not measured.\n"]
     for record in records:

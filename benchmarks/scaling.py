@@ -29,7 +29,7 @@ PARTS = ("weights", "gradients", "optimizer", "averages", "replicas", "buckets",
 
 @dataclass(frozen=True)
 class Links:
-    """What joins the GPUs, one direction, in GB/s.
+    """Describe what joins the GPUs: rates of one direction, in GB/s.
 
     Args:
         nvlink: of a GPU within its node. H100 HGX, NVLink 4: 450.
@@ -63,7 +63,7 @@ class Links:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run keeps on GPUs, by size.
+    """Hold the sizes of what a run keeps on GPUs.
 
     Args:
         parameters: trained ones, P.
@@ -118,14 +118,14 @@ class Measured(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What to predict for: numbers of GPUs, and what joins them."""
+    """Hold what to predict for: numbers of GPUs, and what joins them."""
 
     gpus: list[int]
     links: Links
 
 
 def target_of(text: str | None, links: Links, ranks: int, stage: int) -> Target | None:
-    """Of `--scale_to 8,64`, with the ranks and the stage to measure with. Raises UserError."""
+    """Return the target of `--scale_to 8,64`, with the ranks and the stage to measure with. Raises UserError."""
     if not text:
         return None
     if not all(number.isdecimal() and int(number) for number in text.split(",")):

@@ -12,7 +12,7 @@ from scaling import scaling_lines
 from stopwatch import Contender, Laps
 from timing import Quantiles, quantiles
 
-GOALS = {"sd_dit": "at most 1.45", "sadm": "at most 1.10 (XL/2, batch 256)"}  # in plain steps of the same size
+GOALS = {"sd_dit": "at most 1.35", "sadm": "at most 1.10 (XL/2, batch 256)"}  # in plain steps of the same size
 PLAIN = "dit"
 COLUMNS = (
     "contender", "ran", "table", "part", "ms_p20", "ms_p50", "ms_p80", "steps", "ratio_p20", "ratio_p50", "ratio_p80",

@@ -31,7 +31,7 @@ TURNS = {"cuda": Turn(3, 5), "cpu": Turn(0, 1)}
 
 
 class Stopwatch:
-    """Of one device."""
+    """Time the laps of steps on one device."""
 
     def __init__(self, device: torch.device):
         self.gpu = device.type == "cuda"
@@ -42,11 +42,11 @@ class Stopwatch:
         self._steps.append([("", self._now())])
 
     def lap(self, name: str) -> None:
-        """What happened since the last cut was `name`; a step may hold several laps of one name."""
+        """End a lap and name what happened in it; a step may hold several laps of one name."""
         self._steps[-1].append((name, self._now()))
 
     def read(self) -> list[Laps]:
-        """Of all steps since the last `read`. Waits for the device."""
+        """Return the laps of all steps since the last `read`. Waits for the device."""
         if self.gpu:
             torch.cuda.synchronize()
         found = []

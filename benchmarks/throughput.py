@@ -29,9 +29,10 @@ from torch import nn
 
 from fastdit import distributed
 from fastdit.command_line import OneLineParser
-from fastdit.config import Config, parse
+from fastdit.config import Config
 from fastdit.errors import UserError, run_command
 from fastdit.models import SIZES
+from fastdit.parser import parse
 from fastdit.run_parts import Shape
 from fastdit.rundir.metrics_log import peak_flops
 

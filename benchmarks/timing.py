@@ -111,7 +111,7 @@ class Clock:
 
 
 def quantiles(values: list[float]) -> Quantiles:
-    """Of milliseconds, or of other numbers."""
+    """Return the quantiles of milliseconds, or of other numbers."""
     levels = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
     return Quantiles(*(round(level, 6) for level in levels.tolist()), len(values))
 
@@ -124,7 +124,9 @@ class Memory(NamedTuple):
 
 
 def memory(device: torch.device, first: Callable[[], object], second: Callable[[object], object] | None) -> Memory:
-    """Of first(), then second(first's result), or of first() alone. Call both once before: a first call allocates more.
+    """Return the memory of first(), then second(first's result), or of first() alone.
+
+    Call both once before: a first call allocates more.
 
     On a GPU by the caching allocator's counters, on a CPU by the profiler's record of every allocation.
     """

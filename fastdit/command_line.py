@@ -1,7 +1,8 @@
-"""The commands' argument parser: jsonargparse's, with every error one line that a user can act on."""
+"""Define the commands' argument parser: jsonargparse's, with errors of one line that a user can act on."""
 
 import difflib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -10,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from fastdit.errors import UserError
 
-# jsonargparse's words, and ours
+# Patterns of jsonargparse's messages, and what replaces them.
 _REWORDED = (
     (r"^unrecognized arguments: (--[^\s=]+).*", r"\1: no such setting"),
     (r"^unrecognized arguments: (\S+).*", r"\1: belongs to no flag; write --name value"),
@@ -30,20 +31,21 @@ _REWORDED = (
 
 
 class OneLineParser(ArgumentParser):
-    """An argument parser whose every error is one `UserError`. Flags cannot be abbreviated."""
+    """Parse command lines and settings files. Every error is one `UserError`, and flags cannot be abbreviated."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str, *args, **kwargs) -> NoReturn:  # jsonargparse calls it with the exception too
+        """Raise UserError. jsonargparse calls this for every error, and its own method would exit."""
         raise UserError(self._explained(message))
 
     def parse(self, argv: list[str], base: Namespace | None = None) -> Namespace:
-        """Typed values of a command line over those of `base`. Raises UserError."""
+        """Return the typed values of a command line, which replace those of `base`. Raises UserError."""
         return self._typed(lambda: self.instantiate(self.parse_args(argv, base)))
 
     def read(self, path: str | Path, base: Namespace | None = None) -> Namespace:
-        """Values of a YAML file over those of `base`, to give to `parse`. Raises UserError."""
+        """Return the values of a YAML file, which replace those of `base`, as a base for `parse`. Raises UserError."""
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
@@ -54,15 +56,17 @@ class OneLineParser(ArgumentParser):
         values = {name: value for name, value in values.items() if value is not None or name not in sections}
         return self._typed(lambda: self.parse_object(values, base), f"{path}: ")
 
-    def _typed(self, make, where: str = "") -> Namespace:
+    def _typed(self, make: Callable[[], Namespace], where: str = "") -> Namespace:
+        """Return `make()`. Raises every error as a UserError that begins with `where`."""
         try:
             return make()
         except UserError as error:
             raise UserError(f"{where}{error}") from None
-        except Exception as error:  # argparse.ArgumentError, TypeError, KeyError: jsonargparse raises several
+        except Exception as error:  # jsonargparse raises ArgumentError, TypeError, KeyError
             raise UserError(where + self._explained(error)) from None
 
-    def _explained(self, message) -> str:
+    def _explained(self, message: object) -> str:
+        """Return jsonargparse's message, or its exception, as one line in this project's words."""
         text = _one_line(message)
         for pattern, words in _REWORDED:
             text = re.sub(pattern, words, text)
@@ -73,6 +77,7 @@ class OneLineParser(ArgumentParser):
         return text
 
 
-def _one_line(message) -> str:
+def _one_line(message: object) -> str:
+    """Return the text of a message or exception in one line, without jsonargparse's internal words."""
     message = re.sub(r"\s+", " ", str(message)).replace("Parser key ", "").strip()
     return re.sub(r"<class '([\w.]+)'>", r"\1", message)

@@ -4,23 +4,14 @@ A preset (`fastdit/presets/NAME.yaml`, or a path) differs from these defaults on
 flag (`--lr 2e-4 --model.patch 4`). Parsing, type checks and `--help` are jsonargparse's.
 """
 
-import os
-from dataclasses import asdict, dataclass, make_dataclass
-from itertools import pairwise
-from pathlib import Path
+from dataclasses import dataclass, make_dataclass
 from typing import Literal
 
-import yaml
-from jsonargparse import Namespace
-
-from fastdit.command_line import OneLineParser
 from fastdit.errors import UserError, check_ranges
 from fastdit.methods.registry import METHODS, canonical_name, methods_of
 from fastdit.models import SIZES
 from fastdit.noise import PROCESSES, NoiseProcess
-from fastdit.settings_help import asked_group, help_text
 
-PRESETS = Path(__file__).parent / "presets"
 CONFIG_FILE = "config.yaml"  # in a run's folder
 
 
@@ -369,79 +360,3 @@ class Config(_MethodFields, _RunConfig):
         guided = settings.guided_channels or 0
         if guided > self.data.channels:
             raise UserError(f"sample.guided_channels: {guided}; data.channels is {self.data.channels}")
-
-
-def _parser() -> OneLineParser:
-    parser = OneLineParser(prog="fastdit-train", description="Train a diffusion transformer.")
-    parser.add_argument("--preset", type=str, help="named settings (or a path): " + ", ".join(presets()))
-    parser.add_class_arguments(Config, as_group=False)
-    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
-    return parser
-
-
-def presets() -> list[str]:
-    """Return the names of the shipped presets."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
-
-
-def _preset_path(name: str) -> str:
-    if name in presets():
-        return str(PRESETS / f"{name}.yaml")
-    if not os.path.isfile(name):
-        raise UserError(f"--preset {name}: no such preset; known are {', '.join(presets())}, or give a YAML file")
-    return name
-
-
-def parse(argv: list[str]) -> Config:
-    """Return the `Config` of a command line. A preset is read first wherever it stands; flags override it.
-
-    `--help` shows settings and exits. Raises UserError for an unknown field, a wrong type or an impossible value.
-    """
-    if (group := asked_group(argv)) is not None:
-        print(help_text(_parser(), group, "deepspeed fastdit/train.py"))
-        raise SystemExit(0)
-    args = []
-    for arg, after in zip(argv, [*argv[1:], None]):
-        if arg == "--resume" and after not in ("true", "false"):
-            args += ["--resume", "true"]
-        else:
-            args += arg.split("=", 1) if arg.startswith(("--preset=", "--out=", "--resume=")) else [arg]
-    files = _saved_settings(args)
-    while "--preset" in args:
-        at = args.index("--preset")
-        if at + 1 >= len(args):
-            raise UserError(f"--preset: name one of {', '.join(presets())}, or a YAML file")
-        files.append(_preset_path(args[at + 1]))
-        del args[at : at + 2]
-    parser, base = _parser(), None
-    for file in files:
-        base = parser.read(file, base)
-    return _config(parser.parse(args, base))
-
-
-def _saved_settings(args: list[str]) -> list[str]:
-    """Return the config.yaml of a run that is resumed without a preset: `--resume --out DIR` is enough for it."""
-    given = dict(pairwise(args))
-    path = Path(given.get("--out", Config.out)) / CONFIG_FILE
-    return [str(path)] if given.get("--resume") == "true" and "--preset" not in args and path.is_file() else []
-
-
-def load(path: str | Path) -> Config:
-    """Read a `config.yaml` that a run wrote. Raises UserError when it is missing or not one."""
-    parser = _parser()
-    return _config(parser.parse([], parser.read(path)))
-
-
-def _config(values: Namespace) -> Config:
-    return Config(**{key: value for key, value in vars(values).items() if key in Config.__dataclass_fields__})
-
-
-def dump(config: Config) -> str:
-    """Return `config` as YAML text that `load` reads back to an equal one."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return list(value) if isinstance(value, tuple) else value
-
-    return yaml.safe_dump(plain(asdict(config)), sort_keys=False)

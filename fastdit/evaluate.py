@@ -1,6 +1,7 @@
-"""Figures of a run's samples: `python fastdit/evaluate.py --run runs/x --n 10000`, or by `deepspeed` or `torchrun`.
+"""Compare a run's samples with real images: `python fastdit/evaluate.py --run runs/x --n 10000`.
 
-They are added to the run's eval.json, report and TensorBoard, with all that they depend on.
+It also runs under `deepspeed` or `torchrun`. The figures, and all conditions that they depend on, are added to the
+run's eval.json, report and TensorBoard.
 """
 
 from dataclasses import replace
@@ -17,25 +18,37 @@ from fastdit.rundir.run_files import EVALUATIONS
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command, also installed as `fastdit-evaluate`. Leaves the process: 0, or 2 after a UserError."""
+    """Run the command, also installed as `fastdit-evaluate`. Exit with 0, or with 2 after a UserError."""
     run_command(_evaluate, argv)
 
 
 def _parser() -> OneLineParser:
+    """Return the parser of the command's flags."""
     parser = OneLineParser(prog="fastdit-evaluate", description="Compare a run's samples with real images.")
     add_run_flags(parser)
-    parser.add_argument("--n", "--samples", type=int, default=50_000, help="samples; launchers take --n for their own")
+    parser.add_argument(
+        "--n",
+        "--samples",
+        type=int,
+        default=50_000,
+        help="number of samples; under a launcher write --samples, since it takes --n for its own flag",
+    )
     parser.add_argument(
         "--data",
         type=str | None,
         default=None,
-        help="folder, shards, shipped set, or ADM reference .npz; default: the run's",
+        help="real images: folder, shards, shipped set, or ADM reference .npz; default: the run's",
     )
-    parser.add_argument("--n_real", type=int | None, default=None, help="images of the data; default: all")
-    parser.add_argument("--labels", type=Literal["balanced", "random"], default="balanced", help="of the samples")
+    parser.add_argument("--n_real", type=int | None, default=None, help="number of real images; default: all")
+    parser.add_argument("--labels", type=Literal["balanced", "random"], default="balanced", help="class labels")
     parser.add_argument("--features", type=Literal["lite0", "inception"], default="lite0", help="feature network")
-    parser.add_argument("--weights", type=str | None, default=None, help="its weights; default: packaged, or in cache")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise; sample i depends on the seed and i alone")
+    parser.add_argument(
+        "--weights",
+        type=str | None,
+        default=None,
+        help="file of its weights; default: the package's or the cached file",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise; sample i depends on it and on i alone")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads per rank; 0 shares the cores evenly")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
@@ -44,21 +57,26 @@ def _parser() -> OneLineParser:
 
 
 def _evaluate(argv: list[str]) -> None:
+    """Evaluate by the flags `argv`, and add the figures to the run's files. Raises UserError."""
+    # Read the settings, and join the other ranks.
     args = _parser().parse(argv)
-    asked = ("n", "data", "n_real", "labels", "features", "weights", "seed")
-    settings = EvalConfig(**{field: getattr(args, field) for field in asked})
+    fields = ("n", "data", "n_real", "labels", "features", "weights", "seed")
+    settings = EvalConfig(**{field: getattr(args, field) for field in fields})
     config = replace(settings_of(args), eval=settings, device=args.device, threads=args.threads)
-    eval_log.read(Path(args.run))  # damaged: better known now than when all is done
+    eval_log.read(Path(args.run))  # raises now, rather than after the evaluation, if the file is damaged
     ranks = distributed.start(config)
 
     from fastdit import run_parts
     from fastdit.evaluation.evaluator import Evaluator
     from fastdit.rundir.report import refresh_report
 
+    # Evaluate the checkpoint.
     opened = open_run(args, config, ranks.decide)
     decoder = run_parts.build_decoder(config, opened.shape)
     evaluator = Evaluator(config, opened.shape, ranks, decoder=decoder and decoder.to(ranks.device))
     record = evaluator(opened.network.to(ranks.device), opened.step, str(opened.checkpoint))
+
+    # Add the figures to the run's files, and print them.
     if record is not None:
         run = Path(args.run)
         eval_log.append(run, record)

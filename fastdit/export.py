@@ -1,6 +1,6 @@
 """Write a run's EMA weights for other programs: `python fastdit/export.py --run runs/x --out dit.pt`.
 
-`.pt` gives the original DiT's layout, for everything that reads `DiT-XL-2-256x256.pt`; `.safetensors` gives ours.
+`.pt` gives the original DiT's layout, for programs that read `DiT-XL-2-256x256.pt`; `.safetensors` gives fastdit's.
 """
 
 from pathlib import Path
@@ -8,22 +8,29 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from fastdit import run_parts
-from fastdit.config import CONFIG_FILE, OneLineParser, load
+from fastdit.config import CONFIG_FILE
 from fastdit.errors import UserError, run_command
 from fastdit.models import fold_block_scales, save_official
+from fastdit.parser import OneLineParser, load
 from fastdit.rundir.checkpoint_files import choose, classes_of, sampled_weights
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command, also installed as `fastdit-export`. It ends the process with 0, or with 2 after a UserError."""
+    """Run the command, also installed as `fastdit-export`. Exit with 0, or with 2 after a UserError."""
     run_command(_export, argv)
 
 
 def _export(argv: list[str]) -> None:
+    """Export by the flags `argv`. Raises UserError."""
+    # Check the flags against the run.
     parser = OneLineParser(prog="fastdit-export", description="Write a run's EMA weights for other programs.")
     parser.add_argument("--run", type=str, required=True, help="folder of the run")
-    parser.add_argument("--checkpoint", type=str | None, default=None, help="one of its checkpoints; default: newest")
-    parser.add_argument("--out", type=str, required=True, help=".pt: the original DiT's layout; .safetensors: ours")
+    parser.add_argument(
+        "--checkpoint", type=str | None, default=None, help="folder of a checkpoint; default: the newest undamaged one"
+    )
+    parser.add_argument(
+        "--out", type=str, required=True, help="file: .pt for the original DiT's layout, .safetensors for fastdit's"
+    )
     args = parser.parse(argv)
     out, run = Path(args.out), Path(args.run)
     if out.suffix not in (".pt", ".safetensors"):
@@ -33,6 +40,8 @@ def _export(argv: list[str]) -> None:
         raise UserError(
             f"--out {out}: the original DiT's layout has no place for an extra decoder; give a .safetensors file"
         )
+
+    # Write the EMA weights.
     checkpoint = choose(run, args.checkpoint)
     weights = fold_block_scales(sampled_weights(checkpoint))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +50,7 @@ def _export(argv: list[str]) -> None:
     else:
         network = run_parts.build_network(config, run_parts.shape_of(config, classes_of(checkpoint)))
         save_official(weights, out, grid=network.grid)
-    print(f"weights of {checkpoint} in {out}")
+    print(f"EMA weights of {checkpoint} in {out}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Build the parts of a run from its settings: the noise process, the network, the method, the data."""
+"""Build the parts of a run from its settings: noise process, network, decoder, method and data."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ def build_noise(config: Config) -> NoiseProcess:
 
 
 def build_network(config: Config, shape: Shape) -> nn.Module:
-    """Return the network that is sampled, on the CPU. Its weights depend on `config.seed` alone."""
+    """Return the network that is sampled, on the CPU. Its initial weights depend on `config.seed` alone."""
     sizes = {
         "input_size": (shape.height, shape.width),
         "channels": shape.channels,
@@ -49,7 +49,10 @@ def build_network(config: Config, shape: Shape) -> nn.Module:
 
 
 def build_decoder(config: Config, shape: Shape) -> LatentDecoder | None:
-    """Return the decoder of the run's latents, on the CPU; None where samples are pictures. Raises UserError."""
+    """Return the decoder of the run's latents, on the CPU, or None if samples are images.
+
+    Raises UserError if the autoencoder cannot be read or its latents have another number of channels.
+    """
     data = config.data
     if data.autoencoder is None:
         return None
@@ -63,15 +66,19 @@ def build_decoder(config: Config, shape: Shape) -> LatentDecoder | None:
 
 
 def build_training(config: Config, shape: Shape, decoder: LatentDecoder | None = None) -> tuple[nn.Module, Denoising]:
-    """Return the module that is trained, on the CPU, with the weights of `config.init_from` if set; and the method.
+    """Return the module that is trained, on the CPU, and the method that trains it.
 
-    decoder: from `build_decoder`.
+    The module starts at the weights of `config.init_from`, if that is set. `decoder` comes from `build_decoder`. Raises
+    UserError if those weights cannot be read or do not fit.
     """
+    # Build the sampled network, and load the weights that it starts from.
     network = build_network(config, shape)
     if config.init_from:
         load_checkpoint(network, config.init_from, new_labels=config.finetune is not None)
     if config.finetune == "diffit":
         freeze_for_diffit(network)
+
+    # Let each method wrap the module and the method before it.
     module, method = network, Denoising(build_noise(config), shape.classes, config.label_drop)
     for kind in methods_of(config.method):
         module, method = kind.build(config, shape, module, method, decoder)
@@ -79,12 +86,17 @@ def build_training(config: Config, shape: Shape, decoder: LatentDecoder | None =
 
 
 def open_data(config: Config) -> Source:
-    """Open the run's source of samples. Raises UserError."""
+    """Open the run's source of samples. Raises UserError if it cannot be read."""
     return open_source(config.data.source, classes=config.data.classes)
 
 
 def standardized(config: Config, source: Source) -> Config:
-    """Return `config` with the latents' scale and shift as `data.standardise` has them. Raises UserError."""
+    """Return `config` with the scale and shift of the latents that `data.standardise` asks for.
+
+    Raises UserError if the statistics that it needs are missing or unusable, or contradict `data.latent_scale` and
+    `data.latent_shift`.
+    """
+    # Read the statistics of the channels.
     data = config.data
     if data.standardise == "factor":
         return config
@@ -97,12 +109,14 @@ def standardized(config: Config, source: Source) -> Config:
     mean, std = manifest["channel_mean"], manifest["channel_std"]
     if len(mean) != data.channels or not all(s > 0 for s in std):
         raise UserError(f"data.standardise: {source.path} has channels of deviation {std}; set it to factor")
-    wanted = build_noise(config).data_std
-    scale, shift = tuple(wanted / s for s in std), tuple(mean)
-    given = (data.latent_scale, data.latent_shift)
-    if given not in ((scale, shift), (DataConfig.latent_scale, DataConfig.latent_shift)):
+
+    # Compute scale and shift from them, and compare with those of the settings.
+    data_std = build_noise(config).data_std
+    scale, shift = tuple(data_std / s for s in std), tuple(mean)
+    current = (data.latent_scale, data.latent_shift)
+    if current not in ((scale, shift), (DataConfig.latent_scale, DataConfig.latent_shift)):
         raise UserError(
-            f"data.standardise: latent_scale {given[0]} and latent_shift {given[1]} are not what the statistics of "
+            f"data.standardise: latent_scale {current[0]} and latent_shift {current[1]} are not what the statistics of "
             f"{source.path} give; leave them out, take the data that the run began with, or set it to factor"
         )
     return replace(config, data=replace(data, latent_scale=scale, latent_shift=shift))
@@ -120,12 +134,15 @@ def build_loader(
     cache: Cache = "none",
     group: dist.ProcessGroup | None = None,
 ) -> Loader:
-    """Return a loader by the run's settings, of which `flip` overrides one. Raises UserError for an unfit source.
+    """Return a loader with the run's settings; `flip`, unless None, replaces `data.flip`.
 
-    cache, group: as `choose_cache` and `make_loader` take them; the run's own is `data.cache`.
+    batch: samples of one batch on this rank.
+    cache, group: as in `choose_cache` and `make_loader`. Training passes `data.cache`; others read without a cache.
+
+    Raises UserError if the source does not fit the settings.
     """
     data = config.data
-    kept = choose_cache(cache, source, device, group, ranks_here())
+    chosen = choose_cache(cache, source, device, group, ranks_here())
     return make_loader(
         source,
         batch=batch,
@@ -142,18 +159,18 @@ def build_loader(
         reader=data.reader,
         latent_scale=data.latent_scale,
         latent_shift=data.latent_shift,
-        cache=kept,
-        group=group if kept != "none" else None,
+        cache=chosen,
+        group=group if chosen != "none" else None,
     )
 
 
 def checkpoint_signature(config: Config, shape: Shape) -> dict:
-    """Return what a checkpoint must share with the run that reads it, by field."""
-    of_methods = [method.checkpoint_signature(config) for method in methods_of(config.method)]
+    """Return, by field, the values in which a checkpoint must agree with the run that reads it."""
+    signatures = [method.checkpoint_signature(config) for method in methods_of(config.method)]
     return {
         "method": config.method,
         "finetune": config.finetune,
-        **{field: value for signature in of_methods for field, value in signature.items()},
+        **{field: value for signature in signatures for field, value in signature.items()},
         **{f"model.{key}": value for key, value in config.model.dims().items()},
         "model.patch": config.model.patch,
         "model.mlp_ratio": config.model.mlp_ratio,

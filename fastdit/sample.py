@@ -5,48 +5,55 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from fastdit import run_parts
 from fastdit.command_line import OneLineParser
 from fastdit.config import Config
 from fastdit.data import open_source
+from fastdit.distributed import choose_device
 from fastdit.errors import UserError, run_command
 from fastdit.evaluation import draw_samples
 from fastdit.evaluation.open_run import add_run_flags, add_sampler_flags, open_run, settings_of
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command, also installed as `fastdit-sample`. Leaves the process: 0, or 2 after a UserError."""
+    """Run the command, also installed as `fastdit-sample`. Exit with 0, or with 2 after a UserError."""
     run_command(_sample, argv)
 
 
 def _parser() -> OneLineParser:
-    parser = OneLineParser(prog="fastdit-sample", description="Draw samples with a run's averaged weights.")
+    """Return the parser of the command's flags."""
+    parser = OneLineParser(prog="fastdit-sample", description="Draw samples with a run's EMA weights.")
     add_run_flags(parser)
     parser.add_argument(
         "--out",
         type=str,
         default="grid.png",
-        help=".png: a grid; .npz: images uint8 (n, H, W, C), labels (n,)",
+        help="file: .png for a grid, .npz for images uint8 (n, H, W, C) and labels (n,)",
     )
-    parser.add_argument("--classes", type=str | None, default=None, help="labels, as 0,3,7; default: all in turn")
+    parser.add_argument(
+        "--classes", type=str | None, default=None, help="class labels, such as 0,3,7; default: all in turn"
+    )
     parser.add_argument("--n", type=int, default=64, help="number of samples")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise; sample i depends on the seed and i alone")
-    parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise; sample i depends on it and on i alone")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, or one of several, such as cuda:1")
     add_sampler_flags(parser)
     return parser
 
 
 def _sample(argv: list[str]) -> None:
+    """Draw samples by the flags `argv`, and write them. Raises UserError."""
+    # Check the flags.
     args = _parser().parse(argv)
     out, run = Path(args.out), Path(args.run)
     if out.suffix not in (".png", ".npz"):
         raise UserError(f"--out {out}: must end in .png or .npz")
     if args.n < 1 or args.seed < 0:
         raise UserError(f"--n {args.n} --seed {args.seed}: take n from 1 and the seed from 0")
-    config, device = settings_of(args), _device(args.device)
+
+    # Open the run.
+    config, device = settings_of(args), choose_device(args.device)
     opened = open_run(args, config)
     checkpoint, shape = opened.checkpoint, opened.shape
     decoder = run_parts.build_decoder(config, shape)
@@ -57,6 +64,7 @@ def _sample(argv: list[str]) -> None:
         )
     classes = _classes(args.classes, shape.classes)
 
+    # Draw the samples, and write them.
     labels = draw_samples.balanced_labels(args.n, classes)
     images = draw_samples.to_uint8(
         draw_samples.draw(
@@ -80,16 +88,8 @@ def _sample(argv: list[str]) -> None:
     print(f"{args.n} samples of {checkpoint} in {out}")
 
 
-def _device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # no such kind; a torch built without it
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name}: cannot be used here ({reason}); give cpu or cuda") from None
-
-
 def _names(config: Config, classes: int) -> Sequence[str]:
-    """Of the classes; just their numbers where the training data is not at hand."""
+    """Return the names of the classes, or their numbers if the training data cannot be opened."""
     try:
         names = open_source(config.data.source, classes=config.data.classes).class_names
     except UserError:
@@ -98,6 +98,7 @@ def _names(config: Config, classes: int) -> Sequence[str]:
 
 
 def _classes(text: str | None, count: int) -> list[int]:
+    """Return the class labels of `--classes`. Raises UserError if one is no number or not below `count`."""
     if text is None:
         return list(range(count))
     try:

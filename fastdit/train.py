@@ -3,22 +3,24 @@
 from functools import partial
 from pathlib import Path
 
-from fastdit.config import parse
 from fastdit.errors import UserError, run_command
+from fastdit.parser import parse
 from fastdit.rundir.checkpoint_files import holds_run
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command, also installed as `fastdit-train`. Leaves the process: 0, or 2 after a UserError."""
+    """Run the command, also installed as `fastdit-train`. Exit with 0, or with 2 after a UserError."""
     run_command(_train, argv)
 
 
 def _train(argv: list[str]) -> None:
+    """Train by the flags `argv`, a new run or a resumed one. Raises UserError."""
     config = parse(argv)
     if not config.resume and holds_run(Path(config.out)):
         raise UserError(f"--out {config.out}: already holds a run; go on with --resume, or choose another folder")
 
-    from fastdit import distributed  # sets DeepSpeed's accelerator: before anything that imports DeepSpeed
+    # `start` sets DeepSpeed's accelerator, so it runs before anything that imports DeepSpeed is imported.
+    from fastdit import distributed
 
     ranks = distributed.start(config)
     from fastdit.evaluation import evaluator, sample_grids
@@ -27,7 +29,7 @@ def _train(argv: list[str]) -> None:
 
     session = Session(config, ranks)
     evaluate = evaluator.during_training(session)
-    if loop.train(session.run, session.first_step, partial(sample_grids.draw_grid, session), evaluate):
+    if loop.train(session.run, session.first_step, partial(sample_grids.write_grid, session), evaluate):
         sample_grids.finish(session)
     session.close()
 

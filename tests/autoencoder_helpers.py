@@ -1,4 +1,4 @@
-"""Small autoencoders with random weights, as files: diffusers' folders and taef2's pair."""
+"""Write small autoencoders with random weights as files: diffusers' folders and taef2's pair."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ TINY = {
 
 
 def diffusers_model(kind: str, **changes) -> torch.nn.Module:
-    """A random AutoencoderKL (4x down) or AutoencoderTiny (2x down), in evaluation mode; always the same."""
+    """Return an AutoencoderKL (4x smaller) or AutoencoderTiny (2x smaller) with random weights, always the same."""
     import diffusers
 
     sizes = {"AutoencoderKL": KL, "AutoencoderTiny": TINY}[kind] | changes
@@ -40,7 +40,7 @@ def diffusers_model(kind: str, **changes) -> torch.nn.Module:
 
 
 def random_taef2(folder: Path, name: str = "taef2") -> Path:
-    """taef2's pair with random fp16 weights. Returns `folder`."""
+    """Write taef2's pair of files with random fp16 weights, and return `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng():
         torch.manual_seed(1)

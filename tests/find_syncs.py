@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdit import distributed
-from fastdit.config import parse
+from fastdit.parser import parse
 
 
 class Waits(TorchDispatchMode):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from fastdit import distributed
-from fastdit.config import parse
+from fastdit.parser import parse
 
 SENT = {"all_reduce": 2, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "all_gather": 1, "reduce_scatter": 1,
         "reduce": 1}  # fmt: skip

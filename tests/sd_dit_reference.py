@@ -138,7 +138,7 @@ def generate_by_split(w: State, network, x: Tensor, t: Tensor, y: Tensor, split)
         base = everything
         if network.hidden_tokens == "zeros":
             base = positions(network.grid, network.width).to(x.dtype).expand_as(everything)
-        full = torch.stack([row.index_put((ids,), own) for row, ids, own in zip(base, split[0], tokens)])
+        full = torch.stack([row.index_put((ids,), encoded) for row, ids, encoded in zip(base, split[0], tokens)])
     out, shift, scale = blocks(w, full, c, network.heads, network.split)
     return image_of(linear(w, "head", modulated(out, shift, scale)), network.grid, network.patch), tokens
 

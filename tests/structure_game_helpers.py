@@ -1,4 +1,4 @@
-"""Helpers of the tests of SADM: small smooth players, and methods.md's formulas loop by loop in fp64."""
+"""Help the tests of SADM: small smooth players, and methods.md's formulas loop by loop in fp64."""
 
 import copy
 import math
@@ -89,7 +89,7 @@ def first_gradients(method: StructureGame) -> list[torch.Tensor]:
 
 @dataclass
 class Exact:
-    """One micro-batch in fp64, with graphs to the parameters of `network` and `psi`."""
+    """Hold one micro-batch in fp64, with graphs to the parameters of `network` and `psi`."""
 
     network: nn.Module
     psi: nn.Module
@@ -120,8 +120,8 @@ def exact(method: StructureGame, network: nn.Module, psi: nn.Module, x0, y, seed
         x0_hat = x_t - s * network(x_t, 1000 * level, labels)
     else:
         beta = torch.linspace(process.beta_start, process.beta_end, process.steps, dtype=torch.float64)
-        kept = torch.cumprod(1 - beta, 0)[level.long()]
-        sigma, a = ((1 - kept) / kept).sqrt(), kept[:, None, None, None]
+        signal = torch.cumprod(1 - beta, 0)[level.long()]
+        sigma, a = ((1 - signal) / signal).sqrt(), signal[:, None, None, None]
         x_t = a.sqrt() * x0 + (1 - a).sqrt() * eps
         x0_hat = (x_t - (1 - a).sqrt() * network(x_t, level, labels)[:, :CHANNELS]) / a.sqrt()
     weight = sample_weights(sigma, settings)

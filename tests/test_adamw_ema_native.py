@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
+from adamw_ema_helpers import tensors
 
 from fastdit.kernels import AdamWEMA, adamw_ema
 from fastdit.kernels._native import CudaLibrary, load_native
@@ -48,17 +48,6 @@ def device(request, monkeypatch) -> torch.device:
         library = request.getfixturevalue("emulated")
         monkeypatch.setattr(adamw_ema, "load_native", lambda device_type: (library, ""))
     return torch.device("cuda" if request.param == "cuda" else "cpu")
-
-
-def tensors(device, *shape, seed=0, count=1, misalign=0):
-    """`count` normal tensors; `misalign` floats off the 16-byte grid."""
-    generator = torch.Generator().manual_seed(seed)
-    out = []
-    for _ in range(count):
-        numel = math.prod(shape)
-        base = torch.zeros(numel + misalign, device=device)
-        out.append(base[misalign:].view(shape).copy_(torch.randn(shape, generator=generator)))
-    return out
 
 
 class Numpy:
@@ -418,46 +407,3 @@ def test_autograd_notices_the_update(device):
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-def _sharded_rank(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    (start,), (grad,) = tensors("cpu", 1001), tensors("cpu", 1001, seed=1)
-    mine = slice(0, 501) if rank == 0 else slice(501, None)
-    found = {}
-    for implementation in ("auto", "reference"):
-        param = torch.nn.Parameter(start[mine].clone())
-        optimizer = AdamWEMA([param], lr=1e-2, max_norm=0.5, sharded=True, implementation=implementation)
-        for step in range(3):
-            param.grad = grad[mine] * (step + 1)
-            optimizer.step()
-        norm = float(optimizer.grad_norm)
-        if rank == 1:
-            param.grad[3] = float("nan")
-        before = param.detach().clone()
-        optimizer.step()
-        assert torch.equal(param, before)
-        assert float(optimizer.nonfinite) == 1
-        assert not optimizer.grad_norm.isfinite()
-        found[implementation] = before, norm
-    torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_max_norm_over_shards(tmp_path):
-    """Two ranks with half of the gradient each clip by the norm of the whole, and skip together."""
-    mp.start_processes(_sharded_rank, (str(tmp_path),), nprocs=2, start_method="fork")
-    (start,), (grad,) = tensors("cpu", 1001), tensors("cpu", 1001, seed=1)
-    param = torch.nn.Parameter(start)
-    plain = torch.optim.AdamW([param], lr=1e-2, weight_decay=0)
-    for step in range(3):
-        param.grad = grad * (step + 1)
-        torch.nn.utils.clip_grad_norm_([param], 0.5)
-        plain.step()
-    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for implementation in ("auto", "reference"):
-        whole = torch.cat([part[implementation][0] for part in parts])
-        for part in parts:
-            assert part[implementation][1] == pytest.approx(float(grad.double().norm()) * 3, rel=1e-6)
-        torch.testing.assert_close(whole, param.detach(), rtol=2e-6, atol=2e-7)

@@ -1,4 +1,4 @@
-"""Autoencoders: each kind against its own definition, files and their mistakes, and pictures of training latents."""
+"""Test autoencoders: each kind against its definition, damaged files, and pictures of training latents."""
 
 import builtins
 import hashlib
@@ -22,7 +22,7 @@ REAL = os.environ.get("FASTDIT_TAEF2")
 
 
 def pictures(n: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
-    """Smooth colours, (n, 3, height, width) in [-1, 1]."""
+    """Return smooth colors (n, 3, height, width) in [-1, 1]."""
     generator = torch.Generator().manual_seed(seed)
     x = F.interpolate(torch.randn(n, 3, 4, 5, generator=generator), (height, width), mode="bicubic")
     return (x + 0.1 * torch.randn(x.shape, generator=generator)).tanh()
@@ -37,7 +37,7 @@ def refusal(name) -> str:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """A saved autoencoder of each kind that has files."""
+    """Save an autoencoder of each kind that has files, and return their folders."""
     home = tmp_path_factory.mktemp("autoencoders")
     for kind in KINDS:
         diffusers_model(kind).save_pretrained(home / kind)
@@ -46,7 +46,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def copies(folders, tmp_path):
-    """copies(kind): a copy of its folder, to spoil."""
+    """Return copies(kind), which returns a copy of the folder of that kind, to damage."""
     return lambda kind: Path(shutil.copytree(folders[kind], tmp_path / kind))
 
 
@@ -68,26 +68,26 @@ def test_identity_and_space_to_depth():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_diffusers_to_the_bit(folders, kind):
-    theirs, ours = diffusers_model(kind), open_autoencoder(str(folders[kind]))
+    reference, ours = diffusers_model(kind), open_autoencoder(str(folders[kind]))
     x = pictures(2, 24, 20)
     mean, std = ours.encode(x)
     if kind == "AutoencoderKL":
-        told = theirs.encode(x).latent_dist
-        assert torch.equal(mean, told.mean)
-        assert torch.equal(std, told.std)
+        posterior = reference.encode(x).latent_dist
+        assert torch.equal(mean, posterior.mean)
+        assert torch.equal(std, posterior.std)
         assert (std > 0).all()
         assert (ours.channels, ours.factor, ours.scale, ours.shift) == (4, 4, 0.3611, 0.1159)
     else:
-        assert torch.equal(mean, theirs.encode(x).latents)
+        assert torch.equal(mean, reference.encode(x).latents)
         assert (std == 0).all()
         assert (ours.channels, ours.factor, ours.scale, ours.shift) == (5, 2, 0.9, 0)
     assert mean.shape == std.shape == (2, ours.channels, 24 // ours.factor, 20 // ours.factor)
-    assert torch.equal(ours.decode(mean), theirs.decode(mean).sample)
+    assert torch.equal(ours.decode(mean), reference.decode(mean).sample)
     assert ours.decode(mean).shape == x.shape
 
 
 def test_a_folder_of_an_older_diffusers(folders, copies):
-    """Attention's projections had other names; the tensors were in a .bin, in half precision."""
+    """Attention's projections had other names then, and the tensors were in a .bin file, in half precision."""
     folder, past = copies("AutoencoderKL"), {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     new, state = folder / "diffusion_pytorch_model.safetensors", {}
 
@@ -109,7 +109,7 @@ def test_a_folder_of_an_older_diffusers(folders, copies):
 
 
 def taef2_transcription(w: dict[str, torch.Tensor], layers: list, x: torch.Tensor) -> torch.Tensor:
-    """The network in the dtype of the arguments; `layers` says what stands at each place of the sequence."""
+    """Run the network in the dtype of its arguments. `layers` gives the kind of each layer of the sequence."""
 
     def conv(name: str, x: torch.Tensor, stride: int = 1) -> torch.Tensor:
         weight = w[f"{name}.weight"]
@@ -158,13 +158,13 @@ def test_taef2(folders, weights):
         assert {key.split(".")[0] for key in state if "pool" in key} == {str(i) for i in pooled}
         assert not any(f"{i}.bias" in state for i in unbiased)
     mean, std = ours.encode(x)
-    told = taef2_transcription(w[0], ENCODER, (x.double() + 1) / 2)
+    expected = taef2_transcription(w[0], ENCODER, (x.double() + 1) / 2)
     assert (ours.channels, ours.factor, mean.shape) == (32, 8, (2, 32, 3, 2))
-    torch.testing.assert_close(mean.double(), told, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mean.double(), expected, rtol=1e-4, atol=1e-5)
     assert (std == 0).all()
     z = 4 * mean / mean.std()  # far into the soft clamp
-    told = taef2_transcription(w[1], DECODER, z.double())
-    torch.testing.assert_close(ours.decode(z).double(), 2 * told - 1, rtol=1e-4, atol=1e-5)
+    expected = taef2_transcription(w[1], DECODER, z.double())
+    torch.testing.assert_close(ours.decode(z).double(), 2 * expected - 1, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(not REAL, reason="FASTDIT_TAEF2 is not set")
@@ -220,7 +220,7 @@ def test_names_and_hashes(folders, copies):
 
 
 def test_it_keeps_its_weights_when_the_file_changes(copies):
-    """safetensors maps files."""
+    """Tensors of safetensors are the mapped file itself."""
     folder, x = copies("AutoencoderKL"), pictures(2, 8, 8)
     autoencoder = open_autoencoder(str(folder))
     before = autoencoder.encode(x)[0]
@@ -263,14 +263,14 @@ def test_spoiled_diffusers_folders(copies, monkeypatch):
     config, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
     good, whole = json.loads(config.read_text()), weights.read_bytes()
 
-    def told(changes: dict) -> str:
+    def message(changes: dict) -> str:
         config.write_text(json.dumps(good | changes))
         return refusal(folder)
 
-    assert f"{config}: describes UNet2DModel; " in told({"_class_name": "UNet2DModel"})
-    assert f"{config}: its pictures have 4 channels" in told({"in_channels": 4})
-    assert f"{config}: diffusers cannot build it" in told({"down_block_types": ["NoBlock"] * 3})
-    text = told({"latent_channels": 6})
+    assert f"{config}: describes UNet2DModel; " in message({"_class_name": "UNet2DModel"})
+    assert f"{config}: its pictures have 4 channels" in message({"in_channels": 4})
+    assert f"{config}: diffusers cannot build it" in message({"down_block_types": ["NoBlock"] * 3})
+    text = message({"latent_channels": 6})
     assert f"{weights}: " in text
     assert "config.json describes another AutoencoderKL" in text
     config.write_text("[1, 2")
@@ -320,16 +320,16 @@ def test_a_picture_depends_on_its_latent_alone(autoencoder):
 def test_the_decoders_gradient(autoencoder):
     x, upstream = latents(2 * AT_ONCE + 1).requires_grad_(), torch.linspace(-1, 1, 12)
     decoder = LatentDecoder(autoencoder, scale=0.3, shift=0.2)
-    (mine,) = torch.autograd.grad((decoder(x) * upstream).sum(), x)
-    (told,) = torch.autograd.grad((autoencoder.decode(x / 0.3 + 0.2) * upstream).sum(), x)
-    torch.testing.assert_close(mine, told, rtol=1e-5, atol=1e-5 * told.abs().max().item())
+    (gradient,) = torch.autograd.grad((decoder(x) * upstream).sum(), x)
+    (expected,) = torch.autograd.grad((autoencoder.decode(x / 0.3 + 0.2) * upstream).sum(), x)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
 def test_memory_does_not_grow_with_the_batch(autoencoder):
-    """What autograd keeps for the backward pass: latents and pictures, none of the activations between."""
+    """For the backward pass autograd saves latents and pictures, and none of the activations between."""
     decoder = LatentDecoder(autoencoder)
 
-    def kept(decode, n: int) -> int:
+    def saved_bytes(decode, n: int) -> int:
         sizes = {}
 
         def pack(value: torch.Tensor) -> torch.Tensor:
@@ -340,30 +340,31 @@ def test_memory_does_not_grow_with_the_batch(autoencoder):
             decode(latents(n).requires_grad_())
         return sum(sizes.values())
 
-    own = sum(p.nbytes for p in autoencoder.parameters())
-    assert kept(decoder, 3 * AT_ONCE) < 3 * AT_ONCE * 4 * (3 * 16 * 12 + 2 * 4 * 4 * 3)
-    assert kept(autoencoder.decode, 3 * AT_ONCE) - own > 20 * kept(decoder, 3 * AT_ONCE)
+    weight_bytes = sum(p.nbytes for p in autoencoder.parameters())
+    assert saved_bytes(decoder, 3 * AT_ONCE) < 3 * AT_ONCE * 4 * (3 * 16 * 12 + 2 * 4 * 4 * 3)
+    assert saved_bytes(autoencoder.decode, 3 * AT_ONCE) - weight_bytes > 20 * saved_bytes(decoder, 3 * AT_ONCE)
 
 
 def test_the_approximate_gradient(autoencoder):
-    """Pictures as before; the gradient is that of blocks of colour W z, with W a least-squares fit."""
+    """Pictures stay the same. The gradient is that of blocks of color W z, with W a least-squares fit."""
     decoder = LatentDecoder(autoencoder, scale=0.3, shift=0.2)
     x, upstream = latents(AT_ONCE + 1).requires_grad_(), pictures(AT_ONCE + 1, 16, 12)
     expected = decoder(x.detach())
     decoder.approximate_gradient()
-    assert decoder.colours.shape == (3, 4)
+    assert decoder.colors.shape == (3, 4)
     shown = decoder(x)
     assert torch.equal(shown, expected)
-    (mine,) = torch.autograd.grad((shown * upstream).sum(), x)
+    (gradient,) = torch.autograd.grad((shown * upstream).sum(), x)
     cells = upstream.unflatten(2, (4, 4)).unflatten(4, (3, 4)).sum((3, 5))
-    torch.testing.assert_close(mine, torch.einsum("ck,bcij->bkij", decoder.colours, cells) / 0.3, rtol=1e-5, atol=1e-5)
+    expected = torch.einsum("ck,bcij->bkij", decoder.colors, cells) / 0.3
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_approximate_gradient_is_exact_for_pixels():
     """Their decoder is linear in a cell: W is the identity, or the mean over a cell."""
     decoder = LatentDecoder(open_autoencoder("identity"))
     decoder.approximate_gradient()
-    torch.testing.assert_close(decoder.colours, torch.eye(3), rtol=0, atol=1e-6)
+    torch.testing.assert_close(decoder.colors, torch.eye(3), rtol=0, atol=1e-6)
     decoder = LatentDecoder(open_autoencoder("space_to_depth:2"))
     decoder.approximate_gradient()
-    torch.testing.assert_close(decoder.colours, torch.eye(3).repeat_interleave(4, 1) / 4, rtol=0, atol=1e-6)
+    torch.testing.assert_close(decoder.colors, torch.eye(3).repeat_interleave(4, 1) / 4, rtol=0, atol=1e-6)

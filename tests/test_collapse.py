@@ -46,8 +46,8 @@ def signals(decoder: str, **settings) -> list[dict[str, float]]:
             outcome.loss.backward()
             optimizer.step()
             with torch.no_grad():
-                for own, source in zip(teacher, sources, strict=True):
-                    own.lerp_(source.flatten()[: own.numel()].view_as(own), 1 - momentum)
+                for weight, source in zip(teacher, sources, strict=True):
+                    weight.lerp_(source.flatten()[: weight.numel()].view_as(weight), 1 - momentum)
             if step % 50 == 0:
                 means.append({})
             for name, value in (outcome.terms | method.end_step()).items():

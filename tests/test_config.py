@@ -12,10 +12,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdit.config import CONFIG_FILE, Config, DataConfig, ModelConfig, SampleConfig, dump, load, parse, presets
+from fastdit.config import CONFIG_FILE, Config, DataConfig, ModelConfig, SampleConfig
 from fastdit.errors import UserError
 from fastdit.kernels.attention import BACKENDS
 from fastdit.noise import DDPM, EDM
+from fastdit.parser import dump, load, parse, presets
 from fastdit.settings_help import COMMON
 
 TRAIN = Path(__file__).parents[1] / "fastdit/train.py"
@@ -325,3 +326,15 @@ def test_the_command_says_one_line_and_exits_with_2():
     assert answer.returncode == 2
     assert answer.stdout == ""
     assert answer.stderr.strip() == "error: --lrr: no such setting; did you mean --lr?"
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "size"),
+    [("imagenet256_b2", "imagenet256", "B"), ("imagenet256_sd_dit_xl2", "imagenet256_sd_dit", "XL"),
+     ("cifar10_s2", "cifar10", "S")],
+)  # fmt: skip
+def test_presets_of_one_size_are_known_under_their_old_names(capsys, name, preset, size):
+    """Say what the name is now; flags beside it still rule."""
+    assert parse(["--preset", name, "--lr", "3"]) == parse(["--preset", preset, "--model.size", size, "--lr", "3"])
+    assert f"note: --preset {name} is now --preset {preset}" in capsys.readouterr().err
+    assert parse(["--model.size", "L", "--preset", name]).model.size == "L"

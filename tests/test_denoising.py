@@ -1,4 +1,4 @@
-"""The plain method: what the network is asked, and the loss it gets, against fp64 and torch alone."""
+"""Test the plain method: the network's inputs and the loss, against fp64 and plain torch."""
 
 import math
 
@@ -35,7 +35,7 @@ class Toy(torch.nn.Module):
 
 
 def fp64_loss(process, out, x0, eps, level) -> torch.Tensor:
-    """(B,) by the papers' words: weighted errors of the clean estimate, not the form the code takes."""
+    """Return losses (B,) in the papers' form: weighted errors of the x0 prediction, unlike the code's form."""
     out, x0, eps, level = (tensor.double() for tensor in (out, x0, eps, level))
     level = level[:, None, None, None]
     if isinstance(process, EDM):

@@ -1,4 +1,4 @@
-"""Encoder and decoder: values against a plain fp64 transcription, what is seen and what is hidden, checkpoints."""
+"""Test encoder and decoder: values against an fp64 transcription, what each patch reaches, and checkpoints."""
 
 import pytest
 import torch
@@ -190,7 +190,7 @@ def test_a_published_size_costs_nothing_to_lay_out():
 
 
 def filled_by(network, path):
-    """What loading `path` leaves, by name, and whether each tensor is as it was."""
+    """Return the tensors after loading `path`, and by name whether each is as it was before."""
     before = {name: value.clone() for name, value in network.state_dict().items()}
     load_checkpoint(network, path)
     after = network.state_dict()
@@ -203,15 +203,15 @@ def test_a_dit_fills_the_encoder(tmp_path, layout, class_token):
     case = {"input_size": 12, **SIZES, "out_channels": 6}
     path = tmp_path / {"official": "dit.pt", "ours": "dit.safetensors", "diffusers": "folder"}[layout]
     if layout == "diffusers":
-        theirs = make_diffusers(case)
-        theirs.save_pretrained(path)
-        expected = from_diffusers(theirs.state_dict())
+        source = make_diffusers(case)
+        source.save_pretrained(path)
+        expected = from_diffusers(source.state_dict())
     else:
         expected = from_official(make_official(case))
         torch.save(make_official(case), path) if layout == "official" else save_file(expected, path)
     network = made(class_token=class_token)
     after, unchanged = filled_by(network, path)
-    loaded = {name.removeprefix("encoder.") for name, kept in unchanged.items() if not kept}
+    loaded = {name.removeprefix("encoder.") for name, unmoved in unchanged.items() if not unmoved}
     assert loaded <= {name for name in expected if not name.startswith("head.")}
     for name, value in expected.items():
         if not name.startswith("head."):

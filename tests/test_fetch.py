@@ -25,11 +25,11 @@ from data_helpers import decode
 from fetch_helpers import CIFAR, FASHION, TEST, TRAIN, Server, labels, raw_files, tgz
 
 from fastdit.commands.data_tools import _data
-from fastdit.config import parse
 from fastdit.data import open_source
 from fastdit.data.sets import download, image_sets
 from fastdit.data.sets.known_sets import SETS
 from fastdit.errors import UserError
+from fastdit.parser import parse
 
 SEARCH_PATH = os.environ["PATH"]
 

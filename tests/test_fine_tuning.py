@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import fine_tuning
 
-from fastdit.config import parse
 from fastdit.data import open_source
 from fastdit.errors import UserError
+from fastdit.parser import parse
 
 MODEL = "--model.depth 2 --model.width 32 --model.heads 2 --model.patch 7"
 TINY = f"--device cpu --threads 1 --data.threads 1 {MODEL} --batch 8 --sample.steps 2 --sample.agreement 0"

@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 
 from fastdit import run_parts
-from fastdit.config import parse
 from fastdit.errors import UserError
 from fastdit.export import main as export_command
 from fastdit.models import (
@@ -23,6 +22,7 @@ from fastdit.models import (
     load_checkpoint,
     save_official,
 )
+from fastdit.parser import parse
 
 SMALL = {"input_size": 12, "patch": 2, "channels": 3, "width": 24, "depth": 3, "heads": 3}
 
@@ -117,20 +117,20 @@ def test_a_new_decoder_is_trained_whole():
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_new_labels(tmp_path, suffix):
-    """Of the label table only the null row comes from the file; everything else does."""
-    theirs, path = filled(DiT(**SMALL, classes=7)), tmp_path / f"w{suffix}"
+    """The file gives all weights except the label table, of which it gives the null row only."""
+    source, path = filled(DiT(**SMALL, classes=7)), tmp_path / f"w{suffix}"
     if suffix == ".pt":
-        save_official(theirs.state_dict(), path, grid=theirs.grid)
+        save_official(source.state_dict(), path, grid=source.grid)
     else:
-        save_file(theirs.state_dict(), path)
-    mine = DiT(**SMALL, classes=3, seed=5)
-    fresh = mine.label_embed.weight.detach().clone()
-    load_checkpoint(mine, path, new_labels=True)
-    assert torch.equal(mine.label_embed.weight[:-1], fresh[:-1])
-    assert torch.equal(mine.label_embed.weight[-1], theirs.label_embed.weight[-1])
-    for name, value in theirs.state_dict().items():
+        save_file(source.state_dict(), path)
+    loaded = DiT(**SMALL, classes=3, seed=5)
+    fresh = loaded.label_embed.weight.detach().clone()
+    load_checkpoint(loaded, path, new_labels=True)
+    assert torch.equal(loaded.label_embed.weight[:-1], fresh[:-1])
+    assert torch.equal(loaded.label_embed.weight[-1], source.label_embed.weight[-1])
+    for name, value in source.state_dict().items():
         if name != "label_embed.weight":
-            assert torch.equal(mine.state_dict()[name], value), name
+            assert torch.equal(loaded.state_dict()[name], value), name
     with pytest.raises(UserError, match="number of classes"):
         load_checkpoint(DiT(**SMALL, classes=3), path)
     with pytest.raises(UserError, match="width is 24 in this file, 48 in this model"):
@@ -182,8 +182,8 @@ def test_from_one_data_set_to_another(pretrained, digits, tmp_path, flags, stage
     for name, value in found.items():
         if name in ("label_embed.weight", "gains.weight") or value.dtype == torch.int64:
             continue
-        kept = torch.equal(value, start[name])
-        assert kept == (diffit and not name.endswith("bias")), name
+        unchanged = torch.equal(value, start[name])
+        assert unchanged == (diffit and not name.endswith("bias")), name
     if diffit:
         assert not torch.equal(found["gains.weight"], torch.ones_like(found["gains.weight"]))
     assert all(line["loss"] < 10 for line in metrics(tmp_path / "run"))

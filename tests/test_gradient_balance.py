@@ -82,7 +82,7 @@ def test_it_resumes_to_the_bit():
 def test_the_ratio_is_that_at_the_networks_output(process):
     """Two micro-batches of a game, against gradients at the whole output of each."""
     network, outs = Denoiser(process.out_channels(2)), []
-    network.register_forward_hook(lambda module, given, made: outs.append(made))
+    network.register_forward_hook(lambda module, inputs, made: outs.append(made))
     method = game(process, base=Denoising, weight="auto", gradient_ratio=0.3, weight_cap=1e9)
     for number in range(2):
         outs.clear()

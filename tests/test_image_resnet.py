@@ -12,7 +12,7 @@ from fastdit.models.image_resnet import ImageResNet
 
 
 def resnet18_weights() -> dict[str, torch.Tensor]:
-    """Random ones, under torchvision's names."""
+    """Return random weights under torchvision's names."""
     shapes: dict[str, tuple[int, ...]] = {"conv1.weight": (64, 3, 7, 7)}
     norms = {"bn1": 64}
     for layer, (before, after) in enumerate([(64, 64), (64, 128), (128, 256), (256, 512)], start=1):
@@ -93,12 +93,12 @@ def test_resnet18(path, weights, channels, size):
 
 def test_resnet18_is_torchvisions(path, weights):
     models = pytest.importorskip("torchvision.models", exc_type=(ImportError, RuntimeError))
-    theirs = models.resnet18().eval()
-    theirs.load_state_dict(weights)
-    theirs.fc = torch.nn.Identity()
+    reference = models.resnet18().eval()
+    reference.load_state_dict(weights)
+    reference.fc = torch.nn.Identity()
     x = noise(2, 3, 64, 50).tanh()
     mean, std = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    torch.testing.assert_close(ImageResNet(path)(x), theirs((x / 2 + 0.5 - mean) / std), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ImageResNet(path)(x), reference((x / 2 + 0.5 - mean) / std), rtol=1e-5, atol=1e-5)
 
 
 def test_resnet18_norms_are_frozen(path):
@@ -121,7 +121,7 @@ def test_resnet18_gradients(path):
 
 
 def test_resnet18_files(path, weights, tmp_path):
-    """safetensors, half precision, without what is not read: the same network. No random number is drawn."""
+    """Half precision in safetensors, without the classifier, gives the same network. No random number is drawn."""
     x, before = noise(2, 3, 32, 32).tanh(), torch.get_rng_state()
     expected = ImageResNet(path)(x)
     assert torch.equal(torch.get_rng_state(), before)
@@ -135,7 +135,7 @@ def test_resnet18_files(path, weights, tmp_path):
 
 
 def test_resnet18_keeps_its_weights_when_the_file_changes(weights, tmp_path):
-    """safetensors maps files."""
+    """Tensors of safetensors are the mapped file itself."""
     file, x = tmp_path / "trunk.safetensors", noise(2, 3, 32, 32).tanh()
     save_file(weights, file)
     net = ImageResNet(file)

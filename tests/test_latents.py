@@ -18,13 +18,14 @@ from launching import TINY, forked, metrics
 
 from fastdit import run_parts
 from fastdit.commands.data_check import run as check
-from fastdit.config import Config, DataConfig, NoiseConfig, parse
+from fastdit.config import Config, DataConfig, NoiseConfig
 from fastdit.data import make_loader, open_source, write_shards
 from fastdit.data.latents import LatentForm, quantize, quantized_dtype
 from fastdit.encode import _encode
 from fastdit.errors import UserError
 from fastdit.models import LatentDecoder, open_autoencoder
 from fastdit.noise import EDM
+from fastdit.parser import parse
 
 N = 12
 

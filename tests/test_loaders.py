@@ -15,9 +15,9 @@ from data_helpers import encode, latent_source, picture
 from PIL import Image
 
 from fastdit import distributed, run_parts
-from fastdit.config import parse
 from fastdit.data import write_shards
 from fastdit.errors import UserError
+from fastdit.parser import parse
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

@@ -63,11 +63,11 @@ def test_two_methods_that_build_a_network_are_refused(monkeypatch):
 
 def test_a_wrapper_passes_every_hook_on():
     """A hook that `Denoising` gets later must be passed on, too."""
-    own = {"draw", "compute_loss", "drop_labels"}  # parts of `Denoising.loss`
+    parts = {"draw", "compute_loss", "drop_labels"}  # parts of `Denoising.loss`
     hooks = {name for name, member in inspect.getmembers(Denoising, inspect.isfunction) if not name.startswith("_")}
-    assert hooks - own - vars(Wrapper).keys() == set()
+    assert hooks - parts - vars(Wrapper).keys() == set()
 
-    class Told(Denoising):
+    class Recording(Denoising):
         """A base that records the calls of its hooks."""
 
         def __getattribute__(self, name):
@@ -75,18 +75,18 @@ def test_a_wrapper_passes_every_hook_on():
                 return lambda *args: (name, args)
             return super().__getattribute__(name)
 
-    base = Told("noise", 3, 0.5)
+    base = Recording("noise", 3, 0.5)
     wrapper = Wrapper(base)
     assert [getattr(wrapper, field.name) for field in fields(Denoising)] == ["noise", 3, 0.5]
-    for name in hooks - own - {"state_dict", "load_state_dict"}:
+    for name in hooks - parts - {"state_dict", "load_state_dict"}:
         arguments = [object() for _ in list(inspect.signature(getattr(Denoising, name)).parameters)[1:]]
-        told = getattr(wrapper, name)(*arguments)
-        assert told in ((name, tuple(arguments)), None), name  # None: of hooks that return nothing
+        returned = getattr(wrapper, name)(*arguments)
+        assert returned in ((name, tuple(arguments)), None), name  # None: of hooks that return nothing
     assert wrapper.state_dict() == {"base": ("state_dict", ())}
 
 
 def test_methods_may_share_a_panel():
     lines = [{"step": 1, "gradient_ratio": 1.0, "alignment_gradient_ratio": 2.0}]
     ((title, labels),) = panels(lines)
-    assert title == "extra term's gradient / denoising loss's"
+    assert title == "gradient norm of the added loss / of the denoising loss"
     assert labels == {"structure, at the output": [(1, 1.0)], "alignment, at the tokens": [(1, 2.0)]}

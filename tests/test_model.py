@@ -1,4 +1,4 @@
-"""The DiT against an independent fp64 transcription of its formulas, and the facts a user relies on."""
+"""Test the DiT against an independent fp64 transcription of its formulas, and the facts that users rely on."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ SMALL = {"patch": 2, "channels": 3, "width": 72, "depth": 3, "heads": 3, "classe
 
 
 def make_model(**changes):
-    """A small DiT with random values, not zeros, in every parameter."""
+    """Return a small DiT with random values instead of zeros in every parameter."""
     model = DiT(**({"input_size": 6} | SMALL | changes))
     randomise(model, seed=1)
     return model
@@ -73,8 +73,8 @@ def transcription(w, x, t, y, *, patch, heads, out_channels):
 
     depth = m.shape[-1] // dim // 6
     for i in range(depth):
-        own = m[..., 6 * dim * i : 6 * dim * (i + 1)]
-        shift1, scale1, gate1, shift2, scale2, gate2 = (own[..., dim * j : dim * (j + 1)] for j in range(6))
+        six = m[..., 6 * dim * i : 6 * dim * (i + 1)]
+        shift1, scale1, gate1, shift2, scale2, gate2 = (six[..., dim * j : dim * (j + 1)] for j in range(6))
         qkv = linear(f"blocks.{i}.qkv", norm(h) * (1 + scale1) + shift1)
         size, mixed = dim // heads, []
         for head in range(heads):
@@ -176,7 +176,7 @@ def test_bf16_weights():
 
 
 def test_time_features_stay_fp32_under_bf16():
-    """Neighbouring timesteps, equal when rounded to bf16, must stay apart."""
+    """Neighboring timesteps, which are equal when rounded to bf16, must have different embeddings."""
     model = make_model().bfloat16()
     x, _, y = make_batch(model)
     a, b = model(x, torch.full((3,), 998.0), y), model(x, torch.full((3,), 999.0), y)
@@ -197,7 +197,7 @@ def test_compiled_equals_eager():
 
 
 def test_traced_gradients_equal_eager_ones():
-    """Forward and backward as torch.compile traces them, without generating code."""
+    """Trace forward and backward pass as torch.compile does, without generating code."""
     model = make_model(depth=2)
     batch, weights = make_batch(model), list(model.parameters())
     traced = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -275,8 +275,8 @@ def test_seed_decides_the_weights_and_the_global_state_is_left_alone():
 
 def test_positions_equal_an_independent_implementation():
     for side, width in ((7, 72), (16, 384)):
-        theirs = get_2d_sincos_pos_embed(width, side, base_size=side, output_type="pt").float()
-        torch.testing.assert_close(sincos_positions((side, side), width), theirs, rtol=0, atol=1e-7)
+        table = get_2d_sincos_pos_embed(width, side, base_size=side, output_type="pt").float()
+        torch.testing.assert_close(sincos_positions((side, side), width), table, rtol=0, atol=1e-7)
     tall = sincos_positions((3, 2), 8)
     assert torch.equal(tall[1, 4:], tall[0, 4:])  # same row: same second half
     assert torch.equal(tall[2, :4], tall[0, :4])  # same column: same first half

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 import fastdit.noise
-from fastdit.config import NoiseConfig, dump, load, parse
+from fastdit.config import NoiseConfig
 from fastdit.errors import UserError
 from fastdit.noise import DDPM, EDM, PROCESSES, Flow, NoiseProcess
+from fastdit.parser import dump, load, parse
 
 FOLDER = Path(fastdit.noise.__file__).parent
 
@@ -147,7 +148,8 @@ fastdit.__path__.insert(0, sys.argv[1])  # the folder with the copy of fastdit/n
 
 import torch
 
-from fastdit.config import Config, NoiseConfig, dump, load, parse
+from fastdit.config import Config, NoiseConfig
+from fastdit.parser import dump, load, parse
 from fastdit import run_parts
 from fastdit.errors import UserError
 from fastdit.noise import PROCESSES, NoiseProcess, sample

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from fastdit import run_parts
-from fastdit.config import Config, DataConfig, EMAConfig, EvalConfig, ModelConfig, SampleConfig, parse
+from fastdit.config import Config, DataConfig, EMAConfig, EvalConfig, ModelConfig, SampleConfig
 from fastdit.errors import UserError
 from fastdit.kernels import AdamWEMA
 from fastdit.methods.registry import METHODS
 from fastdit.noise import PROCESSES
+from fastdit.parser import parse
 from fastdit.training import schedules
-from fastdit.training.deepspeed_config import plan
+from fastdit.training.deepspeed_config import make_deepspeed_config
 
 BASE = shlex.split(
     "--data.source synthetic:1x8x8:3:9 --data.size 8 --data.channels 1 --model.patch 4 --model.width 16 "
@@ -71,7 +72,7 @@ NUMBERS = list(numbers(Config))
 def train_one_step(config: Config) -> None:
     """Build what a run with this configuration is made of, without DeepSpeed, and take its first step."""
     # Build the network, the method and the optimizer.
-    plan(config, 1, False)
+    make_deepspeed_config(config, 1, False)
     shape = run_parts.shape_of(config, 3)
     module, method = run_parts.build_training(config, shape)
     method.to(torch.device("cpu"), torch.float32)

@@ -79,7 +79,7 @@ def test_installed_elsewhere_it_works_and_hides_no_other_kernels(wheel, tmp_path
     code = """
 import importlib.util
 from fastdit import kernels
-from fastdit.config import parse, presets
+from fastdit.parser import parse, presets
 from fastdit.data import open_source
 from fastdit.training.deepspeed_config import make_deepspeed_config
 assert kernels.__name__ == "fastdit.kernels", kernels
@@ -150,7 +150,7 @@ ROOMS = {
     "models": ("kernels",),
     "methods": ("noise", "models", "kernels"),
 }
-SETTINGS = ("command_line", "config", "distributed", "settings_help")
+SETTINGS = ("command_line", "config", "distributed", "parser", "settings_help")
 for name in ("run_parts", "rundir", "training", "evaluation", "commands"):  # each may import all those before it
     ROOMS[name] = (*ROOMS, *SETTINGS, "kernels")
 
@@ -179,11 +179,33 @@ def test_every_package_has_its_place():
     assert packages == {room for room in ROOMS if room != "run_parts"}
 
 
+# It imports nothing of fastdit, so that every module may import it.
+INTERNALS = "fastdit.training.deepspeed_internals"
+
+
 def test_settings_import_no_part_of_a_run():
     above = {"run_parts", "rundir", "evaluation", "training", "commands"}
     for name in (*SETTINGS, "errors", "files"):
-        found = {module.split(".")[1] for module in imports(FASTDIT / f"{name}.py", "fastdit") if "fastdit." in module}
+        modules = {module for module in imports(FASTDIT / f"{name}.py", "fastdit") if "fastdit." in module}
+        found = {module.split(".")[1] for module in modules if not module.startswith(INTERNALS)}
         assert found & above == set(), name
+
+
+def test_the_module_with_deepspeeds_internals_imports_nothing_of_fastdit():
+    """So that `distributed`, which is below it, may import it too."""
+    found = imports(ROOT / f"{INTERNALS.replace('.', '/')}.py", "fastdit.training")
+    assert {name for name in found if name.startswith("fastdit")} == set()
+    assert "torch.distributed" in found
+
+
+def test_only_one_module_uses_deepspeeds_internals():
+    words = ("ds_id", "ds_numel", "fp16_groups", "bf16_groups", "fp32_groups", "_lazy_init", "__compatible_ops__")
+    for path in (*FASTDIT.rglob("*.py"), *KERNELS.rglob("*.py")):
+        if path != ROOT / f"{INTERNALS.replace('.', '/')}.py":
+            nodes = list(ast.walk(ast.parse(path.read_text())))
+            names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+            names |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+            assert [name for name in names if name.startswith(words)] == [], path
 
 
 def test_no_part_imports_a_command():

@@ -14,7 +14,7 @@ from test_resume import assert_same_run
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdit import run_parts
-from fastdit.config import CONFIG_FILE, load, parse, presets
+from fastdit.config import CONFIG_FILE
 from fastdit.errors import UserError
 from fastdit.export import main as export
 from fastdit.methods.denoising import Denoising
@@ -23,6 +23,7 @@ from fastdit.methods.structure_game import SADM, StructureGame
 from fastdit.models import AlignedDiT, DiT, LatentResNet, TokenTargets
 from fastdit.models.structure_encoders import save_structure_encoder
 from fastdit.noise import DDPM, EDM, Flow
+from fastdit.parser import load, parse, presets
 
 launch = pytest.mark.launch
 
@@ -285,9 +286,9 @@ def test_every_preset_aligns(preset):
     assert shares_psi(parse(["--preset", preset, "--method", "psi_align+sadm"]))
 
 
-@pytest.mark.parametrize(("preset", "plain_steps"), [("quickstart", 1.11), ("imagenet256_s2", 1.06)])
+@pytest.mark.parametrize(("preset", "plain_steps"), [("quickstart", 1.11), ("imagenet256 --model.size S", 1.06)])
 def test_a_step_costs_little_and_the_dit_is_sampled(preset, plain_steps):
-    config = parse(["--preset", preset, "--method", "psi_align"])
+    config = parse(["--preset", *preset.split(), "--method", "psi_align"])
     shape = run_parts.shape_of(config, 10)
     network = run_parts.build_network(config, shape)
     module, method = run_parts.build_training(config, shape)

@@ -15,11 +15,11 @@ from test_image_resnet import resnet18_weights
 from test_resume import assert_same_run
 
 from fastdit import run_parts
-from fastdit.config import parse, presets
 from fastdit.methods.denoising import Denoising, Outcome
 from fastdit.methods.structure_game import StructureGame, build_psi
 from fastdit.models import LatentResNet
 from fastdit.models.structure_encoders import save_structure_encoder
+from fastdit.parser import parse, presets
 
 launch = pytest.mark.launch
 
@@ -107,9 +107,9 @@ def test_two_ranks_train_as_the_reference(trained):
     folder = trained("sadm")
     lines, ema = reference()
     assert sum(line["grad_norm"] > 0.5 for line in lines) > 3, "clipping must have acted"
-    told = metrics(folder)
-    assert [line["step"] for line in told] == [5, 10, 12]
-    for line, since in zip(told, (0, 5, 10)):
+    logged = metrics(folder)
+    assert [line["step"] for line in logged] == [5, 10, 12]
+    for line, since in zip(logged, (0, 5, 10)):
         for key in ("loss", *SIGNALS):
             expected = np.mean([one[key] for one in lines[since : line["step"]] if key in one])
             assert line[key] == pytest.approx(expected, rel=5e-4), key

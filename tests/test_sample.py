@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastdit import run_parts
-from fastdit.config import load
 from fastdit.errors import UserError
 from fastdit.evaluation import draw_samples
+from fastdit.parser import load
 from fastdit.sample import _sample
 
 FASTDIT = Path(__file__).parents[1] / "fastdit"
@@ -183,7 +183,7 @@ def test_each_mistake_is_one_line(run, flags, words):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there(run):
-    assert "--device cuda: cannot be used here" in refusal(run, "--device cuda")
+    assert "--device cuda: torch sees no CUDA device here" in refusal(run, "--device cuda")
 
 
 def test_places_that_do_not_fit(run, copied, tmp_path):

@@ -12,7 +12,7 @@ from test_encoder_decoder import SIZES, close, split_of
 from test_pretrained import make_diffusers, make_official, same
 
 from fastdit import run_parts
-from fastdit.config import CONFIG_FILE, dump, load, parse
+from fastdit.config import CONFIG_FILE
 from fastdit.errors import UserError
 from fastdit.methods.self_discrimination import SDDiT
 from fastdit.models import (
@@ -26,6 +26,7 @@ from fastdit.models import (
 )
 from fastdit.models.dit import copy_blocks
 from fastdit.models.pretrained import from_diffusers, from_official
+from fastdit.parser import dump, load, parse
 
 SHAPE = {**SIZES, "input_size": (6, 10), "out_channels": 6}
 
@@ -105,9 +106,9 @@ def test_hidden_tokens_skip_the_encoder(hidden):
         embedded = network.pos_embed.expand_as(embedded)
     merged, branch, gate = entered[2]
     assert branch is gate is None
-    for row, base, visible, skipped, own in zip(merged, embedded, *ids, tokens_of(stream)):
+    for row, base, visible, skipped, encoded in zip(merged, embedded, *ids, tokens_of(stream)):
         assert torch.equal(row[skipped], base[skipped])
-        torch.testing.assert_close(row[visible], own)
+        torch.testing.assert_close(row[visible], encoded)
     places = torch.zeros(3, 15).scatter(1, ids[1], 1.0).view(3, 1, 3, 5)
     pixels = places.repeat_interleave(2, 2).repeat_interleave(2, 3).expand_as(x).bool()
     out, other = network.generate(torch.where(pixels, x + 1, x), t, y, ids)
@@ -149,9 +150,9 @@ def test_a_dits_checkpoint_fills_it(tmp_path, layout):
     case = {"input_size": 12, **SIZES, "out_channels": 6}
     path = tmp_path / {"official": "dit.pt", "ours": "dit.safetensors", "diffusers": "folder"}[layout]
     if layout == "diffusers":
-        theirs = make_diffusers(case)
-        theirs.save_pretrained(path)
-        expected = from_diffusers(theirs.state_dict())
+        reference = make_diffusers(case)
+        reference.save_pretrained(path)
+        expected = from_diffusers(reference.state_dict())
     else:
         expected = from_official(make_official(case))
         torch.save(make_official(case), path) if layout == "official" else save_file(expected, path)
@@ -223,10 +224,10 @@ def test_which_decoder_is_chosen():
     """An extra decoder's size asks for it; the file of a run names it."""
     assert parse(["--method", "sd_dit"]).sd_dit.decoder == "split"
     assert parse(["--method", "sd_dit", "--sd_dit.decoder_depth", "2"]).sd_dit.decoder == "extra"
-    for preset in ("s2", "b2", "xl2"):
-        assert parse(["--preset", f"imagenet256_sd_dit_{preset}"]).sd_dit.decoder == "extra"
-        split = parse(["--preset", f"imagenet256_sd_dit_{preset}", "--sd_dit.decoder", "split"])
-        assert split.sd_dit.decoder == "split"
+    for size in ("S", "B", "XL"):
+        preset = ["--preset", "imagenet256_sd_dit", "--model.size", size]
+        assert parse(preset).sd_dit.decoder == "extra"
+        assert parse([*preset, "--sd_dit.decoder", "split"]).sd_dit.decoder == "split"
 
 
 def test_settings_of_before_the_choice_mean_the_extra_decoder(tmp_path):
@@ -265,12 +266,12 @@ def test_a_step_costs_little_more_than_a_plain_one(size, decoder, most):
         return sum(method.flops(module).values())
 
     plain = cost()
-    own = ["--method", "sd_dit", "--sd_dit.decoder", decoder]
-    assert 1 < cost(*own) / plain < most
+    method_flags = ["--method", "sd_dit", "--sd_dit.decoder", decoder]
+    assert 1 < cost(*method_flags) / plain < most
     for fewer in (["--sd_dit.every", "4"], ["--sd_dit.share", "0.25"]):
-        assert cost(*own, *fewer) < cost(*own) - 0.1 * plain
+        assert cost(*method_flags, *fewer) < cost(*method_flags) - 0.1 * plain
     if decoder == "split":
-        assert cost(*own, "--sd_dit.every", "4") < plain
+        assert cost(*method_flags, "--sd_dit.every", "4") < plain
 
 
 def test_networks_of_both_decoders():

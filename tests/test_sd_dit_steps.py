@@ -80,10 +80,10 @@ def test_at_the_end_a_step_is_the_plain_one(decoder):
     x0, y = batch()
     outcome = method.loss(student, x0, y, seeded())
     plain = Denoising(method.noise, CLASSES, 0.3).loss(student.network, x0, y, seeded())
-    wanted = torch.autograd.grad(plain.loss, list(student.network.parameters()))
+    expected = torch.autograd.grad(plain.loss, list(student.network.parameters()))
     found = torch.autograd.grad(outcome.loss, list(student.network.parameters()))
     assert torch.equal(outcome.loss, plain.loss)
-    assert all(map(torch.equal, found, wanted))
+    assert all(map(torch.equal, found, expected))
     assert outcome.terms.keys() == {"loss"}
     assert method.end_step() == {}
     flops = method.flops(student)
@@ -147,7 +147,7 @@ def test_the_teachers_level_may_follow_the_students(process):
     assert lower.max() < 0.3 + 2e-3
     assert lower[inside].mean() == pytest.approx(0.15, abs=0.01)
     assert method.loss(student, *batch(), seeded()).loss.isfinite()
-    assert method.describe(batch()[0]).isfinite().all()
+    assert method.pooled_features(batch()[0]).isfinite().all()
 
 
 def test_a_frozen_teacher_of_a_new_dit_skips_its_blocks():
@@ -164,7 +164,7 @@ def test_a_frozen_teacher_of_a_new_dit_skips_its_blocks():
     moving.begin_step(0, 9)
     expected = moving.loss(other, x0, y, seeded())
     torch.testing.assert_close(quiet.loss, expected.loss)
-    assert torch.equal(method.describe(x0), moving.describe(x0))
+    assert torch.equal(method.pooled_features(x0), moving.pooled_features(x0))
     assert [part for part, _ in method.graphed(student, 4)] == [student.network]
     assert method.teacher_flops() < 0.1 * moving.teacher_flops()
 
@@ -215,7 +215,7 @@ def test_usage_counts_a_prototype_that_any_micro_batch_prefers():
         method.loss(student, *batch(n=1, seed=seed), seeded(seed))
     usage = method.end_step()["prototype_usage"].item()
     assert usage == pytest.approx((won[0] | won[1]).float().mean().item())
-    assert all(usage > own.float().mean() > 0 for own in won)
+    assert all(usage > wins.float().mean() > 0 for wins in won)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -261,11 +261,11 @@ def share(rank: int, ranks: int) -> list[float]:
     """Return the loss on this rank's part of a batch of 4, then prototype usage and centers."""
     method, student = make(centering="sinkhorn", mask_ratio=0.0)
     x0, y = batch()
-    own = slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)
+    part = slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)
     level, eps = method.noise.draw(4, generator=seeded(), device="cpu"), torch.randn(x0.shape, generator=seeded(8))
-    method.draw = lambda x0, y, generator: (level[own], eps[own], y)
+    method.draw = lambda x0, y, generator: (level[part], eps[part], y)
     with torch.no_grad():
-        terms = method.loss(student, x0[own], y[own], None).terms
+        terms = method.loss(student, x0[part], y[part], None).terms
     signals = method.end_step()
     return [terms["discriminative_loss"].item(), signals["prototype_usage"].item(), *method.centers.flatten().tolist()]
 

@@ -26,13 +26,13 @@ from test_config import complaint
 from test_resume import assert_same_run
 
 from fastdit import run_parts
-from fastdit.config import load, parse
 from fastdit.errors import UserError
 from fastdit.evaluation.open_run import open_run
 from fastdit.export import _export
 from fastdit.methods.self_discrimination import SDDiT
 from fastdit.models import DiT, EncoderDecoder, SplitDiT, load_checkpoint
 from fastdit.noise import EDM, sample
+from fastdit.parser import load, parse
 
 launch = pytest.mark.launch
 
@@ -132,8 +132,8 @@ def trained(tmp_path_factory):
     return trained
 
 
-def held(folder: Path) -> dict:
-    """Return what both ranks hold at the end, which is the same to the bit."""
+def final_state(folder: Path) -> dict:
+    """Return the final state of the ranks, and check that it is the same on both to the bit."""
     one, two = (torch.load(folder / f"held-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert torch.equal(one["centers"], two["centers"])
     for kind in ("teacher", "averages"):
@@ -154,26 +154,26 @@ def test_two_ranks_train_as_the_reference(trained, decoder, ds_config):
     folder = trained(ds_config, decoder=decoder)
     lines, final, slow, centers = reference(decoder, 2 if ds_config == "accumulating" else 1)
     assert sum(line["grad_norm"] > 0.5 for line in lines) > 3, "clipping must have acted"
-    told = metrics(folder)
-    assert [line["step"] for line in told] == [4, 8, 12]
-    for line in told:
+    logged = metrics(folder)
+    assert [line["step"] for line in logged] == [4, 8, 12]
+    for line in logged:
         for key in lines[0].keys() - {"grad_norm"}:
             expected = np.mean([one[key] for one in lines[line["step"] - 4 : line["step"]] if key in one])
             assert line[key] == pytest.approx(expected, rel=1e-4), key
         if ds_config != "zero0":  # without ZeRO, DeepSpeed does not tell it
             assert line["grad_norm"] == pytest.approx(lines[line["step"] - 1]["grad_norm"], rel=5e-4)
         assert line["skipped"] == 0
-    found, kept = averages(folder, STEPS), held(folder)
+    found, state = averages(folder, STEPS), final_state(folder)
     assert final.keys() <= found.keys()
     assert not any(name.startswith("head.fc") for name in found), "the projection head is not sampled"
     for name, expected in final.items():
         torch.testing.assert_close(found[name].double(), expected, rtol=0, atol=4e-6, msg=name)
-    for name, weight in kept["teacher"].items():
-        assert torch.equal(weight, leading(kept["averages"][name], weight)), name
+    for name, weight in state["teacher"].items():
+        assert torch.equal(weight, leading(state["averages"][name], weight)), name
         torch.testing.assert_close(weight.double(), leading(slow[name], weight), rtol=0, atol=4e-6, msg=name)
-    torch.testing.assert_close(kept["centers"], centers, rtol=0, atol=2e-5)
+    torch.testing.assert_close(state["centers"], centers, rtol=0, atol=2e-5)
     assert centers.norm(dim=1).min() > 0.1
-    assert (kept["persistent"] == []) == (ds_config == "partitioned")
+    assert (state["persistent"] == []) == (ds_config == "partitioned")
 
 
 @launch
@@ -182,23 +182,23 @@ def test_in_bf16_the_teacher_follows_fp32_averages(trained, stage, micro_batch):
     """At momentum 0.996 a step is far below bf16's resolution. ZeRO-1 has another optimizer where it accumulates."""
     slow = ("--eps", "1e-8", "--lr", "1e-4", "--sd_dit.momentum", "0.996", "--micro_batch", str(micro_batch))
     folder = trained(f"zero{stage}", "--precision", "bf16", *slow)
-    kept = held(folder)
+    state = final_state(folder)
     start, _ = run_parts.build_training(parse(RECIPE), run_parts.Shape(1, 28, 28, 10))
     start = {name.removeprefix("network."): p.detach().bfloat16() for name, p in start.named_parameters()}
-    for name, weight in kept["teacher"].items():
-        average = kept["averages"][name]
+    for name, weight in state["teacher"].items():
+        average = state["averages"][name]
         assert weight.dtype == torch.bfloat16
         assert average.dtype == torch.float32
         assert torch.equal(weight, average.bfloat16()), name
     name = "head.fc2.weight"
-    assert (kept["averages"][name] != start[name].float()).float().mean() > 0.9
-    assert (kept["teacher"][name] == start[name]).float().mean() > 0.5, "the average moves below bf16's resolution"
+    assert (state["averages"][name] != start[name].float()).float().mean() > 0.9
+    assert (state["teacher"][name] == start[name]).float().mean() > 0.5, "the average moves below bf16's resolution"
     assert all(line["loss"] > 0 for line in metrics(folder))
 
 
 @launch
 def test_two_ranks_killed_after_a_checkpoint(trained, tmp_path):
-    """By ZeRO-1; tests/test_sadm_training.py has ZeRO-3, with both methods."""
+    """This is ZeRO-1. tests/test_sadm_training.py tests ZeRO-3, with both methods."""
     ds_config, folder = "zero1", tmp_path / "run"
     flags = [*RECIPE, "--ds_config", ds_config, "--out", folder]
     # Drawing pictures at step 7 takes so long that the kill falls between two checkpoints.
@@ -226,7 +226,7 @@ def test_a_split_run_goes_on_to_the_bit(trained, tmp_path):
     outcome = forked("--resume", "--out", copy, ranks=2, program="train_and_keep").succeeded()
     assert "steps 6 to 12" in outcome.text
     assert_same_run(copy, folder, STEPS)
-    ends = [held(run) for run in (copy, folder)]
+    ends = [final_state(run) for run in (copy, folder)]
     assert all(torch.equal(ends[0]["teacher"][name], value) for name, value in ends[1]["teacher"].items())
 
 
@@ -365,16 +365,16 @@ def test_a_dit_is_the_start_of_encoder_and_teacher(tmp_path):
             assert name == "class_token.weight" or torch.equal(value, dit.state_dict()[name]), name
 
 
-@pytest.mark.parametrize(("size", "millions"), [("s", 33), ("b", 130), ("xl", 675)])
+@pytest.mark.parametrize(("size", "millions"), [("S", 33), ("B", 130), ("XL", 675)])
 def test_the_published_sizes_can_be_laid_out(size, millions):
-    config = parse(["--preset", f"imagenet256_sd_dit_{size}2"])
+    config = parse(["--preset", "imagenet256_sd_dit", "--model.size", size])
     assert config.sd_dit == SDDiT(decoder="extra"), "the defaults are the published settings, where known"
     with torch.device("meta"):
         student, method = run_parts.build_training(config, run_parts.Shape(4, 32, 32, 1000))
     count = sum(p.numel() for p in student.network.encoder.parameters())
     assert count / 1e6 == pytest.approx(millions, rel=0.02)
     more = sum(p.numel() for p in student.parameters()) - count
-    assert more / 1e6 == pytest.approx({"s": 3.8, "b": 13, "xl": 64}[size], rel=0.1), "decoder and head"
+    assert more / 1e6 == pytest.approx({"S": 3.8, "B": 13, "XL": 64}[size], rel=0.1), "decoder and head"
     assert method.keep == 205
 
 

@@ -22,8 +22,8 @@ DECODER = {"decoder": "extra", "decoder_width": 24, "decoder_depth": 1, "decoder
 
 def make(process=PROCESSES[0], drop=0.3, random=True, decoder="extra", depth=2, **changes):
     """Return a method and its student, with random values in every parameter; the teacher is unlike the student."""
-    own = DECODER if decoder == "extra" else {"decoder": "split"}
-    settings = SDDiT(**(HEAD | own | changes))
+    decoder_settings = DECODER if decoder == "extra" else {"decoder": "split"}
+    settings = SDDiT(**(HEAD | decoder_settings | changes))
     sizes = {
         "input_size": (6, 10), "patch": 2, "channels": 2, "width": 36, "depth": depth, "heads": 3, "classes": CLASSES,
         "attention_backend": "math",
@@ -174,26 +174,26 @@ def test_without_mask_and_weight_it_is_the_plain_method_to_the_bit(process, deco
     method, student = make(process, decoder=decoder, mask_ratio=0.0, beta=0.0)
     x0, y = batch()
     plain = Denoising(process, CLASSES, 0.3).loss(student.network, x0, y, seeded())
-    wanted = torch.autograd.grad(plain.loss, list(student.network.parameters()))
+    expected = torch.autograd.grad(plain.loss, list(student.network.parameters()))
     got = method.loss(student, x0, y, seeded())
     found = torch.autograd.grad(got.loss, list(student.network.parameters()))
     assert torch.equal(got.loss, plain.loss)
     for key in ("x0_hat", "level"):
         assert torch.equal(getattr(got, key), getattr(plain, key))
     assert torch.equal(got.terms["loss"], plain.terms["loss"])
-    assert any(grad.any() for grad in wanted)
-    for (name, _), a, b in zip(student.network.named_parameters(), found, wanted):
+    assert any(grad.any() for grad in expected)
+    for (name, _), a, b in zip(student.network.named_parameters(), found, expected):
         assert torch.equal(a, b), name
 
 
 def test_the_teacher_gets_no_gradient_and_keeps_nothing():
     method, student = make()
-    kept, views = [], []
+    saved, views = [], []
     forward = method.teacher.forward
 
     def watched(view, *args):
         views.append(view.requires_grad_())
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
             features = forward(view, *args)
         assert features.grad_fn is None
         assert not features.requires_grad
@@ -201,7 +201,7 @@ def test_the_teacher_gets_no_gradient_and_keeps_nothing():
 
     method.teacher.forward = watched
     method.loss(student, *batch(), seeded()).loss.backward()
-    assert kept == []
+    assert saved == []
     assert views[0].grad is None
     for name, p in method.teacher.named_parameters():
         assert not p.requires_grad, name

@@ -47,7 +47,7 @@ def test_a_step_costs_what_it_says(monkeypatch, settings, steps, passes):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         psi(x0[:1])
     one, network, calls = counter.get_total_flops(), Recorder(), []
-    psi.register_forward_hook(lambda _, given, made: calls.append((len(made), made.requires_grad)))
+    psi.register_forward_hook(lambda _, inputs, made: calls.append((len(made), made.requires_grad)))
     method = StructureGame(Free(EDM(), CLASSES, 0.1), SADM(**settings), psi, one)
     method.to(CPU, torch.float32)
     with FlopCounterMode(display=False) as counter:

@@ -21,7 +21,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def matrices(net: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every weight of a product as it is used, (out, the rest)."""
+    """Return every weight of a product as it is used, as a matrix (out, the rest)."""
     return {
         name: module.weight.detach().flatten(1)
         for name, module in net.named_modules()
@@ -72,7 +72,7 @@ def assert_as_good_as_bf16(got: torch.Tensor, rounded: torch.Tensor, exact: torc
 
 
 def halved(x: torch.Tensor) -> torch.Tensor:
-    """Means of what is there of each 2x2 square."""
+    """Return means over each 2x2 square, or over the part of it that lies in the grid."""
     rows, cols = (math.ceil(side / 2) for side in x.shape[2:])
     squares = [
         x[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].flatten(2).mean(2) for i in range(rows) for j in range(cols)
@@ -111,7 +111,7 @@ def transcription(w: dict[str, torch.Tensor], x: torch.Tensor, stored=exactly) -
 
 
 def stirred(net: LatentResNet) -> LatentResNet:
-    """With norms that scale and shift."""
+    """Check outputs with norms that scale and shift."""
     for i, (name, weight) in enumerate(net.named_parameters()):
         if "norm" in name:
             weight.data += 0.3 * noise(*weight.shape, seed=i)
@@ -140,7 +140,7 @@ def test_every_pixel_counts():
 
 
 def test_gradients_of_a_gradient_penalty():
-    """Of |d (v . features) / d x|^2, by the weights: what the game's penalty needs."""
+    """The game's penalty needs the gradient of |d (v . features) / d x|^2 in the weights."""
     net = stirred(LatentResNet(**SMALL))
     copies = {name: value.detach().double().requires_grad_() for name, value in net.named_parameters()}
     x, v = noise(2, 3, 11, 9), noise(2, 24, seed=1)
@@ -185,7 +185,7 @@ def test_autocast(spectral_norm):
     net, x = LatentResNet(**SMALL, spectral_norm=spectral_norm).eval(), noise(3, 3, 16, 16).requires_grad_()
     seen = []
     for module in (net.blocks[1].norm1, net.blocks[3].norm2, net.norm):
-        module.register_forward_hook(lambda _, given, made: seen.append((given[0].dtype, made.dtype)))
+        module.register_forward_hook(lambda _, inputs, made: seen.append((inputs[0].dtype, made.dtype)))
     norms = [module for name, module in net.named_modules() if name.endswith("parametrizations.weight.0")]
     lowered: list[bool] = []  # on GPUs autocast would lower a part of their arithmetic, and the rest not take it
     for module in norms:
@@ -227,11 +227,11 @@ def test_cost_is_as_stated_and_small_beside_a_dit():
                 features.sum().backward()
         return counter.get_total_flops() / 2 / 1e9
 
-    forward, estimate, own = gflop(False, False), gflop(True, False), gflop(False, True)
-    assert [round(forward, 2), round(estimate, 2), round(own, 2)] == [0.31, 0.62, 0.92]
+    forward, estimate, to_weight = gflop(False, False), gflop(True, False), gflop(False, True)
+    assert [round(forward, 2), round(estimate, 2), round(to_weight, 2)] == [0.31, 0.62, 0.92]
     with torch.device("meta"):
         dit = DiT(input_size=32, patch=2, channels=4, width=1152, depth=28, heads=16, classes=1000)
-    game = forward + estimate + 2 * own
+    game = forward + estimate + 2 * to_weight
     assert round(game, 1) == 2.8
     assert game < 0.1 * flops_per_image(dit) / 1e9
 

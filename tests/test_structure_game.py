@@ -51,17 +51,17 @@ def played(method: StructureGame, network: nn.Module, *batch, seed: int = 3):
 def test_both_players_play_the_papers_game(process, settings):
     network, batch = Denoiser(process.out_channels(CHANNELS)), samples()
     method = game(process, weight=0.7, **settings)
-    told = exact(method, network, tiny_psi(), *batch)
+    reference = exact(method, network, tiny_psi(), *batch)
     outcome, signals = played(method, network, *batch)
-    clamped = (told.x0_hat.abs() >= batch[0].abs().max()).double().mean()
+    clamped = (reference.x0_hat.abs() >= batch[0].abs().max()).double().mean()
     assert (clamped > 0.05) == (process.name != "edm"), "both cases are tested"
-    assert_exact(outcome.loss.detach(), 0.7 * told.loss.detach())
-    assert_exact(outcome.terms["structure_loss"], told.loss.detach())
-    for mine, true in zip(gradients(network), told.gradients(told.network), strict=True):
-        assert_exact(mine, 0.7 * true)
-    ascent = told.gradients(told.psi)
-    for mine, true in zip(first_gradients(method), ascent, strict=True):
-        assert_exact(mine, true)
+    assert_exact(outcome.loss.detach(), 0.7 * reference.loss.detach())
+    assert_exact(outcome.terms["structure_loss"], reference.loss.detach())
+    for gradient, expected in zip(gradients(network), reference.gradients(reference.network), strict=True):
+        assert_exact(gradient, 0.7 * expected)
+    ascent = reference.gradients(reference.psi)
+    for gradient, expected in zip(first_gradients(method), ascent, strict=True):
+        assert_exact(gradient, expected)
     norm = math.sqrt(sum(float(g.square().sum()) for g in ascent))
     assert signals["psi_grad_norm"].item() == pytest.approx(norm, rel=1e-5)
 
@@ -77,9 +77,9 @@ def test_the_loss_is_the_bases_and_the_structures(process):
     assert torch.equal(outcome.terms["loss"], base.loss)
     assert torch.equal(outcome.x0_hat, base.x0_hat)
     params = list(network.parameters())
-    told = exact(method, network, tiny_psi(), *batch)
-    mine, own = (torch.autograd.grad(loss, params) for loss in (outcome.loss, base.loss))
-    for g, b, structure in zip(mine, own, told.gradients(told.network), strict=True):
+    reference = exact(method, network, tiny_psi(), *batch)
+    total, alone = (torch.autograd.grad(loss, params) for loss in (outcome.loss, base.loss))
+    for g, b, structure in zip(total, alone, reference.gradients(reference.network), strict=True):
         assert_exact(g, b.double() + 0.3 * structure)
     limit = batch[0].abs().max()
     features = method.psi(batch[0]), method.psi(outcome.x0_hat.clamp(-limit, limit))

@@ -1,4 +1,4 @@
-"""SADM on decoded latents: value and gradients against a plain composition in fp64, cost, and what is never trained."""
+"""Test SADM on decoded latents: value and gradients against an fp64 composition, cost, and frozen parts."""
 
 import copy
 from dataclasses import replace
@@ -31,12 +31,12 @@ from test_structure_cost import Free, NoSync, Recorder
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdit import run_parts
-from fastdit.config import parse
 from fastdit.methods.denoising import Denoising
 from fastdit.methods.encoder_build import count_flops
 from fastdit.methods.structure_game import SADM, StructureGame
 from fastdit.models import LatentDecoder, LatentResNet, open_autoencoder
 from fastdit.noise import EDM, Flow
+from fastdit.parser import parse
 
 SCALE, SHIFT = 0.4, 0.3
 RESNET = ("--sadm.psi", "image_resnet", "--sadm.psi_weights")
@@ -75,15 +75,15 @@ def test_value_and_gradients_of_both_players(decoder, process):
     network, (x0, y) = Denoiser(), samples(7)
     before = copy.deepcopy(decoder.autoencoder.state_dict())
     method = game(process, psi=picture_psi(), decoder=decoder)
-    told = exact(method, network, Plain(decoder, picture_psi()), x0, y)
+    reference = exact(method, network, Plain(decoder, picture_psi()), x0, y)
     outcome = method.loss(network, x0, y, seeded())
     outcome.loss.backward()
-    assert outcome.terms["structure_loss"].item() == pytest.approx(told.loss.item(), rel=1e-5)
-    for mine, true in zip(gradients(network), told.gradients(told.network), strict=True):
-        assert_exact(mine, true, 2e-5)
+    assert outcome.terms["structure_loss"].item() == pytest.approx(reference.loss.item(), rel=1e-5)
+    for gradient, true in zip(gradients(network), reference.gradients(reference.network), strict=True):
+        assert_exact(gradient, true, 2e-5)
     assert method.end_step()["psi_grad_norm"] > 0
-    for mine, true in zip(first_gradients(method), told.gradients(told.psi.psi), strict=True):
-        assert_exact(mine, true, 2e-5)
+    for gradient, true in zip(first_gradients(method), reference.gradients(reference.psi.psi), strict=True):
+        assert_exact(gradient, true, 2e-5)
     assert not any(p.requires_grad or p.grad is not None for p in decoder.parameters())
     assert all(torch.equal(value, before[name]) for name, value in decoder.autoencoder.state_dict().items())
     assert not any("autoencoder" in name or "decoder" in name for name in method.state_dict()["psi"])
@@ -92,28 +92,30 @@ def test_value_and_gradients_of_both_players(decoder, process):
 def test_the_denoisers_gradient_without_the_decoders(decoder):
     """The value is as before; from the pictures back to the latents the gradient takes the linear map."""
     network, (x0, y) = Denoiser(), samples(7)
-    told = exact(method := game(EDM()), network, Plain(decoder, picture_psi()), x0, y)
+    reference = exact(method := game(EDM()), network, Plain(decoder, picture_psi()), x0, y)
     with torch.no_grad():
-        pictures = told.psi.autoencoder.decode(told.x0_hat / SCALE + SHIFT)
-        real = told.psi(told.x0)
+        pictures = reference.psi.autoencoder.decode(reference.x0_hat / SCALE + SHIFT)
+        real = reference.psi(reference.x0)
     pictures.requires_grad_()
     level = EDM().draw(len(x0), generator=seeded(), device="cpu").double()
     weight = sample_weights(level, method.settings)
-    (upstream,) = torch.autograd.grad(structure(real, told.psi.psi(pictures), weight, method.settings), pictures)
+    (upstream,) = torch.autograd.grad(structure(real, reference.psi.psi(pictures), weight, method.settings), pictures)
     decoder.approximate_gradient()
     cells = upstream.unflatten(2, (SIZE[0], 4)).unflatten(4, (SIZE[1], 4)).sum((3, 5))
-    to_latents = torch.einsum("ck,bcij->bkij", decoder.colours.double(), cells) / SCALE
-    expected = torch.autograd.grad(told.x0_hat, list(told.network.parameters()), to_latents, retain_graph=True)
+    to_latents = torch.einsum("ck,bcij->bkij", decoder.colors.double(), cells) / SCALE
+    expected = torch.autograd.grad(
+        reference.x0_hat, list(reference.network.parameters()), to_latents, retain_graph=True
+    )
 
     method = game(EDM(), psi=picture_psi(), decoder=decoder, psi_decoder_gradient=False)
     outcome = method.loss(network, x0, y, seeded())
     outcome.loss.backward()
-    assert outcome.terms["structure_loss"].item() == pytest.approx(told.loss.item(), rel=1e-5)
-    for mine, true in zip(gradients(network), expected, strict=True):
-        assert_exact(mine, true, 2e-5)
+    assert outcome.terms["structure_loss"].item() == pytest.approx(reference.loss.item(), rel=1e-5)
+    for gradient, true in zip(gradients(network), expected, strict=True):
+        assert_exact(gradient, true, 2e-5)
     method.end_step()
-    for mine, true in zip(first_gradients(method), told.gradients(told.psi.psi), strict=True):
-        assert_exact(mine, true, 2e-5)
+    for gradient, true in zip(first_gradients(method), reference.gradients(reference.psi.psi), strict=True):
+        assert_exact(gradient, true, 2e-5)
 
 
 @pytest.mark.parametrize("exact_gradient", [True, False])
@@ -122,7 +124,7 @@ def test_autocast(decoder, exact_gradient):
     if not exact_gradient:
         decoder.approximate_gradient()
     found, seen = [], []
-    decoder.autoencoder.model.decoder.conv_in.register_forward_hook(lambda _, given, made: seen.append(made.dtype))
+    decoder.autoencoder.model.decoder.conv_in.register_forward_hook(lambda _, inputs, made: seen.append(made.dtype))
     for dtype in (torch.float32, torch.bfloat16):
         network, method = Denoiser(), game(EDM(), psi=picture_psi(), decoder=decoder)
         method.to(CPU, dtype)
@@ -162,7 +164,7 @@ def test_the_gradient_penalty_is_in_pixels(decoder):
     ],
 )
 def test_a_step_costs_what_it_says(decoder, settings, passes, decoded):
-    """In FLOPs, of a step and of the two networks that encoder_build.py counts."""
+    """Compare the FLOPs of a step, and of the two networks, with those that torch counts."""
     psi, shape = LatentResNet(channels=3, features=8, width=16), run_parts.Shape(CHANNELS, *SIZE, 5)
     if not settings.get("psi_decoder_gradient", True):
         decoder.approximate_gradient()
@@ -175,9 +177,9 @@ def test_a_step_costs_what_it_says(decoder, settings, passes, decoded):
         method.end_step()
     assert of_decoder > of_psi > 0
     flops = method.flops(network)
-    told = flops.get("structure", 0.0)
-    assert told == passes * of_psi + decoded * of_decoder
-    assert counter.get_total_flops() == pytest.approx(4 * told, rel=0.04)
+    counted = flops.get("structure", 0.0)
+    assert counted == passes * of_psi + decoded * of_decoder
+    assert counter.get_total_flops() == pytest.approx(4 * counted, rel=0.04)
 
 
 @pytest.mark.parametrize("exact_gradient", [True, False])
@@ -223,7 +225,7 @@ def test_what_is_built(flags):
         decoder = run_parts.build_decoder(config, shape)
         _, method = run_parts.build_training(parse([str(flag) for flag in (*flags, *more)]), shape, decoder)
         assert method.decoder is decoder
-        assert (decoder.colours is not None) == approximate
+        assert (decoder.colors is not None) == approximate
         assert method.psi_flops == count_flops(method.psi, run_parts.Shape(3, 32, 32, 2))
         assert method.decoder_flops == count_flops(decoder, shape) > 0
     latents = replace(config, sadm=replace(config.sadm, psi="latent_resnet", psi_weights=None))

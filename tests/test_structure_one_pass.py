@@ -42,7 +42,7 @@ CASES = {
 
 
 class Base(Denoising):
-    """A base in the dtype of its samples; the generator gives levels and noise."""
+    """Compute the base's loss in the dtype of its samples. The generator gives levels and noise."""
 
     def loss(self, network, x0, y, generator):
         level = self.noise.draw(len(x0), generator=generator, device="cpu").to(x0.dtype)
@@ -53,7 +53,7 @@ class Base(Denoising):
 
 
 class Double(StructureGame):
-    """The game in fp64 throughout."""
+    """Play the game in fp64 throughout."""
 
     def _features(self, x):
         return self.psi(x)
@@ -111,8 +111,8 @@ def test_one_pass_finds_what_two_find(monkeypatch, case):
         network.zero_grad()
         for seed, (x0, y) in enumerate(batches):
             (method.loss(network, x0, y, seeded(seed)).loss / 2).backward()
-        for mine, true in zip(gradients(network), expected, strict=True):
-            torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-12)
+        for gradient, true in zip(gradients(network), expected, strict=True):
+            torch.testing.assert_close(gradient, true, rtol=1e-10, atol=1e-12)
         assert method.end_step().keys() == {"gradient_ratio", *(["psi_grad_norm"] if learns else [])}
         beta = settings.psi_betas[0]
         for weight, moment, true in zip(psi.parameters(), before, ascent, strict=learns):
@@ -140,21 +140,21 @@ def test_in_bf16_too():
     outcome.loss.backward()
     method.end_step()
     assert torch.equal(outcome.terms["structure_loss"], frozen)
-    for mine, true in zip(gradients(network), expected, strict=True):
-        torch.testing.assert_close(mine, true, rtol=1e-5, atol=1e-7)
-    for mine, true in zip(first_gradients(method), ascent, strict=True):
-        assert (mine - true).norm() < 0.02 * true.norm()
+    for gradient, true in zip(gradients(network), expected, strict=True):
+        torch.testing.assert_close(gradient, true, rtol=1e-5, atol=1e-7)
+    for gradient, true in zip(first_gradients(method), ascent, strict=True):
+        assert (gradient - true).norm() < 0.02 * true.norm()
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_penalty": 0.1}, {"structure": "fixed"}])
 def test_psis_activations_are_gone_before_the_denoisers_backward_pass(settings):
-    kept, psi = [], LatentResNet(channels=CHANNELS, features=4, width=16)
+    activations, psi = [], LatentResNet(channels=CHANNELS, features=4, width=16)
     for module in psi.modules():
-        module.register_forward_hook(lambda _, given, made: kept.append(weakref.ref(made)))
+        module.register_forward_hook(lambda _, inputs, made: activations.append(weakref.ref(made)))
     method, x0 = game(EDM(), psi=psi, base=Denoising, **settings), torch.rand(4, CHANNELS, 8, 8, generator=seeded())
     outcome = method.loss(network := Denoiser(), x0, torch.arange(4), seeded())
     gc.collect()
-    assert len(kept) > 20
-    assert all(made() is None for made in kept)
+    assert len(activations) > 20
+    assert all(made() is None for made in activations)
     outcome.loss.backward()
     assert all(p.grad.isfinite().all() for p in network.parameters())

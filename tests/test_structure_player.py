@@ -26,11 +26,11 @@ from structure_game_helpers import (
 )
 from test_image_resnet import resnet18_weights
 
-from fastdit.config import parse
 from fastdit.methods.denoising import Denoising
 from fastdit.methods.structure_game import SADM
 from fastdit.models import ImageResNet, LatentResNet, encoder_products
 from fastdit.noise import EDM, Flow
+from fastdit.parser import parse
 from fastdit.run_parts import Shape, build_training
 
 
@@ -62,9 +62,9 @@ def test_psi_steps_on_the_mean_of_all_micro_batches():
         method.loss(network, *batch, seeded(seed))
     before = weights(method)
     method.end_step()
-    told = [exact(method, network, tiny_psi(), *batch, seed=seed) for seed, batch in enumerate(batches)]
-    for mine, *parts in zip(first_gradients(method), *(one.gradients(one.psi) for one in told), strict=True):
-        assert_exact(mine, sum(parts) / 3)
+    references = [exact(method, network, tiny_psi(), *batch, seed=seed) for seed, batch in enumerate(batches)]
+    for gradient, *parts in zip(first_gradients(method), *(one.gradients(one.psi) for one in references), strict=True):
+        assert_exact(gradient, sum(parts) / 3)
     assert moved(method, before) > 0
     before = weights(method)
     step(method, network)
@@ -105,17 +105,17 @@ def test_psi_learns_at_its_own_rate(schedule):
 def test_the_gradient_penalty(normalise, distance):
     network, batch = Denoiser(), samples()
     method = game(EDM(), gradient_penalty=0.4, normalise=normalise, distance=distance)
-    told, draws = exact(method, network, tiny_psi(), *batch), seeded()
+    reference, draws = exact(method, network, tiny_psi(), *batch), seeded()
     method.base.loss(network, *batch, draws)
     directions = torch.randn(14, 4, generator=draws)
     method.loss(network, *batch, seeded()).loss.backward()
-    for mine, true in zip(gradients(network), told.gradients(told.network), strict=True):
-        assert_exact(mine, true)
+    for gradient, expected in zip(gradients(network), reference.gradients(reference.network), strict=True):
+        assert_exact(gradient, expected)
     method.end_step()
     relative = (normalise, distance) != ("none", "squared")
-    penalised = told.loss - 0.4 * gradient_penalty(told, directions, relative)
-    for mine, true in zip(first_gradients(method), told.gradients(told.psi, penalised), strict=True):
-        assert_exact(mine, true)
+    penalised = reference.loss - 0.4 * gradient_penalty(reference, directions, relative)
+    for gradient, expected in zip(first_gradients(method), reference.gradients(reference.psi, penalised), strict=True):
+        assert_exact(gradient, expected)
 
 
 def test_shrinking_the_features_does_not_pay_the_gradient_penalty():
@@ -181,11 +181,11 @@ def test_a_restarted_game_goes_on_to_the_bit():
     straight, network = fresh(0), Denoiser()
 
     def play(method, numbers):
-        told = []
+        results = []
         for number in numbers:
             method.begin_step(number, 10)
-            told.append((method.loss(network, x0, y, seeded(number)).loss.detach(), method.end_step()))
-        return told
+            results.append((method.loss(network, x0, y, seeded(number)).loss.detach(), method.end_step()))
+        return results
 
     play(straight, range(3))
     resumed = fresh(1)

@@ -1,4 +1,4 @@
-"""benchmarks/throughput.py: it measures what trains, its rows add up, and records, tables and README say the same."""
+"""Test benchmarks/throughput.py: it measures what trains, its rows add up, and records, tables and README agree."""
 
 import contextlib
 import csv
@@ -12,21 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from throughput_helpers import ROOT, RUN, SAME
 
 from fastdit import run_parts
-from fastdit.config import parse
 from fastdit.errors import UserError
+from fastdit.parser import parse
 
-ROOT = Path(__file__).parents[1]
-RUN = shlex.split(
-    "--device cpu --threads 1 --batch 3 --precision fp32 --model.depth 2 --model.width 32 --model.heads 2 "
-    "--sd_dit.decoder_width 16 --sd_dit.decoder_depth 1 --sd_dit.decoder_heads 2 --sd_dit.head_width 24 "
-    "--sd_dit.bottleneck 8 --sd_dit.prototypes 40"
-)
 LATENTS = shlex.split("--model S/4 --size 16 --channels 3 --classes 7")
-SAME = shlex.split(
-    "--model.patch 4 --data.source synthetic:3x16x16:7:10000 --data.size 16 --data.channels 3 --data.classes 7"
-)
 NAMED = ("sd_dit", "graphs")
 PEER = """
 import os
@@ -51,8 +43,10 @@ class DiT(torch.nn.Module):
 
 @pytest.fixture(scope="module", autouse=True)
 def surroundings():
-    """benchmarks/ on the path; one process group for all runs, for DeepSpeed keeps groups of the first; and what they
-    change in this process is put back."""
+    """Put benchmarks/ on the path, and restore what the runs change in this process.
+
+    All runs share one process group, because DeepSpeed keeps the groups of the first.
+    """
     before, threads = dict(os.environ), torch.get_num_threads()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with pytest.MonkeyPatch.context() as patch:
@@ -69,7 +63,7 @@ def surroundings():
 
 
 def benchmark(*argv) -> str:
-    """What a run prints."""
+    """Run the benchmark, and return the text that it prints."""
     from throughput import _benchmark
 
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -85,7 +79,7 @@ def clone(folder: Path, text: str) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """(record, what was printed, folder) of SD-DiT beside dit, eager, a peer and one that fails."""
+    """Return (record, printed text, folder) of SD-DiT beside dit, eager, a peer, and a peer that fails."""
     folder = tmp_path_factory.mktemp("throughput")
     good = clone(folder / "good", PEER)
     bad = clone(folder / "bad", PEER.replace("self.mix(x)", "self.nothing(x)"))
@@ -97,7 +91,7 @@ def measured(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """The record of dit alone, on the shipped images."""
+    """Return the record of dit alone, on the shipped images."""
     path = tmp_path_factory.mktemp("plain") / "r.json"
     images = shlex.split("--model S/7 --size 28 --channels 1 --data fashion_mnist --steps 2 --zero 0 --json")
     benchmark(*RUN, *images, path)
@@ -155,7 +149,7 @@ def test_parts_and_rest_are_the_whole(measured, plain):
 
 
 def test_rest_hides_nothing():
-    """Parts from known laps; what is of no part is the rest."""
+    """Compute the parts from known laps, and check that time outside every part is the rest."""
     from step_tables import step_rows
     from stopwatch import Contender, Stopwatch
 
@@ -232,7 +226,7 @@ def test_readme_comes_from_the_records(measured, tmp_path):
 
 
 def test_a_step_is_the_training_loops(tmp_path):
-    """The same weights, averages, teacher, centres and Psi after three steps, to the bit."""
+    """Check that weights, EMA weights, teacher, centers and Psi are the same to the bit after three steps."""
     method = "--method sd_dit+sadm --sadm.psi_width 16 --sadm.start 0 --sadm.psi_warm_steps 0"
     steps = f"--steps 3 --lr 1e-2 --warmup 2 --out {tmp_path}"
     config = parse([*RUN, *SAME, *method.split(), *steps.split()])
@@ -246,204 +240,26 @@ def test_a_step_is_the_training_loops(tmp_path):
     from fastdit.training.ema import ema_state
     from fastdit.training.session import Session
 
-    mine, theirs = Engine(config, ranks, Stopwatch(ranks.device)), Session(config, ranks)
-    before = [p.detach().clone() for p in mine.run.engine.module.parameters()]
-    assert loop.train(theirs.run, 0, lambda step: None)
+    timed, trained = Engine(config, ranks, Stopwatch(ranks.device)), Session(config, ranks)
+    before = [p.detach().clone() for p in timed.run.engine.module.parameters()]
+    assert loop.train(trained.run, 0, lambda step: None)
     for _ in range(3):
-        mine.step()
+        timed.step()
     states = []
-    for run in (mine.run, theirs.run):
+    for run in (timed.run, trained.run):
         module = run.engine.module
         average = ema_state(run.engine, module, "cpu")
         base = run.method.base
         states.append([*module.parameters(), *average.values(), *base.teacher.parameters(), base.centers])
         states[-1] += run.method.psi.parameters()
-    mine.close()
-    theirs.close()
+    timed.close()
+    trained.close()
     assert all(map(torch.equal, *states))
     assert not any(map(torch.equal, before[:3], states[0][:3]))
 
 
-@pytest.mark.parametrize("decoder", ["extra", "split"])
-def test_components_are_cut_where_they_end(decoder):
-    """Each cut of the backward pass comes when a component's gradients have been computed."""
-    from contenders import cut_components
-
-    sizes = [] if decoder == "extra" else ["--sd_dit.decoder_width", "null", "--sd_dit.decoder_depth", "null"]
-    sizes += [] if decoder == "extra" else ["--sd_dit.decoder_heads", "null"]
-    config = parse([*RUN, *SAME, "--method", "sd_dit", "--sd_dit.decoder", decoder, *sizes])
-    module, method = run_parts.build_training(config, run_parts.shape_of(config, 7))
-    seen: list[str] = []
-
-    class Watch:
-        def lap(self, name: str) -> None:
-            seen.append(f"| {name}")
-
-    assert cut_components(module, method, Watch()) == "encoder"
-    for name, parameter in module.named_parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.append(name))
-    generator = torch.Generator().manual_seed(0)
-    x0, y = torch.randn(3, 3, 16, 16, generator=generator), torch.tensor([0, 3, 6])
-    outcome = method.loss(module, x0, y, generator)
-    forward, seen[:] = list(seen), []
-    assert forward == [
-        f"| forward{part}" for part in ("", "/teacher", "", "/encoder", "/decoder", "/head")
-    ]  # the teacher's own encoder cuts nothing
-    outcome.loss.backward()
-    seen.append("| backward/encoder")
-    text = "\n".join(seen).split("| ")
-    names = [part.split("\n")[0] for part in text[1:]]
-    assert names == ["backward", "backward/head", "backward/decoder", "backward/encoder"]
-    made = [{name for name in part.split("\n")[1:] if name} for part in ["\n" + text[0], *text[1:-1]]]
-    later = ("network.decoder.", "network.bridge.")
-    if decoder == "split":
-        later = ("network.blocks.1.", "network.head.")  # adaln and patch_embed serve both, and end with the encoder
-    parts = [set(), set(), set(), set()]
-    for name, _ in module.named_parameters():
-        parts[1 if name.startswith("head.") else 2 if name.startswith(later) else 3].add(name)
-    assert made == parts
-
-
-def test_a_graph_holds_the_whole_of_a_split_dit():
-    from contenders import cut_components
-
-    config = parse(["--method", "sd_dit", *SAME, "--model.depth", "2", "--model.width", "32", "--model.heads", "2"])
-    module, method = run_parts.build_training(config, run_parts.shape_of(config, 7))
-    seen: list[str] = []
-
-    class Watch:
-        def lap(self, name: str) -> None:
-            seen.append(name)
-
-    assert cut_components(module, method, Watch(), graphs=True) == "network"
-    method.loss(module, torch.randn(3, 3, 16, 16), torch.tensor([0, 3, 6]), torch.Generator()).loss.backward()
-    assert seen == [
-        "forward", "forward/teacher", "forward", "forward/network", "forward/head", "backward", "backward/head"
-    ]  # fmt: skip
-
-
-def test_the_game_is_cut_from_its_base():
-    """What is computed between cuts: by whom Psi is run, and which gradients have been made."""
-    from contenders import cut_game
-
-    config = parse([*RUN, *SAME, "--method", "sadm", "--sadm.psi_width", "16"])
-    module, game = run_parts.build_training(config, run_parts.shape_of(config, 7))
-    game.to(torch.device("cpu"), torch.float32)
-    seen: list[str] = []
-
-    class Watch:
-        def lap(self, name: str) -> None:
-            seen.append(f"| {name}")
-
-    cut_game(game, Watch(), "forward/network")
-    module.register_forward_hook(lambda *_: seen.append("denoiser"))
-    game.psi.register_forward_hook(lambda *_: seen.append("psi"))
-    module.register_full_backward_hook(lambda *_: seen.append("denoiser backward"))
-    generator = torch.Generator().manual_seed(0)
-    x0, y = torch.randn(3, 3, 16, 16, generator=generator), torch.tensor([0, 3, 6])
-    loss = game.loss(module, x0, y, generator).loss
-    assert seen == ["denoiser", "| forward/network", "psi", "psi"]
-    assert all(p.grad is not None for p in game.psi.parameters())
-    assert all(p.grad is None for p in module.parameters())
-    loss.backward()
-    assert seen[4:] == ["denoiser backward"]
-    assert all(p.grad is not None for p in module.parameters())
-    game.end_step()
-    assert seen[5:] == ["| extras"]
-
-
-def test_laps_add_up_and_turns_turn(monkeypatch):
-    import stopwatch
-    from journal import Journal
-    from stopwatch import Contender, Rounds, Stopwatch, Turn
-
-    now = iter(range(10**6))
-    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(now) / 1e3)
-    watch, order = Stopwatch(torch.device("cpu")), []
-
-    class Fake(Contender):
-        def __init__(self, name: str):
-            super().__init__(watch)
-            self.name = name
-
-        def step(self) -> None:
-            order.append(self.name)
-            self.watch.start()
-            for lap in ("forward", "forward/x", "forward"):
-                self.watch.lap(lap)
-
-    class Alone:
-        def barrier(self) -> None:
-            order.append("|")
-
-    journal = Journal()
-    rounds = Rounds(Alone(), Turn(1, 2), journal)
-    for _ in range(2):
-        rounds.take({name: Fake(name) for name in "abc"})
-    assert "".join(order) == "|aaa|bbb|ccc|bbb|ccc|aaa"
-    assert [line["what"] for line in journal.lines] == ["round", "round"]
-    for line in journal.lines:
-        assert list(line["laps"]) == ["a", "b", "c"]
-        for turn in line["laps"].values():
-            assert turn == [{"forward": pytest.approx(2.0), "forward/x": pytest.approx(1.0)}] * 2
-
-
-def test_a_gpu_is_waited_for_once_a_turn(monkeypatch):
-    from stopwatch import Stopwatch
-
-    calls = []
-
-    class Event:
-        def __init__(self, enable_timing: bool):
-            assert enable_timing
-
-        def record(self) -> None:
-            calls.append("record")
-            self.at = len(calls) ** 2
-
-        def elapsed_time(self, later: "Event") -> float:
-            assert "wait" in calls
-            return later.at - self.at
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
-    watch = Stopwatch(torch.device("cuda"))
-    for _ in range(2):
-        watch.start()
-        watch.lap("forward")
-        watch.lap("backward")
-    assert watch.read() == [{"forward": 3, "backward": 5}, {"forward": 9, "backward": 11}]
-    assert calls == ["record"] * 6 + ["wait"]
-    assert watch.read() == []
-
-
-def test_plain_pytorch_trains(monkeypatch):
-    """AdamW's step against one by hand from its own gradients, and the average after it."""
-    from contenders import Plain
-    from stopwatch import Stopwatch
-
-    from fastdit.distributed import Runtime
-
-    monkeypatch.delenv("FASTDIT_KERNELS", raising=False)
-    config = parse([*RUN, *SAME, "--lr", "1e-2", "--weight_decay", "0.1", "--ema.decay", "0.75"])
-    contender = Plain(config, Runtime(0, 1, 0, torch.device("cpu")), Stopwatch(torch.device("cpu")))
-    before = [p.detach().clone() for p in contender.weights]
-    grads = {}
-    for i, p in enumerate(contender.weights):
-        p.register_post_accumulate_grad_hook(lambda p, i=i: grads.update({i: p.grad.clone()}))
-    contender.step()
-    contender.close()
-    assert "FASTDIT_KERNELS" not in os.environ
-    assert len(grads) == len(before)
-    for i, (old, new, average) in enumerate(zip(before, contender.weights, contender.averages)):
-        expected = old * (1 - 1e-2 * 0.1) - 1e-2 * grads[i] / (grads[i].abs() + 1e-8)
-        torch.testing.assert_close(new.detach(), expected, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(average, torch.lerp(old, new.detach(), 0.25))
-        assert new.grad is None
-
-
 def test_the_step_with_cuda_graphs_is_a_contender(monkeypatch, tmp_path):
-    """Cut like the one without; graphs as tests/train_with_graphs.py plays them."""
+    """Check that it is cut like the step without graphs. tests/train_with_graphs.py stands in for CUDA's graphs."""
     from train_with_graphs import stand_in
 
     from fastdit.training import cuda_graphs
@@ -502,11 +318,3 @@ def test_a_peer_that_cannot_be_imported_is_one_line(tmp_path, text, words):
     with pytest.raises(UserError, match=words) as caught:
         benchmark("--device", "cpu", "--against", f"peer:fast-dit:{clone(tmp_path / 'clone', text)}")
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(("size", "out"), [((16, 8), 3), ((16, 16), 4)])
-def test_a_peer_has_limits(size, out):
-    from peers import build_peer
-
-    with pytest.raises(UserError, match="--against peer"):
-        build_peer(torch.nn.Module, {}, 4.0, 4, run_parts.Shape(3, *size, 7), out)

@@ -14,7 +14,7 @@ from launching import TINY, averages, checkpoint, deepspeed, forked, metrics, ru
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastdit.config import load
+from fastdit.parser import load
 from fastdit.rundir.checkpoint_files import damage
 
 pytestmark = pytest.mark.launch

@@ -44,13 +44,13 @@ def loaded(path: Path, **sizes) -> LatentResNet:
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory):
     """Take sixty steps. Return the file, the encoder that was written to it, and the printed line."""
-    out, kept = tmp_path_factory.mktemp("warm") / "new" / "psi.safetensors", []
+    out, saved = tmp_path_factory.mktemp("warm") / "new" / "psi.safetensors", []
     save, said = warm_start.save_structure_encoder, []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(warm_start, "save_structure_encoder", lambda net, path: (kept.append(net), save(net, path)))
+        patch.setattr(warm_start, "save_structure_encoder", lambda net, path: (saved.append(net), save(net, path)))
         patch.setattr("builtins.print", lambda text: said.append(text))
         run(out, f"{FASHION} --batch 64 --steps 60")
-    return out, kept[0].eval(), said[0]
+    return out, saved[0].eval(), said[0]
 
 
 def test_it_learns_the_shipped_images(learnt):
@@ -131,7 +131,7 @@ def test_latents(tmp_path):
 
 
 def test_a_preset_gives_what_is_not_given():
-    from fastdit.config import parse
+    from fastdit.parser import parse
 
     settings = parse(["--preset", "quickstart"])
     args = warm_start._parser(settings).parse(["--out", "x", "--steps", "1", "--data.threads", "1", "--width", "48"])
@@ -153,7 +153,7 @@ def test_a_preset_gives_what_is_not_given():
         (f"{FASHION} --steps x", ["steps", "expected int", "x"]),
         (FASHION, ["steps", "required"]),
         ("--preset nope --steps 1", ["--preset nope", "quickstart"]),
-        ("--preset imagenet256_xl2 --steps 1", ["data/imagenet256: no such"]),
+        ("--preset imagenet256 --steps 1", ["data/imagenet256: no such"]),
         (f"{FASHION} --steps 1 --data.channels 3", ["1 channels", "model takes 3"]),
         (f"{FASHION} --steps 1 --data.classes 3", ["label", "out of range for 3 classes"]),
     ],

@@ -14,7 +14,7 @@ from fp64_reference import MasterWeights, rank_inputs
 from launching import RECIPE, TINY, averages, forked, metrics, python, run
 
 from fastdit import run_parts
-from fastdit.config import parse
+from fastdit.parser import parse
 
 pytestmark = pytest.mark.launch
 

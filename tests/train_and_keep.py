@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from fastdit import distributed
-from fastdit.config import parse
+from fastdit.parser import parse
 
 
 def main(argv: list[str]) -> None:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from convergence_training import SilentRuntime, price_runs, train
 
 from fastdit import distributed
-from fastdit.config import parse
+from fastdit.parser import parse
 
 
 def main(argv: list[str]) -> None:

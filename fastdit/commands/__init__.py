@@ -1,1 +1,1 @@
-"""Commands beside training, sampling, evaluation, encoding and export."""
+"""Define the commands beside training, sampling, evaluation, encoding and export."""

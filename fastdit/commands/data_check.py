@@ -20,12 +20,15 @@ def _parser() -> OneLineParser:
 
 def run(argv: list[str]) -> None:
     """Print the problems, or one line that says which properties were verified. Raises UserError after problems."""
+    # Check the flags, and then the source.
     args = _parser().parse(argv)
     for field, least in (("most", 0), ("threads", 1), ("classes", 1)):
         if (value := getattr(args, field)) is not None and value < least:
             raise UserError(f"--{field} {value}: must be at least {least}")
     place = place_of_manifest(args.source) if args.write_manifest else None
     found = check(args.source, classes=args.classes, decode=args.decode, threads=args.threads)
+
+    # Print the problems, or what was verified.
     if lines := found.problems.lines:
         rest = [f"and {len(lines) - args.most} more"] if len(lines) > args.most else []
         print("\n".join([*lines[: args.most], *rest]))

@@ -20,7 +20,7 @@ def _parser() -> OneLineParser:
 
 
 def run(argv: list[str]) -> None:
-    """Run the command. If it was interrupted earlier, it continues where it was. Raises UserError."""
+    """Run the command. After an interruption, it continues where it was. Raises UserError if the tar is not usable."""
     args = _parser().parse(argv)
     if args.per_shard < 1:
         raise UserError(f"--per_shard {args.per_shard}: must be at least 1")

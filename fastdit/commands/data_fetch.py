@@ -26,7 +26,7 @@ def _parser() -> OneLineParser:
 
 
 def run(argv: list[str]) -> None:
-    """Run the command. Raises UserError."""
+    """Run the command. Raises UserError if the files cannot be obtained or written."""
     args = _parser().parse(argv)
     if args.name == "imagenet-info":
         print(INSTRUCTIONS)
@@ -44,8 +44,11 @@ def run(argv: list[str]) -> None:
 
 def _make(image_set: ImageSet, out: Path, user_path: Path | None, settings: dict) -> None:
     """Obtain the files of a set and write its splits. Raises UserError if the files are not available."""
+    # Obtain the files.
     recipes = [files for files, _ in image_set.recipes]
     number, files = obtain(recipes, out / UNFINISHED, user_path)
+
+    # Write the splits that are not complete.
     about = settings | {
         "source": image_set.home,
         "files": {name: sha256_of(path) for name, path in files.items()},

@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from fastdit import distributed, run_parts
 from fastdit.command_line import OneLineParser
-from fastdit.config import Config, DataConfig, ModelConfig, parse, presets
+from fastdit.config import Config, DataConfig, ModelConfig
 from fastdit.errors import UserError, run_command
 from fastdit.methods.encoder_warm_start import LR, WEIGHT_DECAY, WINDOW, Diverged, warm_start_encoder
 from fastdit.models.structure_encoders import LatentResNet, save_structure_encoder
+from fastdit.parser import parse, presets
 
 NAMES = ", ".join(presets())
 
@@ -38,8 +39,8 @@ def _parser(base: Config) -> OneLineParser:
     parser.add_argument("--out", type=str, required=True, help="file for the encoder's weights, .safetensors")
     parser.add_argument("--steps", type=int, required=True, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=256, help="samples per step")
-    parser.add_argument("--lr", type=float, default=LR, help="AdamW's, at the start of a cosine to zero")
-    parser.add_argument("--weight_decay", type=float, default=WEIGHT_DECAY, help="AdamW's, decoupled")
+    parser.add_argument("--lr", type=float, default=LR, help="AdamW's learning rate, which follows a cosine to zero")
+    parser.add_argument("--weight_decay", type=float, default=WEIGHT_DECAY, help="AdamW's weight decay")
     parser.add_argument("--width", type=int, default=psi.psi_width, help="the run's sadm.psi_width")
     parser.add_argument("--features", type=int, default=psi.psi_features, help="the run's sadm.psi_features")
     parser.add_argument("--spectral_norm", type=bool, default=psi.spectral_norm, help="the run's sadm.spectral_norm")
@@ -51,6 +52,7 @@ def _parser(base: Config) -> OneLineParser:
 
 
 def _warm_start(argv: list[str]) -> None:
+    """Train the encoder by the flags `argv`, and write it. Raises UserError."""
     # Read the flags, twice if a preset gives the defaults.
     args = _parser(Config()).parse(argv)
     if args.preset:
@@ -60,7 +62,7 @@ def _warm_start(argv: list[str]) -> None:
         raise UserError(f"--out {out}: must end in .safetensors")
     shared = ("steps", "batch", "lr", "weight_decay", "seed", "device", "data")
     config = Config(model=ModelConfig(patch=1), **{field: getattr(args, field) for field in shared})  # checks ranges
-    device = torch.device("cuda" if distributed.on_gpu(config) else "cpu")
+    device = distributed.choose_device(config.device)
     out.parent.mkdir(parents=True, exist_ok=True)
 
     # Open the data and build the encoder.

@@ -1,1 +1,1 @@
-"""Evaluate a run: open it, draw samples, compare them with real images."""
+"""Evaluate a run: open it, draw samples, and compare them with real images."""

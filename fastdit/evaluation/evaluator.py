@@ -1,9 +1,8 @@
-"""Figures of a network's samples against real images, the work shared by the ranks; in training and by the command.
+"""Compare a network's samples with real images, in training and in fastdit/evaluate.py. The ranks share the work.
 
-    settings -> Evaluator (feature network, reference) -> draw, look at, forget, a batch at a time -> one record
-
-Sample i depends on the seed and i alone, and every rank draws as many batches: figures do not depend on the number
-of ranks, and no rank waits for another's.
+Samples are drawn a batch at a time, and only their features are kept. Sample i depends on the seed and i alone, so that
+figures do not depend on the number of ranks. Every rank draws the same number of batches, so that none waits long for
+another.
 """
 
 import sys
@@ -32,14 +31,14 @@ from fastdit.models import LatentDecoder
 from fastdit.rundir import eval_log
 from fastdit.rundir.metrics_log import versions
 
-KEPT = 50_000  # samples whose features are kept for kernel distance, precision and recall
-JUDGED_PIXELS = 3 * 64 * 64  # class agreement compares raw pixels: up to this size
-JUDGED_LEAST = 10  # real images, so that either half has five neighbours
-JUDGED_HALF = 2_000  # real images that the floor of class agreement takes
+KEPT = 50_000  # samples, at most, whose features are kept for kernel distance, precision and recall
+JUDGED_PIXELS = 3 * 64 * 64  # largest image for class agreement, which compares raw pixels
+JUDGED_LEAST = 10  # smallest number of real images, so that either half has five neighbors
+JUDGED_HALF = 2_000  # real images, at most, that the floor of class agreement classifies
 
 
 class Evaluator:
-    """Evaluates networks of one run by `config.eval`, with the sampler of `config.sample`."""
+    """Evaluate networks of one run by `config.eval`, with the sampler of `config.sample`."""
 
     def __init__(
         self,
@@ -51,33 +50,40 @@ class Evaluator:
         opened: Source | None = None,
         live: bool = True,
     ):
-        """Opens all it needs, so that what is missing shows at once. Raises UserError.
+        """Open the real images and the feature network.
 
-        decoder: on the device, where samples are latents. opened: the run's own data, where that is open already.
-        live: show progress.
+        decoder: decoder of the samples, on the device, if they are latents.
+        opened: the run's training data, if it is open already.
+        live: whether rank 0 shows progress.
+
+        Raises UserError if anything that an evaluation needs is missing.
         """
+        # Compare what the decoder makes of latents, or the samples themselves.
         settings = config.eval
         self.sampled, self.decoder = shape, decoder
-        if decoder:  # from here on, what is compared
+        if decoder:
             factor = decoder.autoencoder.factor
             shape = run_parts.Shape(3, factor * shape.height, factor * shape.width, shape.classes)
             config = replace(config, data=replace(config.data, size=(shape.height, shape.width), channels=3))
         self.config, self.settings, self.shape, self.runtime = config, settings, shape, runtime
         self.batch = draw_samples.BATCH[runtime.device.type]
         self.live = live and runtime.first
+
+        # Open the real images and the feature network.
         self.data = settings.data or config.data.source
         self.source = None if settings.data else opened
         if self.source is None and not self.data.endswith(".npz"):
             self.source = open_source(self.data, classes=None if settings.data else config.data.classes)
         if shape.channels not in (1, 3) or (self.source and self.source.kind == "latent"):
-            missing = "images, or an ADM reference .npz, as data" if decoder else "the autoencoder that decodes them"
+            remedy = "images, or an ADM reference .npz, as data" if decoder else "the autoencoder that decodes them"
             raise UserError(
-                f"{self.data if self.source else config.out}: latents cannot be evaluated by themselves; give {missing}"
+                f"{self.data if self.source else config.out}: latents cannot be evaluated by themselves; give {remedy}"
             )
         self.n_real = self._count_real() if self.source else None
         self.net = feature_net(settings.features, settings.weights, runtime.device)
 
     def _count_real(self) -> int:
+        """Return the number of real images to compare with. Raises UserError if it is below 4 or the data has fewer."""
         n = self.settings.n_real or self.source.n
         if not 4 <= n <= self.source.n:
             raise UserError(f"{self.data}: has {self.source.n} images, {n} are asked for (n_real); the least is 4")
@@ -85,7 +91,7 @@ class Evaluator:
 
     @cached_property
     def reference(self) -> reference.Reference | None:
-        """A collective; None but on rank 0."""
+        """Return the real images' side, on rank 0 only; None elsewhere. Making it is a collective. Raises UserError."""
         progress = partial(tqdm, desc="real images", unit="batch", disable=not self.live, leave=False)
         shared = (self.net, self.runtime, self.batch, progress)
         if self.source is None:
@@ -94,18 +100,28 @@ class Evaluator:
 
     @cached_property
     def known(self) -> tuple[Tensor, Tensor] | None:
-        """Real images and labels for class agreement; None where it cannot be judged."""
+        """Return real images and class labels for class agreement, or None if it cannot be computed.
+
+        It needs a source with the run's classes, JUDGED_LEAST images, and at most JUDGED_PIXELS numbers an image.
+        """
         source, pixels = self.source, self.shape.channels * self.shape.height * self.shape.width
         if source is None or source.classes != self.shape.classes or source.n < JUDGED_LEAST or pixels > JUDGED_PIXELS:
             return None
         return known_images(self.config, self.source)
 
     def __call__(self, network: torch.nn.Module, step: int, checkpoint: str | None = None) -> dict | None:
-        """The record of `network`, in eval mode on the device, trained for `step` steps. A collective; None but on
-        rank 0. `checkpoint` names where the weights lie, if they do."""
+        """Return the record of `network` on rank 0, and None elsewhere. A collective.
+
+        network: in eval mode, on the device.
+        step: the number of steps that it was trained for.
+        checkpoint: folder of the checkpoint that it comes from, if any.
+        """
+        # Open the real side, and draw the samples' class labels.
         settings, runtime = self.settings, self.runtime
         real, known = self.reference, self.known
         labels = draw_labels(settings.labels, settings.n, self.shape.classes, settings.seed)
+
+        # Draw samples a batch at a time, and keep their features.
         collected, tally = Collector(settings.n, KEPT), _Tally()
         with tqdm(total=settings.n, desc="samples", unit="img", disable=not self.live, leave=False) as bar:
             for start in range(0, settings.n, self.batch * runtime.world):
@@ -117,19 +133,21 @@ class Evaluator:
                 collected.add(output.take(slice(len(ids))), ids)
                 tally.nonfinite += int((~x[: len(ids)].isfinite()).flatten(1).any(1).sum())
                 if known and len(ids):
-                    tally.right += round(agreement(images[: len(ids)], labels[ids], known) * len(ids))
+                    tally.agreeing += round(agreement(images[: len(ids)], labels[ids], known) * len(ids))
                 bar.update(min(self.batch * runtime.world, settings.n - start))
+
+        # Combine the ranks' parts, and compare with the real images.
         samples = collected.summary().over_ranks(runtime.total, runtime.gather)
-        right, nonfinite = map(int, runtime.agree([tally.right, tally.nonfinite], dist.ReduceOp.SUM))
+        agreeing, nonfinite = map(int, runtime.agree([tally.agreeing, tally.nonfinite], dist.ReduceOp.SUM))
         if not runtime.first:
             return None
         figures = self.net.titled(_paired(compare(samples, real.summary), real.floor))
         if known:
-            figures["class agreement"] = {"value": right / settings.n, "floor": _agreement_floor(known)}
+            figures["class agreement"] = {"value": agreeing / settings.n, "floor": _agreement_floor(known)}
         return self._record(figures, step, checkpoint, nonfinite)
 
     def _draw(self, network: torch.nn.Module, labels: np.ndarray, ids: np.ndarray) -> Tensor:
-        """A whole batch, as pixels in [-1, 1]: the samples `ids`, then what fills it up."""
+        """Return the samples `ids` as images (batch, C, H, W), about [-1, 1]; the last sample fills up the batch."""
         x = draw_samples.draw(
             network,
             run_parts.build_noise(self.config),
@@ -144,6 +162,7 @@ class Evaluator:
         return torch.cat([x, x[-1:].expand(self.batch - len(x), -1, -1, -1)])
 
     def _record(self, figures: dict, step: int, checkpoint: str | None, nonfinite: int) -> dict:
+        """Return the record of an evaluation: its figures, and the conditions that they depend on."""
         config, settings, sample = self.config, self.settings, self.config.sample
         ema = config.ema
         return {
@@ -171,13 +190,14 @@ class Evaluator:
 
 
 def during_training(session) -> Callable[[int], None]:
-    """What evaluates a session's averaged weights at a step, and records the figures. It is a collective.
+    """Return a function that evaluates a session's EMA weights at a step and writes the figures. It is a collective.
 
-    Raises UserError at once for what an evaluation would miss.
+    Raises UserError at once if anything that an evaluation needs is missing.
     """
+    # Remove the evaluations that a resumed run repeats, and open what an evaluation needs.
     run, settings = session.run, session.config.eval
     if session.runtime.first:
-        eval_log.forget_after(run.folder, session.first_step)
+        eval_log.truncate_after(run.folder, session.first_step)
     if not settings.every:
         return lambda step: None
     live = sys.stderr.isatty()
@@ -185,7 +205,8 @@ def during_training(session) -> Callable[[int], None]:
     evaluator = Evaluator(session.config, session.shape, session.runtime, **shared)
 
     def evaluate(step: int) -> None:
-        record = evaluator(session.averaged_network(), step)
+        """Evaluate the EMA weights after `step` steps."""
+        record = evaluator(session.ema_network(), step)
         if record is not None:
             eval_log.append(run.folder, record)
             run.recorder.figures(step, eval_log.scalars(record))
@@ -196,12 +217,14 @@ def during_training(session) -> Callable[[int], None]:
 
 @dataclass
 class _Tally:
-    right: int = 0  # samples that the judge finds in the class asked for
-    nonfinite: int = 0  # samples that are not all numbers
+    """Count this rank's samples by two properties."""
+
+    agreeing: int = 0  # samples that the classifier assigns to their class label
+    nonfinite: int = 0  # samples with a NaN or an infinity
 
 
 def draw_labels(kind: str, n: int, classes: int, seed: int) -> np.ndarray:
-    """n labels (int64): balanced, or uniform at random; the first m are those of `n = m`."""
+    """Return n class labels (int64), balanced or uniform at random. The first m are those of `n = m`."""
     if kind == "balanced":
         return draw_samples.balanced_labels(n, range(classes))
     bits = np.random.Philox(np.random.SeedSequence(seed)).random_raw(n)  # the same in every version of numpy
@@ -209,7 +232,7 @@ def draw_labels(kind: str, n: int, classes: int, seed: int) -> np.ndarray:
 
 
 def _paired(values: dict[str, float], floor: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Each figure's value, standard deviation and floor, together."""
+    """Return each figure with its value, and its standard deviation and floor if they exist."""
     return {
         key: {
             "value": value,
@@ -222,7 +245,7 @@ def _paired(values: dict[str, float], floor: dict[str, float]) -> dict[str, dict
 
 
 def _agreement_floor(known: tuple[Tensor, Tensor]) -> float:
-    """Share of one half of the known images that the judge, knowing the other half, finds in their class."""
+    """Return the class agreement of one half of the known images, if the classifier is fitted on the other half."""
     images, labels = known
-    queries, asked = images[::2][:JUDGED_HALF], labels[::2][:JUDGED_HALF]
-    return class_agreement(queries, asked, images[1::2], labels[1::2])
+    queries, query_labels = images[::2][:JUDGED_HALF], labels[::2][:JUDGED_HALF]
+    return class_agreement(queries, query_labels, images[1::2], labels[1::2])

@@ -1,4 +1,4 @@
-"""A finished run, or one at work, as the commands open it to draw samples: their flags, and the network they get."""
+"""Open a finished or running run to draw samples: define the flags of the commands, and build its network."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,8 +9,9 @@ from torch import nn
 
 from fastdit import run_parts
 from fastdit.command_line import OneLineParser
-from fastdit.config import CONFIG_FILE, Config, load
+from fastdit.config import CONFIG_FILE, Config
 from fastdit.errors import UserError
+from fastdit.parser import load
 from fastdit.rundir.checkpoint_files import choose, classes_of, manifest, sampled_weights
 
 SAMPLER_FLAGS = ("steps", "sampler", "guidance", "interval", "guided_channels")
@@ -18,64 +19,81 @@ SAMPLER_FLAGS = ("steps", "sampler", "guidance", "interval", "guided_channels")
 
 @dataclass(frozen=True)
 class SampledRun:
+    """Hold one checkpoint of a run, and the network that it belongs to.
+
+    Args:
+        config: settings of the run, with the sampler's of the command line.
+        checkpoint: folder of the checkpoint.
+        shape: shape of a sample.
+        network: the network with the EMA weights, in eval mode, on the CPU.
+    """
+
     config: Config
     checkpoint: Path
     shape: run_parts.Shape
-    network: nn.Module  # on the CPU, with the averaged weights, in eval mode
+    network: nn.Module
 
     @property
     def step(self) -> int:
-        """How many steps the weights were trained for."""
+        """Return the number of steps that the weights were trained for."""
         return manifest(self.checkpoint)["step"]
 
 
 def add_run_flags(parser: OneLineParser) -> None:
+    """Add the flags that choose a run and a checkpoint."""
     parser.add_argument("--run", type=str, required=True, help="folder of the run")
     parser.add_argument(
         "--checkpoint",
         type=str | None,
         default=None,
-        help="one checkpoint folder; default: the newest good one",
+        help="folder of a checkpoint; default: the newest undamaged one",
     )
 
 
 def add_sampler_flags(parser: OneLineParser) -> None:
+    """Add the flags of the sampler, and of the autoencoder."""
     parser.add_argument(
         "--steps",
         type=int | None,
         default=None,
-        help="sampler steps; these five default to the run's settings",
+        help="sampler steps; this and the next four flags default to the run's settings",
     )
-    parser.add_argument("--sampler", type=str | None, default=None, help="edm, flow: heun, euler; ddpm: ddpm, ddim")
-    parser.add_argument("--guidance", type=float | None, default=None, help="classifier-free guidance scale; 1 is off")
+    parser.add_argument(
+        "--sampler", type=str | None, default=None, help="heun or euler for edm and flow; ddpm or ddim for ddpm"
+    )
+    parser.add_argument("--guidance", type=float | None, default=None, help="guidance scale, classifier-free; 1 is off")
     parser.add_argument(
         "--interval",
         type=tuple[float, float] | None,
         default=None,
-        help="noise-to-signal range of guidance, [lo, hi]",
+        help="guide only at noise-to-signal ratios in [lo, hi]",
     )
+    parser.add_argument("--guided_channels", type=int | None, default=None, help="guide only this many first channels")
     parser.add_argument(
-        "--guided_channels", type=int | None, default=None, help="guide only the first so many channels"
-    )
-    parser.add_argument(
-        "--autoencoder", type=str | None, default=None, help="what decodes latents; default: the run's data.autoencoder"
+        "--autoencoder", type=str | None, default=None, help="decoder of latents; default: the run's data.autoencoder"
     )
 
 
 def settings_of(args: Namespace) -> Config:
-    """The run's settings with the sampler's of the command line. Raises UserError."""
+    """Return the run's settings, with those of the sampler and the autoencoder from the command line.
+
+    Raises UserError if the run has no readable config.yaml, or if a value is impossible.
+    """
     config = load(Path(args.run) / CONFIG_FILE)
     chosen = {key: getattr(args, key) for key in SAMPLER_FLAGS if getattr(args, key) is not None}
-    model = replace(config.model, attention="auto")  # the one it was trained with may not run here
+    model = replace(config.model, attention="auto")  # the backend of training may not exist here
     data = replace(config.data, autoencoder=args.autoencoder or config.data.autoencoder)
     return replace(config, model=model, data=data, sample=replace(config.sample, **chosen))
 
 
 def open_run(args: Namespace, config: Config, decide: Callable[[Callable], object] = lambda work: work()) -> SampledRun:
-    """The network of `args.run`, of `args.checkpoint` or the newest good one. Raises UserError.
+    """Return the run at `args.run`, at the checkpoint `args.checkpoint` or the newest undamaged one.
 
-    decide: makes one rank choose for all (`Runtime.decide`): choosing reads every byte of a checkpoint.
+    decide: calls a function on one rank for all, as `Runtime.decide` does. Choosing a checkpoint reads all its bytes.
+
+    Raises UserError if there is no such checkpoint, or if it belongs to another run.
     """
+    # Choose the checkpoint, and check that it belongs to this run.
     run = Path(args.run)
     checkpoint = decide(lambda: choose(run, args.checkpoint))
     shape = run_parts.shape_of(config, classes_of(checkpoint))
@@ -83,6 +101,8 @@ def open_run(args: Namespace, config: Config, decide: Callable[[Callable], objec
     for field, value in run_parts.checkpoint_signature(config, shape).items():
         if written.get(field) != value:
             raise UserError(f"{checkpoint}: has {field} {written.get(field)}, {run} has {value}; give one of that run")
+
+    # Build the network with the EMA weights.
     network = run_parts.build_network(config, shape)
     network.load_state_dict(sampled_weights(checkpoint))
     return SampledRun(config, checkpoint, shape, network.eval())

@@ -1,7 +1,7 @@
-"""The real side of an evaluation: features of the data, made once and cached, or statistics of the ADM evaluator.
+"""Compute the real side of an evaluation: features of real images, made once and cached, or ADM's statistics.
 
-The floor comes with it: the same figures with one half of the real images in the samples' place and the other half
-as the reference. Below it no samples can be told from the data.
+It includes the floor: the same figures, with one half of the real images in place of the samples and the other half as
+the reference. Samples with figures below the floor cannot be told from the data.
 """
 
 import hashlib
@@ -22,21 +22,29 @@ from fastdit.data import Source, make_loader
 from fastdit.data.readers import choose_backend
 from fastdit.distributed import Runtime
 from fastdit.errors import UserError
+from fastdit.files import write_atomically
 from fastdit.metrics.feature_nets import FeatureNet
 from fastdit.metrics.moments import Moments
 from fastdit.metrics.summary import Collector, Summary, compare
 from fastdit.run_parts import Shape
 
-KEPT = 10_000  # real images whose features are kept, as many as an ADM reference batch has
-SEED = 0  # of the choice of real images: the same for every run
+KEPT = 10_000  # real images, at most, whose features are kept, as many as in an ADM reference batch
+SEED = 0  # chooses the real images, the same for every run
 _STATISTICS = {"mu", "sigma"}
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """`summary` of `n` real images (None: not known) of `data`; `floor` by compare's names, between halves of
-    `floor_n` images."""
+    """Hold the statistics of real images.
+
+    Args:
+        data: the source of the images, or the path of the statistics.
+        n: number of images; None if it is not known.
+        summary: features and moments of the images.
+        floor: figures between two halves of the images, by the names of `compare`; empty without images.
+        floor_n: numbers of images in the halves.
+    """
 
     data: str
     n: int | None
@@ -48,14 +56,21 @@ class Reference:
 def of_source(
     source: Source, config: Config, n: int, net: FeatureNet, runtime: Runtime, batch: int, progress: Callable
 ) -> Reference | None:
-    """Of `n` images as the run's network sees them, not mirrored; from the cache if they were read before.
+    """Return the reference of `n` images of `source` on rank 0, and None elsewhere. A collective.
 
-    A collective; None but on rank 0. Raises UserError where the images do not fit the run.
+    The images have the size and channels of `config.data` and are not mirrored. The result is cached.
+
+    net: the feature network. batch: images of a rank's batch. progress: wraps the starts of the batches, as tqdm does.
+
+    Raises UserError if the images do not fit the run.
     """
+    # Look into the cache.
     path, key = _cached(source, config, n, net)
     found = _read(path, key, runtime.device) if runtime.first else None
     if runtime.share(found is not None):
         return found
+
+    # Read the images, compute their features, and cache them.
     loader = make_loader(
         source,
         batch=batch,
@@ -81,10 +96,14 @@ def of_source(
 def of_archive(
     path: str, shape: Shape, net: FeatureNet, runtime: Runtime, batch: int, progress: Callable
 ) -> Reference | None:
-    """Of an `.npz`: the ADM evaluator's mu, sigma (and mu_s, sigma_s), its images arr_0, or both; or our `images`.
+    """Return the reference of an `.npz` file on rank 0, and None elsewhere. A collective.
 
-    A collective; None but on rank 0. Raises UserError when it is none of these or does not fit net or run.
+    The file holds the ADM evaluator's statistics mu and sigma (and mu_s and sigma_s), or its images arr_0, or both, or
+    the `images` of fastdit/sample.py. net, batch, progress: as in `of_source`.
+
+    Raises UserError if the file holds none of these, or does not fit the feature network or the run.
     """
+    # Read the file, and check that it fits the feature network.
     arrays = _archive(path)
     images = next((arrays[name] for name in ("arr_0", "images") if name in arrays), None)
     if images is None and not arrays.keys() >= _STATISTICS:
@@ -94,20 +113,24 @@ def of_archive(
             f"{path}: holds statistics of the 2015 Inception network's features, not of {net.label}'s; take "
             "--features inception, or images as --data"
         )
+
+    # Compute features of its images, if there are any.
     made = None
     if images is not None:
-        wanted = (len(images), shape.height, shape.width, shape.channels)
-        if images.dtype != np.uint8 or images.shape != wanted or len(images) < 4:
-            raise UserError(f"{path}: its images are {images.dtype} {images.shape}; the run's are uint8 {wanted}")
+        expected = (len(images), shape.height, shape.width, shape.channels)
+        if images.dtype != np.uint8 or images.shape != expected or len(images) < 4:
+            raise UserError(f"{path}: its images are {images.dtype} {images.shape}; the run's are uint8 {expected}")
         made = _make(_reader(images), path, len(images), net, runtime, batch, progress)
     if not runtime.first or not arrays.keys() >= _STATISTICS:
         return made
-    given = {"moments": _given(arrays, "mu", "sigma", runtime.device)}
+
+    # Its statistics, if there are any, replace those of the images.
+    moments = {"moments": _moments(arrays, "mu", "sigma", runtime.device)}
     if "mu_s" in arrays and "sigma_s" in arrays:
-        given["spatial"] = _given(arrays, "mu_s", "sigma_s", runtime.device)
+        moments["spatial"] = _moments(arrays, "mu_s", "sigma_s", runtime.device)
     if made is None:
-        return Reference(path, None, Summary(**given), {}, (0, 0))
-    return replace(made, n=None, summary=replace(made.summary, **given))
+        return Reference(path, None, Summary(**moments), {}, (0, 0))
+    return replace(made, n=None, summary=replace(made.summary, **moments))
 
 
 def _make(
@@ -119,14 +142,21 @@ def _make(
     batch: int,
     progress: Callable,
 ) -> Reference | None:
-    """`read` gives the images uint8 (batch, C, H, W) of the numbers it is given; beyond `n` they do not count."""
+    """Return the reference of `n` images on rank 0, and None elsewhere. A collective.
+
+    read: returns the images of a batch of indices, uint8 (batch, C, H, W). Images with indices of `n` or more are
+        ignored. The other arguments are those of `of_source`.
+    """
+    # Compute the features of both halves, the images with even and with odd indices.
     halves = [Collector((n + 1) // 2, KEPT // 2), Collector(n // 2, KEPT // 2)]
     for start in progress(range(0, n, batch * runtime.world)):
         ids = start + runtime.rank * batch + np.arange(batch)
         output = net(read(ids).to(runtime.device))
         for parity, half in enumerate(halves):
-            mine = (ids % 2 == parity) & (ids < n)
-            half.add(output.take(torch.from_numpy(mine).to(runtime.device)), ids[mine] // 2)
+            chosen = (ids % 2 == parity) & (ids < n)
+            half.add(output.take(torch.from_numpy(chosen).to(runtime.device)), ids[chosen] // 2)
+
+    # Combine the ranks' parts, and compare the halves for the floor.
     a, b = (half.summary().over_ranks(runtime.total, runtime.gather) for half in halves)
     if not runtime.first:
         return None
@@ -134,15 +164,17 @@ def _make(
 
 
 def _levels(x: Tensor) -> Tensor:
-    """The loader's [-1, 1] back to the bytes they were."""
+    """Return the loader's images in [-1, 1] as the bytes that they were read from."""
     return ((x + 1) * 127.5).round().to(torch.uint8)
 
 
 def _reader(images: np.ndarray) -> Callable[[np.ndarray], Tensor]:
+    """Return a function that returns the images of a batch of indices; indices beyond the end start again."""
     return lambda ids: torch.from_numpy(images[ids % len(images)]).permute(0, 3, 1, 2)
 
 
 def _archive(path: str) -> dict[str, np.ndarray]:
+    """Return the arrays of an `.npz` file by name. Raises UserError."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
@@ -150,20 +182,27 @@ def _archive(path: str) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); give an ADM reference .npz") from None
 
 
-def _given(arrays: dict[str, np.ndarray], mean: str, covariance: str, device: torch.device) -> Moments:
+def _moments(arrays: dict[str, np.ndarray], mean: str, covariance: str, device: torch.device) -> Moments:
+    """Return the moments in two arrays of a file, which are named `mean` and `covariance`."""
     mean, covariance = (torch.from_numpy(arrays[name]).to(device) for name in (mean, covariance))
-    return Moments.given(2, mean, covariance)  # of how many, these files do not say, and nothing asks
+    return Moments.given(2, mean, covariance)  # the files do not say the number of images, and nothing uses it
 
 
 # -- the cache --
 
 
 def _cached(source: Source, config: Config, n: int, net: FeatureNet) -> tuple[Path, str]:
-    """Where the reference lies, and what it must belong to: data, network, weights, resize filter, size, number."""
+    """Return the path of a reference in the cache, and the key that it must hold.
+
+    The key names everything that the reference depends on: data, feature network, weights, resize filter, size, number.
+    """
+    # Hash the labels and a few of the samples.
     some = np.unique(np.linspace(0, source.n - 1, 64).astype(int)).tolist()
     content = hashlib.sha256(source.labels.tobytes())
     for i in some:
         content.update(source.read(i).tobytes())
+
+    # Write the key as JSON. Its hash is part of the file name.
     key = {
         "data": str(Path(source.path).resolve()) if Path(source.path).exists() else source.path,
         "content": content.hexdigest(),
@@ -181,24 +220,26 @@ def _cached(source: Source, config: Config, n: int, net: FeatureNet) -> tuple[Pa
 
 
 def _write(path: Path, key: str, reference: Reference) -> None:
+    """Write a reference into the cache, or print a line if that fails. Several runs may do so at the same time."""
+    # Collect arrays and numbers.
     summary = reference.summary
     arrays = {"mu": summary.moments.mean, "sigma": summary.moments.covariance, "features": summary.kept}
     if summary.spatial is not None:
         arrays |= {"mu_s": summary.spatial.mean, "sigma_s": summary.spatial.covariance}
     rest = {"data": reference.data, "n": reference.n, "floor": reference.floor, "floor_n": reference.floor_n}
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+
+    # Write them.
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with write_atomically(path, many_writers=True) as temporary, temporary.open("wb") as file:
             named = {name: value.cpu().numpy() for name, value in arrays.items()}
             np.savez(file, key=np.array(key), rest=np.array(json.dumps(rest)), **named)
-        partial.replace(path)
     except OSError as error:
         print(f"{path.parent}: cannot keep the reference there ({error.strerror}); it will be made again", flush=True)
 
 
 def _read(path: Path, key: str, device: torch.device) -> Reference | None:
-    """None where there is none, or not a whole one of that key."""
+    """Return the reference in a cached file, or None if it does not exist, is damaged, or has another key."""
     try:
         with np.load(path, allow_pickle=False) as file:
             if str(file["key"]) != key:

@@ -1,4 +1,4 @@
-"""What a run shows: sample grids on the way, and at the end pictures, class agreement, report and where they are."""
+"""Write sample grids during training, and the final grid, class agreement and report at its end."""
 
 import shutil
 import sys
@@ -13,14 +13,17 @@ from fastdit.rundir.run_files import GRID, GRIDS
 from fastdit.training.session import Session
 
 
-def draw_grid(session: Session, step: int) -> None:
-    """The class-by-class grid of the weights after `step` steps: samples/step-N.png and TensorBoard. A collective."""
+def write_grid(session: Session, step: int) -> None:
+    """Write a grid of samples of the EMA weights to samples/step-N.png and TensorBoard. A collective.
+
+    The grid has one row for each class. Nothing is written if samples are latents and the run has no autoencoder.
+    """
     if not _can_show(session):
         return
     classes = _shown_classes(session)
-    drawn = _samples(session, session.config.sample.per_class * len(classes), classes)
-    if drawn:
-        picture = draw_samples.grid(*drawn, session.source.class_names)
+    samples = _samples(session, session.config.sample.per_class * len(classes), classes)
+    if samples:
+        picture = draw_samples.grid(*samples, session.source.class_names)
         folder = session.run.folder / GRIDS
         folder.mkdir(exist_ok=True)
         picture.save(folder / f"step-{step:08d}.png")
@@ -28,19 +31,22 @@ def draw_grid(session: Session, step: int) -> None:
 
 
 def finish(session: Session) -> None:
-    """Final pictures, class agreement and report; the last lines on the terminal say where they are. A collective."""
+    """Write the final grid and the report, and print class agreement, paths and the next commands. A collective."""
+    # Draw samples for the grid and for class agreement.
     run, settings, figures = session.run, session.config.sample, {}
     if _can_show(session):
         classes = _shown_classes(session)
         on_grid = settings.per_class * len(classes)
-        drawn = _samples(session, max(on_grid, settings.agreement), classes)
-        if drawn:
-            images, labels = drawn
+        samples = _samples(session, max(on_grid, settings.agreement), classes)
+        if samples:
+            images, labels = samples
             draw_samples.grid(images[:on_grid], labels[:on_grid], session.source.class_names).save(run.folder / GRID)
             if (n := settings.agreement) and session.source.kind != "latent":
                 known = class_agreement.known_images(session.config, session.source)
                 share = class_agreement.agreement(images[:n], labels[:n], known)
                 figures["class agreement"] = f"{share:.1%} of {n} samples (5-NN on raw pixels of the training images)"
+
+    # Write the report, and print the last lines.
     if session.runtime.first:
         report = write_report(run.folder, figures | _facts(session), versions())
         run.say(_farewell(session, report, figures))
@@ -48,11 +54,15 @@ def finish(session: Session) -> None:
 
 
 def _samples(session: Session, n: int, classes: list[int]) -> tuple[np.ndarray, np.ndarray] | None:
-    """n samples of the EMA weights, the work shared by the ranks: uint8 (n, H, W, C) and labels (n,) on rank 0."""
+    """Return n samples of the EMA weights and their class labels on rank 0, and None elsewhere. A collective.
+
+    The samples are uint8 (n, H, W, C) and the labels int64 (n,).
+    """
+    # Draw this rank's samples.
     runtime = session.runtime
     labels = draw_samples.balanced_labels(n, classes)
-    drawn = draw_samples.draw(
-        session.averaged_network(),
+    samples = draw_samples.draw(
+        session.ema_network(),
         session.process,
         session.config.sample,
         session.shape,
@@ -62,7 +72,9 @@ def _samples(session: Session, n: int, classes: list[int]) -> tuple[np.ndarray, 
         device=runtime.device,
         decoder=session.decoder,
     )
-    parts = runtime.gather(draw_samples.to_uint8(drawn))
+
+    # Put the ranks' samples into one array, in the order of their indices.
+    parts = runtime.gather(draw_samples.to_uint8(samples))
     if parts is None:
         return None
     images = np.empty((n, *parts[0].shape[1:]), np.uint8)
@@ -72,14 +84,17 @@ def _samples(session: Session, n: int, classes: list[int]) -> tuple[np.ndarray, 
 
 
 def _can_show(session: Session) -> bool:
+    """Return whether samples, or what the decoder makes of them, are images."""
     return session.decoder is not None or (session.source.kind != "latent" and session.shape.channels in (1, 3))
 
 
 def _shown_classes(session: Session) -> list[int]:
+    """Return the class labels on the grid: the first `sample.max_classes`."""
     return list(range(min(session.shape.classes, session.config.sample.max_classes)))
 
 
 def _facts(session: Session) -> dict[str, str]:
+    """Return the lines at the top of the report."""
     config, run, settings = session.config, session.run, session.config.sample
     lines = [line for line in read_metrics(run.folder) if "loss" in line]
     last = lines[-1] if lines else {}
@@ -95,6 +110,7 @@ def _facts(session: Session) -> dict[str, str]:
 
 
 def _farewell(session: Session, report: Path, figures: dict[str, str]) -> str:
+    """Return the last lines of a run on the terminal: its figures, its files, and commands to run next."""
     folder, home = session.run.folder, _commands_home()
     shown = {**figures, **({"pictures": folder / GRID} if (folder / GRID).exists() else {}), "report": report}
     following = {
@@ -107,9 +123,9 @@ def _farewell(session: Session, report: Path, figures: dict[str, str]) -> str:
 
 
 def _commands_home() -> str:
-    """What to write before a command of this environment: nothing where it is active, as `.venv/bin/` else."""
-    own = Path(sys.executable).parent
+    """Return the prefix of this environment's commands: "" if it is active, otherwise a folder such as `.venv/bin/`."""
+    folder = Path(sys.executable).parent
     found = shutil.which("python")
-    if found and Path(found).parent == own:
+    if found and Path(found).parent == folder:
         return ""
-    return f"{own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own}/"
+    return f"{folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder}/"

@@ -1,6 +1,6 @@
 """Define the plain method, which maps a noisy sample to a denoising loss, as all diffusion transformers do.
 
-x0 --add_noise--> x_t --network(x_t, level, y)--> out --loss--> scalar
+    x0 --add_noise--> x_t --network(x_t, level, y)--> out --loss--> scalar
 
 `Denoising` is also the interface of every method, and other methods override its members. Class members describe a
 method and build it from a run's settings. The others take part in training. `registry.py` lists all methods.
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from fastdit.models import DiT, LatentDecoder, flops_per_image
 
 Network = Callable[..., Tensor]
-Panels = dict[str, dict[str, str]]  # by title: the label of each metric
-GRADIENTS = "extra term's gradient / denoising loss's"  # title of a panel that methods share
+Panels = dict[str, dict[str, str]]  # title -> metric -> label
+GRADIENTS = "gradient norm of the added loss / of the denoising loss"  # title of a panel that methods share
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Hold the shape of the samples that a network must fit, and the number of their classes."""
+    """Hold the shape of a run's samples and the number of their classes, which a network must fit."""
 
     channels: int
     height: int
@@ -33,11 +33,11 @@ class Shape:
 class Outcome(NamedTuple):
     """Hold the result of a method for one micro-batch."""
 
-    loss: Tensor  # () float32, to be differentiated
-    terms: dict[str, Tensor]  # its named parts and health signals, () float32, detached
-    x0_hat: Tensor  # (B, C, H, W) float32, the x0 prediction, with its gradient
-    level: Tensor  # (B,) the noise level of the prediction
-    outputs: tuple[Tensor, ...] = ()  # the network's outputs, from which loss and x0_hat are computed
+    loss: Tensor  # () float32, with its graph
+    terms: dict[str, Tensor]  # named parts of the loss and health signals, () float32, detached
+    x0_hat: Tensor  # (B, C, H, W) float32, the x0 prediction, with its graph
+    level: Tensor  # (B,) the noise levels of the samples
+    outputs: tuple[Tensor, ...] = ()  # the network's outputs, on which loss and x0_hat depend
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Denoising:
 
     @classmethod
     def complete(cls, settings):
-        """Return `settings` as a run's config.yaml shall name them, with choices made that they leave open."""
+        """Return `settings` with every open choice made, as a run's config.yaml records them."""
         return settings
 
     @classmethod
@@ -83,13 +83,13 @@ class Denoising:
 
     @classmethod
     def check_batch(cls, samples: int) -> None:
-        """Raise UserError if the method cannot train on micro-batches of so many samples over all ranks."""
+        """Raise UserError if the method cannot train on micro-batches of `samples` samples over all ranks."""
 
     @classmethod
     def build_network(cls, config, sizes: dict, out_channels: int) -> nn.Module:
-        """Return the network that is sampled, on the CPU. A wrapper is not asked.
+        """Return the network that is sampled, on the CPU. Its weights depend on `config.seed` alone.
 
-        sizes: arguments of a `DiT`. The weights depend on `config.seed` alone.
+        sizes: arguments of a `DiT`. This is called for the base of a combination only, and never for a wrapper.
         """
         return DiT(**sizes, out_channels=out_channels, seed=config.seed)
 
@@ -99,8 +99,8 @@ class Denoising:
     ) -> tuple[nn.Module, "Denoising"]:
         """Return the module that is trained, on the CPU, and the method. Raises UserError.
 
-        module, base: those of the method that this one is built on. The first is the network with the plain method.
-        decoder: makes pictures of the samples; None: they are pictures, or nothing makes pictures of them.
+        module, base: module and method that this one is built on; at first the network and the plain method.
+        decoder: decodes latents to pictures; None if samples are pictures or if there is no autoencoder.
         """
         return module, base
 
@@ -110,24 +110,24 @@ class Denoising:
         return {}
 
     def loss(self, network: Network, x0: Tensor, y: Tensor, generator: torch.Generator) -> Outcome:
-        """Return the outcome for samples x0 (B, C, H, W) float32 of classes y (B,) int64. No host sync.
+        """Return the outcome for samples x0 (B, C, H, W) float32 of classes y (B,) int64, without a host sync.
 
-        All are on the generator's device.
+        All tensors are on the generator's device.
         """
         level, eps, y = self.draw(x0, y, generator)
         net_in, net_t = self.noise.network_input(self.noise.add_noise(x0, eps, level), level)
         return self.compute_loss(network(net_in, net_t, y), x0, eps, level)
 
     def draw(self, x0: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw a step's noise levels (B,), noise of x0's shape, and labels of which some are dropped."""
+        """Draw noise levels (B,) and noise of x0's shape, drop some labels, and return all three."""
         level = self.noise.draw(len(x0), generator=generator, device=x0.device)
         eps = torch.randn(x0.shape, generator=generator, device=x0.device)
         return level, eps, self.drop_labels(y, generator)
 
     def compute_loss(self, out: Tensor, x0: Tensor, eps: Tensor, level: Tensor) -> Outcome:
-        """Return the denoising loss, a mean over the batch, of the network's output."""
-        # A view: its gradient can be asked for without running the hooks that DeepSpeed 0.19 puts on the engine's
-        # output. They scale gradients and start the engine's backward pass.
+        """Return the outcome with the denoising loss, a mean over the batch, of the network's output."""
+        # Gradients are asked for at a view of the output. At the output itself, hooks of DeepSpeed 0.19 would run: they
+        # scale gradients and start the engine's backward pass.
         out = out.view_as(out)
         per_sample, x0_hat = self.noise.loss(out, x0, eps, level)
         loss = per_sample.mean()
@@ -139,20 +139,20 @@ class Denoising:
         return torch.where(dropped, self.classes, y)
 
     def prepare(self, batches: Iterator[tuple[Tensor, Tensor]], steps: int, say: Callable[[str], None]) -> None:
-        """Prepare a fresh run of `steps` steps before its step 0, on every rank; a resumed run does not.
+        """Prepare a run of `steps` steps before its step 0, on every rank. It is not called for a resumed run.
 
-        batches: this rank's (x0, y), from the first on; the run starts over with the first. say: prints a line once.
+        batches: this rank's (x0, y) from the first on; training starts over with the first. say: prints a line once.
         """
 
     def begin_step(self, step: int, steps: int) -> dict[str, float]:
-        """Set the values of all schedules for `step` (0-based) of `steps`, which comes next.
+        """Set the values of all schedules for the next step, `step` (0-based) of `steps`.
 
-        Returns, by name, the decays of EMAs of all weights that the optimizer keeps beside the sampled one.
+        Return, by name, the decay of each EMA of all weights that the optimizer keeps beside the sampled EMA.
         """
         return {}
 
     def end_step(self) -> dict[str, Tensor]:
-        """Return health signals of the whole step, as in `Outcome.terms`; called after the update, on every rank."""
+        """Return health signals of the whole step, as in `Outcome.terms`. Every rank calls it after the update."""
         return {}
 
     def sampled_network(self, module: nn.Module) -> nn.Module:
@@ -167,7 +167,7 @@ class Denoising:
         return {}
 
     def graphed(self, module: nn.Module, batch: int) -> list[tuple[nn.Module, tuple[Tensor, ...]]]:
-        """Return the networks that a micro-batch of `batch` samples calls once each, and tensors like their inputs."""
+        """Return the networks that a micro-batch of `batch` samples calls once each, with tensors like their inputs."""
         return [(module, image_inputs(module, batch))]
 
     def flops(self, module: nn.Module) -> dict[str, float]:
@@ -175,18 +175,18 @@ class Denoising:
         return {"network": flops_per_image(module)}
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move the method's own tensors; its own networks get `dtype`."""
+        """Move the method's tensors, and its networks, which also get `dtype`."""
 
     def state_dict(self) -> dict:
         """Return the state from which a resumed run continues, the same on all ranks."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Load a `state_dict`, whose tensors may be on another device."""
+        """Load the result of `state_dict`, whose tensors may be on another device."""
 
 
 def image_inputs(network: nn.Module, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tensors like the x, t and y that a network of `fastdit.models` is called with, on its device."""
+    """Return zeros with the shapes and dtypes of a network's arguments x, t and y, on its device."""
     device = next(network.parameters()).device
     x = torch.zeros(batch, network.channels, *network.input_size, device=device)
     return x, torch.zeros(batch, device=device), torch.zeros(batch, dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""Build the encoder Psi of `sadm` and `psi_align`, and count what a forward pass of it costs."""
+"""Build the encoder Psi of `sadm` and `psi_align`, and count the FLOPs of its forward pass."""
 
 import torch
 from torch import nn
@@ -9,9 +9,9 @@ from fastdit.models import LatentDecoder, LatentResNet, load_structure_encoder
 
 
 def build_latent_resnet(settings, shape: Shape, seed: int) -> LatentResNet:
-    """Return a Psi on the CPU by the `psi_` settings of a method, with the weights of their file if there is one.
+    """Return Psi on the CPU, built by a method's `psi_` settings, with the weights of their file if they name one.
 
-    Raises UserError when the file cannot be read.
+    Raises UserError if the file cannot be read.
     """
     psi = LatentResNet(
         channels=shape.channels,
@@ -26,8 +26,8 @@ def build_latent_resnet(settings, shape: Shape, seed: int) -> LatentResNet:
 
 
 def count_flops(network: nn.Module, shape: Shape) -> int:
-    """Return the FLOPs of one forward pass of one sample."""
-    # A decoder's pass costs as much as a large DiT's, so it is counted without being computed.
+    """Return the FLOPs of a forward pass of `network` for one sample."""
+    # A pass of a decoder costs as much as one of a large DiT, so it is counted on the meta device.
     device = "meta" if isinstance(network, LatentDecoder) else "cpu"
     weights = {name: value.to(device) for name, value in (*network.named_parameters(), *network.named_buffers())}
     x = torch.zeros(1, shape.channels, shape.height, shape.width, device=device)

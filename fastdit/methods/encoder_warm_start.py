@@ -1,6 +1,6 @@
-"""Warm start of the encoder Psi of `sadm` and `psi_align`: it learns to classify the data before it is used.
+"""Warm-start the encoder Psi of `sadm` and `psi_align`: train it to classify the data before it is used (ours).
 
-Both `fastdit-warm-start` and a run before its step 0 use this. The classifier on top of the features is discarded.
+`fastdit-warm-start` uses this, as does a run before its step 0. The classifier on top of the features is discarded.
 """
 
 import math
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from fastdit.errors import UserError
 from fastdit.methods.ranks import average_over_ranks, copy_from_first_rank
 
-WINDOW = 20  # batches over which the accuracy is averaged, and between two looks at the loss
+WINDOW = 20  # batches over which accuracy is averaged, and between two checks of the loss
 LR = 2e-3
 WEIGHT_DECAY = 0.01
-MOST_STEPS = 10_000  # before a run, unless it asks for more
+MOST_STEPS = 10_000  # upper limit of the default number of steps before a run
 
 
 class Diverged(Exception):
-    """Say that the loss is not finite; the argument is the number of finished steps."""
+    """Signal a loss that is not finite. The argument is the number of finished steps."""
 
 
 def warm_start_encoder(
@@ -36,15 +36,19 @@ def warm_start_encoder(
     bf16: bool = False,
     report: Callable[[int, float], None] = lambda step, accuracy: None,
 ) -> float:
-    """Train `encoder` for `steps` steps as a classifier, with AdamW and a cosine to zero, in place.
+    """Train `encoder` in place as a classifier for `steps` steps, with AdamW and a cosine schedule that ends at zero.
 
-    encoder: in training mode, with trainable weights; `encoder.features` is the dimension of its output.
-    batches: (x, y) of this rank. Gradients are averaged over ranks, and all ranks end with the same encoder.
-    report: called every WINDOW steps and at the end with the finished steps and the accuracy.
-    Returns the accuracy on the last WINDOW batches of all ranks, each measured before its own update. The host waits
-    for the device every WINDOW steps. Raises `Diverged`, on every rank, when the loss is not finite.
+    Return the accuracy on the last WINDOW batches of all ranks, each measured before its update. Gradients are averaged
+    over ranks, and all ranks end with the same encoder. The host waits for the device every WINDOW steps.
+
+    Args:
+        encoder: the encoder in training mode, with trainable weights. Its output has `encoder.features` dimensions.
+        batches: (x, y) of this rank, x as the encoder takes it and y (B,) int64.
+        report: called every WINDOW steps and at the end with the number of finished steps and the accuracy.
+
+    Raises `Diverged`, on every rank, if the loss is not finite.
     """
-    # The classifier starts at zero, so no random numbers are drawn.
+    # Put a linear classifier on top. It starts at zero, so no random numbers are drawn.
     device = next(encoder.parameters()).device
     classifier = nn.Linear(encoder.features, classes, device=device)
     nn.init.zeros_(classifier.weight), nn.init.zeros_(classifier.bias)
@@ -66,7 +70,7 @@ def warm_start_encoder(
         schedule.step()
         correct.append((scores.argmax(1) == y).float().mean())
 
-        # Look at the loss now and then: every look waits for the device.
+        # Check the loss every WINDOW steps only, because the check waits for the device.
         if step % WINDOW == 0 or step == steps:
             seen = torch.stack([loss.detach(), torch.stack(list(correct)).mean()])
             average_over_ranks([seen])
@@ -80,9 +84,10 @@ def warm_start_encoder(
 
 
 def count_warm_steps(method: str, asked: int | None, steps: int, classes: int) -> int:
-    """Return how many steps Psi takes as a classifier before a run of `steps` steps of `method`. Raises UserError.
+    """Return the number of warm-start steps of Psi before a run of `steps` steps of `method`.
 
-    asked: the setting psi_warm_steps. None: half of the run's steps, at most MOST_STEPS, and none for a single class.
+    asked: the setting psi_warm_steps. None stands for half of the run's steps, at most MOST_STEPS, and for no step if
+    there is a single class. Raises UserError for steps that are asked for with a single class.
     """
     if asked and classes < 2:
         raise UserError(f"{method}.psi_warm_steps: the data has a single class, which teaches Psi nothing; set it to 0")
@@ -100,12 +105,15 @@ def warm_start_before_run(
     bf16: bool,
     say: Callable[[str], None],
 ) -> None:
-    """Train `psi` for `count` steps as a classifier, in place, and freeze it. Raises UserError when training diverges.
+    """Train `psi` for `count` steps as a classifier, in place, and freeze it. Raises UserError if training diverges.
 
-    say: prints a line. `method` names the settings in messages.
+    method: the method whose settings messages name. say: prints a line.
     """
+    # Announce the warm start, because it may take minutes.
     setting = f"{method}.psi_warm_steps"
     say(f"{method}: {count:,} steps in which Psi learns to classify the data; set {setting} to change that")
+
+    # Train Psi, and freeze it.
     begun = time.perf_counter()
     psi.train().requires_grad_(True)
     try:

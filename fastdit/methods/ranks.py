@@ -1,4 +1,4 @@
-"""In-place collectives over all ranks; no-ops on one rank."""
+"""Run collectives over all ranks. On one rank they do nothing."""
 
 import torch
 import torch.distributed as dist
@@ -12,16 +12,12 @@ def ranks() -> int:
 
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Replace x by its sum over ranks, and return it."""
-    if ranks() > 1:
-        dist.all_reduce(x)
-    return x
+    return _all_reduce(x, dist.ReduceOp.SUM)
 
 
 def max_over_ranks(x: Tensor) -> Tensor:
     """Replace x by its elementwise maximum over ranks, and return it."""
-    if ranks() > 1:
-        dist.all_reduce(x, op=dist.ReduceOp.MAX)
-    return x
+    return _all_reduce(x, dist.ReduceOp.MAX)
 
 
 def average_over_ranks(tensors: list[Tensor]) -> None:
@@ -40,11 +36,29 @@ def copy_from_first_rank(tensors: list[Tensor]) -> None:
     _fill(tensors, values)
 
 
+def gather_over_ranks(x: Tensor) -> Tensor:
+    """Return the rows (ranks * B, d) of all ranks' x (B, d), in rank order; x itself on one rank."""
+    if ranks() == 1:
+        return x
+    rows = x.new_empty(ranks() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(rows, x.contiguous())
+    return rows
+
+
+def _all_reduce(x: Tensor, op: dist.ReduceOp) -> Tensor:
+    """Reduce x in place, and return it."""
+    if ranks() > 1:
+        dist.all_reduce(x, op=op)
+    return x
+
+
 def _flat(tensors: list[Tensor]) -> Tensor:
+    """Return all values in one vector."""
     return torch.cat([t.detach().flatten() for t in tensors])
 
 
 def _fill(tensors: list[Tensor], values: Tensor) -> None:
+    """Replace the tensors by the parts of a vector of `_flat`."""
     parts = values.split([t.numel() for t in tensors])
     with torch.no_grad():
         torch._foreach_copy_(tensors, [part.view_as(t) for t, part in zip(tensors, parts)])

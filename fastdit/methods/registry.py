@@ -1,4 +1,4 @@
-"""List all methods. A new method is one file in this folder and one line here."""
+"""List all methods. A new method takes one file in this folder and one line here."""
 
 from itertools import combinations
 from pkgutil import resolve_name
@@ -7,7 +7,7 @@ from fastdit.errors import UserError
 from fastdit.methods.denoising import Denoising
 from fastdit.methods.wrapper import Wrapper
 
-# Each line names a module and the method's class in it. Wrappers are built in this order, each on top of those before.
+# Each line names a module and the class of its method. Wrappers are built in this order, from the inside out.
 _CLASSES = (
     "fastdit.methods.denoising:Denoising",
     "fastdit.methods.self_discrimination:SelfDiscrimination",
@@ -21,14 +21,17 @@ METHODS: dict[str, type[Denoising]] = {method.name: method for method in map(res
 def methods_of(text: str) -> list[type[Denoising]]:
     """Return the methods that `--method` joins by +, in the order in which they are built.
 
-    The first is the method that builds the network, which is dit where none is named. Wrappers follow, the innermost
-    first. Raises UserError for an unknown method and for a combination that is refused.
+    The first is the method that builds the network; it is dit if none is named. Wrappers follow, the innermost first.
+    Raises UserError for an unknown method and for a combination that is refused.
     """
+    # Look up the names, and refuse those that are unknown, repeated or do not fit together.
     names = text.split("+")
     known = [METHODS[name] for name in dict.fromkeys(names) if name in METHODS]
     if len(known) < len(names) or any(_refusal(*pair) for pair in combinations(known, 2)):
         choices = f"one of {', '.join(METHODS)}, or several joined by +"
         raise UserError(f"method: must be {choices}, got {text or 'nothing'}; refused are {_refusals()}")
+
+    # Put the base before its wrappers.
     bases = [method for method in known if not issubclass(method, Wrapper)]
     wrappers = [method for method in METHODS.values() if method in known and issubclass(method, Wrapper)]
     return [*(bases or [Denoising]), *wrappers]
@@ -45,7 +48,7 @@ def canonical_name(text: str) -> str:
 
 
 def _refusal(one: type[Denoising], other: type[Denoising]) -> str | None:
-    """Return why two methods are not combined; None if they may be."""
+    """Return the reason why two methods cannot be combined; None if they can."""
     if Denoising in (one, other):
         return "each other method contains dit"
     if not issubclass(one, Wrapper) and not issubclass(other, Wrapper):
@@ -54,7 +57,7 @@ def _refusal(one: type[Denoising], other: type[Denoising]) -> str | None:
 
 
 def _refusals() -> str:
-    """Return every pair that is refused, with its reason, as a user shall read it."""
+    """Return a list of all refused pairs and the reasons, for messages."""
     first, *others = METHODS.values()
     pairs = [(one, other, _refusal(one, other)) for one, other in combinations(others, 2)]
     listed = [f"{one.name}+{other.name} ({reason})" for one, other, reason in pairs if reason]

@@ -1,4 +1,4 @@
-"""Settings of SD-DiT, and how they follow from the sizes of the network and the length of the run."""
+"""Define the settings of SD-DiT, and derive those left open from the network's sizes and the run's length."""
 
 import math
 from dataclasses import dataclass
@@ -7,22 +7,22 @@ from typing import Literal, NamedTuple
 from fastdit.errors import UserError, check_ranges
 from fastdit.models import HiddenTokens
 
-PUBLISHED_WIDTH, PUBLISHED_DEPTH = 1152, 28  # XL, for which head and extra decoder are published
+PUBLISHED_WIDTH, PUBLISHED_DEPTH = 1152, 28  # sizes of XL, whose head and extra decoder are published
 IBOT_MOMENTUM = 0.996
-QUIET_QUANTILE = 0.05  # the teacher's level where the student's level does not say
+QUIET_QUANTILE = 0.05  # default quantile of the teacher's noise level in the student's law
 _DECODER_SIZES = ("decoder_width", "decoder_depth", "decoder_heads")
 _NOISE_FORMS = "a noise-to-signal ratio from 0.0001 to 1, quantile:SHARE or relative:SHARE with SHARE from 0.001 to 1"
 
 
 class TeacherLaw(NamedTuple):
-    """Say how the teacher's noise level is chosen: kind is fixed, quantile or relative."""
+    """Hold the rule for the teacher's noise level: its kind (fixed, quantile or relative) and its number."""
 
     kind: str
     amount: float
 
 
 class Sizes(NamedTuple):
-    """Hold the sizes of projection head and extra decoder for one encoder."""
+    """Hold the sizes of the projection head and the extra decoder that suit one encoder."""
 
     head_width: int
     bottleneck: int
@@ -34,38 +34,42 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class SDDiT:
-    """Settings of SD-DiT. The paper gives mask_ratio; iBOT gives head, temperatures, centering and momenta; MaskDiT
-    gives the extra decoder; all others are ours.
+    """Hold the settings of SD-DiT.
+
+    The paper gives mask_ratio; iBOT gives head, temperatures, centering and momenta; MaskDiT gives the extra decoder;
+    all others are ours.
 
     Args:
-        decoder: split takes the last blocks of the DiT as decoder: the sampled network is a plain DiT, and its official
-            checkpoints and layouts fit. extra adds MaskDiT's decoder behind the whole DiT. Default: extra where a size
-            of the decoder is given, else split, which costs less (ours).
+        decoder: split takes the last blocks of the DiT as decoder. The sampled network is then a plain DiT, which reads
+            official checkpoints. extra adds MaskDiT's decoder behind the whole DiT. Default: extra if a size of the
+            decoder is set, else split, which costs less (ours).
         split: blocks of the encoder of `decoder split`: their number, or below 1 their share of the depth. Ours.
         mask_ratio: share of the patches that the student's encoder does not see, drawn for each sample.
         teacher_noise: noise level of the teacher's view. quantile:SHARE is a fixed level, below which that share of the
             student's levels lies. relative:SHARE lies below the student's level by at most that share of the law, drawn
             uniformly for each sample, as in SRA. A number is a fixed noise-to-signal ratio (EDM's sigma; flow's
             t / (1 - t); the nearest timestep of a DDPM). The teacher's noise is the student's, scaled. Ours.
-        hidden_tokens: what the decoder gets at hidden patches: their noised pixels through the encoder's first layer
+        hidden_tokens: the decoder's input at hidden patches: their noised pixels through the encoder's first layer
             (ours), one learned token (MaskDiT; extra only), or zeros.
-        cls: the class-level loss compares the mean of the patches (the student's visible ones with all of the
-            teacher's), or a learned token (iBOT; extra only). Ours: blocks that start as the identity leave the token
-            blind for long.
-        beta: weight of the discriminative loss. Ours: see `discriminative_gradient_ratio`, which 0.2 to 0.8 suits.
+        cls: input of the class-level loss. mean compares the mean of the student's visible patches with that of all the
+            teacher's patches. token compares a learned token (iBOT; extra only). The default is ours: while blocks are
+            still near the identity, the token learns nothing about the image.
+        beta: weight of the discriminative loss. Ours: choose it so that the metric discriminative_gradient_ratio lies
+            between 0.2 and 0.8.
         every: steps per step with a discriminative loss; the others cost no teacher and no head. Ours.
         share: share of each micro-batch that the discriminative loss compares. Ours.
-        until: share of the run after which the discriminative loss is off. Then nothing is hidden either: a step is
-            that of a plain DiT, and the network is trained as it is sampled. Ours.
+        until: share of the run after which the discriminative loss is off and no patch is hidden. Steps are then those
+            of a plain DiT, and the network is trained as it is sampled. Ours.
         student_temperature: tau_S.
         teacher_temperature: tau_T after the warm-up.
-        teacher_temperature_start: tau_T at the start; it rises linearly.
-        teacher_temperature_warmup: share of the run that this takes. Ours.
-        centering: keeps the teacher from collapse: ema (DINO, iBOT), sinkhorn (SwAV, DINOv2), or none.
+        teacher_temperature_start: tau_T at the start, from which it rises linearly.
+        teacher_temperature_warmup: share of the run in which tau_T rises. Ours.
+        centering: protection of the teacher from collapse: ema (DINO, iBOT), sinkhorn (SwAV, DINOv2), or none.
         center_momentum: mu.
-        momentum: m at the start; it rises to momentum_end as half a cosine. Default: iBOT's 0.996, and in short runs
-            what makes the teacher's time constant, 1 / (1 - m) steps, momentum_share of the run. 1 freezes the teacher.
-        momentum_end: m at the end of the run. Equal to `momentum`: constant.
+        momentum: m at the start; it rises to momentum_end as half a cosine. Default: iBOT's 0.996; in short runs a
+            smaller m, with which the teacher's time constant of 1 / (1 - m) steps is the share momentum_share of the
+            run. 1 freezes the teacher.
+        momentum_end: m at the end of the run. If it equals `momentum`, m is constant.
         momentum_share: see `momentum`. Ours.
         decoder_width: features per token of the extra decoder. Default: in proportion to the encoder's, 512 for 1152.
         decoder_depth: blocks of the extra decoder. Default: in proportion to the encoder's, 8 for 28.
@@ -104,12 +108,14 @@ class SDDiT:
 
     def __post_init__(self) -> None:
         """Raise UserError for the first setting that cannot be, or that another one excludes."""
-        # An fp32 number must hold exp(1 / temperature).
+        # Check the numbers. An fp32 number must hold exp(1 / temperature).
         temperatures = "student_temperature teacher_temperature teacher_temperature_start"
         sizes = "decoder_width decoder_depth decoder_heads head_width bottleneck prototypes"
         ranges = {f"{sizes} every": (1,), temperatures: (0.025,), "beta": (0,), "mask_ratio": (0, 0.95)}
         ranges |= {"center_momentum momentum momentum_end teacher_temperature_warmup until": (0, 1)}
         check_ranges(self, "sd_dit.", ranges | {"split": (0.01,), "share momentum_share": (0.001, 1)})
+
+        # Check that settings of the extra decoder are not combined with a split DiT.
         sized = self._sized_decoder
         if self.named_decoder == "split":
             if sized:
@@ -122,22 +128,22 @@ class SDDiT:
                     raise UserError(
                         f"sd_dit.{name}: {value} is a weight that a plain DiT does not have; add --sd_dit.decoder extra"
                     )
-        _ = self.teacher_law
+        _ = self.teacher_law  # raises for a value that cannot be parsed
 
     @property
     def _sized_decoder(self) -> list[str]:
-        """Return the sizes of the extra decoder that are given, by name."""
-        # The config.yaml of a run from before `decoder` existed gives all of them.
+        """Return the names of those sizes of the extra decoder that are set."""
+        # A config.yaml from before `decoder` existed sets all of them.
         return [name for name in _DECODER_SIZES if getattr(self, name) is not None]
 
     @property
     def named_decoder(self) -> Literal["split", "extra"]:
-        """Return the decoder, chosen where none is named."""
+        """Return `decoder`, or the default if it is not set."""
         return self.decoder or ("extra" if self._sized_decoder else "split")
 
     @property
     def teacher_law(self) -> TeacherLaw:
-        """Parse `teacher_noise`. Raises UserError."""
+        """Return `teacher_noise`, parsed. Raises UserError if it has no meaning or is out of range."""
         kind, colon, amount = str(self.teacher_noise).rpartition(":")
         try:
             law = TeacherLaw(kind if colon else "fixed", float(amount))
@@ -154,20 +160,20 @@ class SDDiT:
         return self.momentum == 1 and self.momentum_end == 1
 
     def teacher_temperature_at(self, progress: float) -> float:
-        """Return tau_T when the share `progress` of the run is done."""
+        """Return tau_T after the share `progress` of the run."""
         warmup = self.teacher_temperature_warmup
         done = min(1.0, progress / warmup) if warmup else 1.0
         return self.teacher_temperature_start + done * (self.teacher_temperature - self.teacher_temperature_start)
 
     def momentum_at(self, step: int, steps: int) -> float:
-        """Return m of step `step` (0-based) of `steps`."""
+        """Return m in step `step` (0-based) of `steps`."""
         start = self.momentum
         if start is None:
             start = min(IBOT_MOMENTUM, max(0.0, 1 - 1 / (self.momentum_share * steps)))
         return self.momentum_end - (self.momentum_end - start) * (1 + math.cos(math.pi * step / steps)) / 2
 
     def split_of(self, depth: int) -> int:
-        """Return the number of encoder blocks of a split DiT. Raises UserError where `depth` leaves no decoder."""
+        """Return the number of encoder blocks of a split DiT. Raises UserError if no block is left to the decoder."""
         blocks = self.split
         if blocks < 1:
             blocks = min(max(round(blocks * depth), 1), depth - 1)
@@ -179,7 +185,7 @@ class SDDiT:
         return int(blocks)
 
     def sizes_for(self, width: int, depth: int) -> Sizes:
-        """Return the sizes of head and extra decoder for an encoder of `width` and `depth`."""
+        """Return the sizes of head and extra decoder for an encoder of `width` and `depth`, as set or in proportion."""
         decoder_width = self.decoder_width or _in_proportion(512, width, 64)
         heads = next(n for n in range(max(1, decoder_width // 32), 0, -1) if decoder_width % n == 0)
         return Sizes(
@@ -193,5 +199,5 @@ class SDDiT:
 
 
 def _in_proportion(published: int, width: int, multiple: int) -> int:
-    """Return a size that is to `width` as `published` is to XL's width, as a multiple of `multiple`."""
+    """Return the multiple of `multiple` next to published / 1152 * width, at least `multiple`."""
     return max(1, round(published * width / PUBLISHED_WIDTH / multiple)) * multiple

@@ -1,4 +1,4 @@
-"""SD-DiT: self-supervised discrimination beside generation (Zhu et al., CVPR 2024, arXiv 2403.17004).
+"""Define SD-DiT: self-supervised discrimination beside generation (Zhu et al., CVPR 2024, arXiv 2403.17004).
 
 An image appears at two points of its probability-flow ODE, one noisy and one nearly clean:
 
@@ -7,7 +7,7 @@ An image appears at two points of its probability-flow ODE, one noisy and one ne
     x_S --visible patches--> student encoder --> decoder --> out        L_G = denoising loss over all patches
                                   |
                                  head --> z_S --+
-                                                +--> L_D = mean_i -q_i . log p_i, for patches and class each
+                                                +--> L_D = mean_i -q_i . log p_i, for patches and for the class
     x_T ---- all patches ---> teacher encoder,  |
                               head --> z_T -----+
 
@@ -16,13 +16,13 @@ An image appears at two points of its probability-flow ODE, one noisy and one ne
     teacher <- m teacher + (1 - m) student            after each update
     C <- mu C + (1 - mu) mean of h'(z_T) over ranks   after each update, for class and patches separately
 
-The paper gives the pair, who sees what, the two losses and which layers carry them, and rules out reconstruction and
-mask tokens. iBOT, on which it builds, gives head, temperatures, centering and momenta. Everything else is ours, and
-`SDDiT` marks it so.
+The paper gives the pair of views, the patches that each network sees, the two losses and the layers that carry them. It
+excludes reconstruction and mask tokens. iBOT, on which it builds, gives head, temperatures, centering and momenta.
+Everything else is ours, and `SDDiT` marks it so.
 
-Cost of a step in plain DiT steps, by count, with the default settings: 1.11 at S/2 and 1.09 at XL/2 with the split
-decoder, 1.24 and 1.21 with the extra one; 0.95 with the split decoder and `every` 4 or `share` 0.25, and 1.00 after
-`until`. `python benchmarks/throughput.py --method sd_dit` measures it.
+In plain DiT steps, a step with the default settings costs by count 1.11 at S/2 and 1.09 at XL/2 with the split decoder,
+and 1.24 and 1.21 with the extra one. With the split decoder it costs 0.95 if `every` is 4 or `share` is 0.25, and 1.00
+after `until`. `python benchmarks/throughput.py --method sd_dit` measures it.
 """
 
 import math
@@ -32,8 +32,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastdit.errors import UserError
-from fastdit.kernels import split_tokens
+from fastdit.kernels import PrototypeLoss, split_tokens
 from fastdit.methods.denoising import GRADIENTS, Denoising, Network, Outcome, Panels, Shape, image_inputs
 from fastdit.methods.ranks import ranks, sum_over_ranks
 from fastdit.methods.sd_dit_settings import QUIET_QUANTILE, SDDiT
@@ -45,6 +44,7 @@ from fastdit.models import (
     Student,
     Target,
     Teacher,
+    check_heads,
     decoder_products,
     encoder_products,
     head_products,
@@ -54,16 +54,16 @@ from fastdit.models import (
 __all__ = ["SDDiT", "SelfDiscrimination"]
 
 TEACHER = "teacher"
-LOWEST_QUANTILE = 1e-3  # of the student's law, for a teacher's level relative to the student's
+LOWEST_QUANTILE = 1e-3  # lower limit, in the student's law, of a teacher's level relative to the student's
 
 
 class SelfDiscrimination(Denoising):
-    """Train a `Student` by L_G and L_D, and hold its teacher.
+    """Compute L_G and L_D of a `Student`, and hold its teacher.
 
     Args:
         noise, classes, label_drop: as in `Denoising`.
         settings: see `SDDiT`.
-        student: the module to be trained, before it is sharded. The teacher starts as its copy.
+        student: the trained module, before it is sharded. The teacher starts as its copy.
     """
 
     name = "sd_dit"
@@ -74,34 +74,30 @@ class SelfDiscrimination(Denoising):
         "teacher entropy (nats)": {"teacher_entropy": "patches", "cls_teacher_entropy": "class"},
         "KL(teacher || student) (nats)": {"teacher_student_kl": "patches", "cls_teacher_student_kl": "class"},
         "share of prototypes in use": {"prototype_usage": "patches"},
-        "norm of the centre": {"centre_norm": "patches"},
+        "norm of the center": {"centre_norm": "patches"},
         GRADIENTS: {"discriminative_gradient_ratio": "discrimination, at the encoder's output"},
     }
     older_signature: ClassVar[dict[str, object]] = {"sd_dit.decoder": "extra", "sd_dit.teacher": "moving"}
 
     @classmethod
     def complete(cls, settings: SDDiT) -> SDDiT:
-        """Return `settings` with their decoder named."""
+        """Return `settings` with `decoder` set."""
         return replace(settings, decoder=settings.named_decoder)
 
     @classmethod
     def check(cls, config) -> None:
-        """Raise UserError if the decoder does not fit the DiT."""
+        """Raise UserError if the settings of the decoder do not fit the DiT."""
         settings, dims = config.sd_dit, config.model.dims()
         if settings.decoder == "split":
             settings.split_of(dims["depth"])
             return
         sizes = settings.sizes_for(dims["width"], dims["depth"])
-        width, heads = sizes.decoder_width, sizes.decoder_heads
-        if width % heads or width % 4:
-            raise UserError(
-                f"sd_dit.decoder_width: {width} must be a multiple of sd_dit.decoder_heads ({heads}) and of 4; "
-                "change one"
-            )
+        check_heads(sizes.decoder_width, sizes.decoder_heads, "sd_dit.decoder_")
 
     @classmethod
     def build_network(cls, config, sizes: dict, out_channels: int) -> EncoderDecoder | SplitDiT:
-        """Return SD-DiT's encoder and decoder for the sizes of a DiT."""
+        """Return a `SplitDiT`, or an `EncoderDecoder` whose encoder is the whole DiT."""
+        # The split DiT has the sizes of the plain one.
         settings = config.sd_dit
         if settings.decoder == "split":
             return SplitDiT(
@@ -111,6 +107,8 @@ class SelfDiscrimination(Denoising):
                 seed=config.seed,
                 **sizes,
             )
+
+        # The extra decoder has sizes of its own.
         decoder = settings.sizes_for(sizes["width"], sizes["depth"])
         return EncoderDecoder(
             Encoder(**sizes, class_token=settings.cls == "token"),
@@ -157,17 +155,17 @@ class SelfDiscrimination(Denoising):
         self.teacher = Teacher(student, frozen=settings.frozen)
         self.tokens = math.prod(student.network.grid)
         self.keep = max(1, round((1 - settings.mask_ratio) * self.tokens))
-        self.centers = torch.zeros(2, student.head.sizes[-1])  # of the class and of the patches
+        self.centers = torch.zeros(2, student.head.sizes[-1])  # centers of the class and of the patches
         self.gradients = student.network.gradients = GradientRatio()
         self.temperature = settings.teacher_temperature_at(0.0)
         self.compares = True  # whether the step has L_D
-        self.finished = False  # whether no later step has
+        self.finished = False  # whether L_D is off for the rest of the run
         self._reset()
 
     def loss(self, network: Network, x0: Tensor, y: Tensor, generator: torch.Generator) -> Outcome:
-        """Return L and its terms; `loss` among them is L_G, comparable between methods.
+        """Return L and its terms, without a host sync. The term `loss` is L_G, which compares with other methods.
 
-        Both views of an image have one label and one eps (ours).
+        Both views of an image share label and noise (ours).
         """
         # Draw noise levels, labels and the visible patches, and build the student's view.
         level, eps, y = self.draw(x0, y, generator)
@@ -180,46 +178,48 @@ class SelfDiscrimination(Denoising):
             outcome = self.compute_loss(out, x0, eps, level)
             return outcome._replace(loss=outcome.loss + nothing)
 
-        # The teacher sees the first samples of the batch, or all of them.
+        # Run the teacher on the first samples of the batch, or on all of them.
         count = self._compared(len(x0))
         quiet = self._teacher_level(level[:count], generator)
         quiet_view = self.noise.network_input(self.noise.add_noise(x0[:count], eps[:count], quiet), quiet)
         features = self.teacher(*quiet_view, y[:count], split and split[0][:count])
         target = Target(features, self.teacher.head.prototypes.weight, self.centers)
 
-        # The student generates all of them and is compared on those that the teacher saw.
-        out, of_class, of_patches = network(
+        # Run the student on all samples, and compare it on those that the teacher saw.
+        out, class_loss, patch_loss = network(
             view, t, y, split, target,
             student_temperature=self.settings.student_temperature,
             teacher_temperature=self.temperature,
             centering=self.settings.centering,
             all_reduce=sum_over_ranks,
         )  # fmt: skip
-        self._accumulate(of_class, of_patches)
+        self._accumulate(class_loss, patch_loss)
+
+        # Add up the losses.
         generative = self.compute_loss(out, x0, eps, level)
-        discriminative = of_class.loss + of_patches.loss
+        discriminative = class_loss.loss + patch_loss.loss
         terms = {
             "discriminative_loss": discriminative.detach(),
-            "teacher_entropy": of_patches.teacher_entropy,
-            "teacher_student_kl": of_patches.kl,
-            "cls_teacher_entropy": of_class.teacher_entropy,
-            "cls_teacher_student_kl": of_class.kl,
+            "teacher_entropy": patch_loss.teacher_entropy,
+            "teacher_student_kl": patch_loss.kl,
+            "cls_teacher_entropy": class_loss.teacher_entropy,
+            "cls_teacher_student_kl": class_loss.kl,
         }
         loss = generative.loss + self.settings.beta * discriminative
         return generative._replace(loss=loss, terms=generative.terms | terms)
 
-    def describe(self, x: Tensor) -> Tensor:
-        """Return the teacher's pooled features (B, width) of clean samples x, without a label; gradients reach x only.
+    def pooled_features(self, x: Tensor) -> Tensor:
+        """Return the teacher's pooled features (B, width) of clean samples x (B, C, H, W), with the null label.
 
-        The input is the mean of the teacher's noisy view, so that equal samples have equal features.
+        The teacher sees the mean of its noisy view, so equal samples have equal features. Gradients reach x only.
         """
         quiet = self._quiet_level(len(x), x.device)
         view, t = self.noise.network_input(self.noise.add_noise(x, torch.zeros_like(x), quiet), quiet)
         y = torch.full((len(x),), self.classes, device=x.device)
-        return self.teacher.describe(view, t, y)
+        return self.teacher.pooled_features(view, t, y)
 
     def _teacher_level(self, level: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the teacher's noise levels for the student's."""
+        """Return the teacher's noise levels for the student's levels (n,)."""
         kind, amount = self.settings.teacher_law
         if kind != "relative":
             return self._quiet_level(len(level), level.device)
@@ -227,7 +227,7 @@ class SelfDiscrimination(Denoising):
         return self.noise.at_quantile((self.noise.quantile_of(level) - lower).clamp_min(LOWEST_QUANTILE))
 
     def _quiet_level(self, count: int, device: torch.device) -> Tensor:
-        """Return the teacher's noise level (count,) where it does not depend on the student's."""
+        """Return the teacher's noise level (count,) by a rule that does not depend on the student's level."""
         kind, amount = self.settings.teacher_law
         if kind == "fixed":
             return self.noise.level_at(amount, count, device)
@@ -240,11 +240,11 @@ class SelfDiscrimination(Denoising):
         return self.keep < self.tokens and not self.finished
 
     def _compared(self, batch: int) -> int:
-        """Return how many samples of a micro-batch L_D compares."""
+        """Return the number of samples of a micro-batch that L_D compares."""
         return max(1, round(self.settings.share * batch))
 
     def begin_step(self, step: int, steps: int) -> dict[str, float]:
-        """Set the step's temperature and whether it compares; return the decay of the teacher where it moves."""
+        """Set the step's temperature and whether it has L_D; return the decay of the teacher's EMA if it moves."""
         settings, progress = self.settings, step / steps
         self.finished = progress >= settings.until
         self.compares = not self.finished and step % settings.every == 0
@@ -255,17 +255,21 @@ class SelfDiscrimination(Denoising):
         return {TEACHER: settings.momentum_at(step, steps) ** settings.every}
 
     def end_step(self) -> dict[str, Tensor]:
-        """Move the centers, and return prototype usage, the centers' norm and the ratio of the two losses' gradients.
+        """Update the centers, and return prototype usage, their norm and the ratio of both losses' gradients.
 
-        Prototype usage is the share of the prototypes that the teacher prefers for any patch of the step. The ratio is
-        |beta grad L_D| / |grad L_G| at the encoder's output. Teacher features that are not finite leave the centers as
-        they are.
+        Prototype usage is the share of the prototypes that the teacher prefers for at least one patch of the step. The
+        ratio is |beta grad L_D| / |grad L_G| at the encoder's output. Teacher features that are not finite leave the
+        centers as they are.
         """
         if not self.count:
             return {}
+
+        # Sum everything over ranks in one all-reduce.
         means, wins = self.means / self.count, self.wins.to(self.means.dtype)
         packed = sum_over_ranks(torch.cat([means.flatten(), wins, self.gradients.squares]))
         means, wins, squares = packed.split([means.numel(), wins.numel(), 2])
+
+        # Update the centers by the mean over ranks.
         moved = torch.lerp(means.view_as(self.centers) / ranks(), self.centers, self.settings.center_momentum)
         self.centers = torch.where(moved.isfinite().all(), moved, self.centers)
         self._reset()
@@ -275,12 +279,14 @@ class SelfDiscrimination(Denoising):
             "discriminative_gradient_ratio": self.gradients.read(squares),
         }
 
-    def _accumulate(self, of_class, of_patches) -> None:
-        self.means = self.means + torch.stack([of_class.teacher_mean, of_patches.teacher_mean])
-        self.wins = self.wins + of_patches.wins
+    def _accumulate(self, class_loss: PrototypeLoss, patch_loss: PrototypeLoss) -> None:
+        """Add the teacher's statistics of a micro-batch to those of the step."""
+        self.means = self.means + torch.stack([class_loss.teacher_mean, patch_loss.teacher_mean])
+        self.wins = self.wins + patch_loss.wins
         self.count += 1
 
     def _reset(self) -> None:
+        """Clear the statistics of the step."""
         self.means, self.count = torch.zeros_like(self.centers), 0
         self.wins = torch.zeros(self.centers.shape[1], dtype=torch.int64, device=self.centers.device)
 
@@ -289,24 +295,28 @@ class SelfDiscrimination(Denoising):
         return module.network
 
     def ema_replicas(self, module: Student) -> dict:
-        """Map the teacher's EMA to its replica's tensors and the student's parameters; a frozen teacher has none."""
+        """Map the teacher's EMA to (the teacher's parameters, the student's). A frozen teacher has no EMA."""
         if self.settings.frozen:
             return {}
         return {TEACHER: (list(self.teacher.parameters()), self.teacher.sources(module))}
 
     def graphed(self, module: Student, batch: int) -> list[tuple[nn.Module, tuple[Tensor, ...]]]:
-        """Return the networks that a step calls, and tensors like those they are called with."""
+        """Return the networks that a step calls, with tensors like their inputs."""
+        # The teacher's encoder sees the compared samples.
         network, encoder = module.network, module.encoder
         images = image_inputs(encoder, batch)
         visible = torch.zeros(batch, self.keep, dtype=torch.int64, device=images[0].device)
         parts = []
         if not self.teacher.skips_blocks:
             parts.append((self.teacher.encoder, image_inputs(encoder, self._compared(batch))))
+
+        # Steps without L_D call a plain network, which needs a graph of its own, after `until` or if nothing is hidden.
         hides = self.keep < self.tokens
-        # After `until`, and where nothing is hidden, steps without comparison call a plain network: another graph.
         plain = self.settings.until < 1 or (self.settings.every > 1 and not hides)
         if not isinstance(network, EncoderDecoder):
             return [*parts, *[(network, images)][:plain], (network, (*images, visible))]
+
+        # The encoder and the extra decoder are called by themselves.
         tokens = visible.new_zeros(batch, self.tokens, network.decoder.width, dtype=network.decoder.adaln.weight.dtype)
         condition = tokens.new_zeros(batch, encoder.width)
         return [
@@ -317,7 +327,8 @@ class SelfDiscrimination(Denoising):
         ]
 
     def flops(self, module: Student) -> dict[str, float]:
-        """Return the mean FLOPs of a step for one image, by part; once L_D is off it costs none."""
+        """Return the mean FLOPs of a step for one image, by part. After `until`, L_D costs nothing."""
+        # Count one pass of head and networks over an image.
         network, settings = module.network, self.settings
         seen = self.keep if self.hides else self.tokens
         compared = 0.0 if self.finished else settings.share / settings.every
@@ -327,6 +338,8 @@ class SelfDiscrimination(Denoising):
             decoder = decoder_products(network)
         else:
             encoder, decoder = split_products(network, seen)
+
+        # The backward pass costs twice a forward pass. L_D is computed for some samples and in some steps only.
         return {
             "encoder": 6 * encoder,
             "decoder": 6 * decoder,
@@ -335,26 +348,26 @@ class SelfDiscrimination(Denoising):
         }
 
     def teacher_flops(self) -> int:
-        """Return the FLOPs of the teacher's encoder for one image."""
+        """Return the FLOPs of the teacher's encoder, forward, for one image."""
         encoder = self.teacher.encoder
         if self.teacher.skips_blocks:
             return 2 * self.tokens * encoder.patch**2 * encoder.channels * encoder.width
         return 2 * encoder_products(encoder, self.tokens + (encoder.class_token is not None))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move teacher, centers and sums; the teacher gets `dtype`."""
+        """Move teacher, centers and sums. The teacher gets `dtype`."""
         self.teacher.to(device, dtype)
         self.gradients.to(device)
         self.centers = self.centers.to(device)
         self._reset()
 
     def state_dict(self) -> dict:
-        """Return the centers, and the weights of a frozen teacher, which no EMA holds."""
+        """Return the centers, and a frozen teacher's weights, which no EMA holds."""
         frozen = {"teacher": self.teacher.state_dict()} if self.settings.frozen else {}
         return {"centers": self.centers.cpu(), **frozen}
 
     def load_state_dict(self, state: dict) -> None:
-        """Load a `state_dict`."""
+        """Load the result of `state_dict`."""
         self.centers = state["centers"].to(self.centers.device)
         if self.settings.frozen:
             self.teacher.load_state_dict(state["teacher"])

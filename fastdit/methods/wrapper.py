@@ -1,4 +1,4 @@
-"""Define the base class of methods that add to another method, as SADM and psi_align do."""
+"""Define the base class of methods that add to another method, such as SADM and psi_align."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,10 +9,10 @@ from fastdit.methods.denoising import Denoising, Network, Outcome
 
 
 class Wrapper(Denoising):
-    """Pass every hook on to another method, `base`. A subclass overrides what it adds to, and calls `super()`.
+    """Pass every call on to another method, `base`. A subclass overrides what it adds to, and calls `super()`.
 
     Args:
-        base: the method that computes outcomes, maybe a wrapper itself.
+        base: the method that computes outcomes, which may be a wrapper itself.
     """
 
     def __init__(self, base: Denoising) -> None:
@@ -44,11 +44,11 @@ class Wrapper(Denoising):
         return self.base.sampled_network(self.base_module(module))
 
     def ema_replicas(self, module: nn.Module) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
-        """Return the base's replicas of EMAs."""
+        """Return the replicas of the base's EMAs."""
         return self.base.ema_replicas(self.base_module(module))
 
     def graphed(self, module: nn.Module, batch: int) -> list[tuple[nn.Module, tuple[Tensor, ...]]]:
-        """Return the networks that the base calls, and tensors like their inputs."""
+        """Return the networks that the base calls, with tensors like their inputs."""
         return self.base.graphed(self.base_module(module), batch)
 
     def flops(self, module: nn.Module) -> dict[str, float]:

@@ -1,8 +1,8 @@
-"""Networks and the checkpoints they read and write. Knows nothing of noise, data or training."""
+"""Define the networks, and read and write their checkpoints. Noise, data and training are unknown here."""
 
 from .alignment import AlignedDiT, TokenTargets
 from .autoencoders import Autoencoder, open_autoencoder
-from .dit import SIZES, DiT, Encoder, encoder_products, flops_per_image
+from .dit import SIZES, DiT, Encoder, check_heads, encoder_products, flops_per_image
 from .encoder_decoder import EncoderDecoder, HiddenTokens, decoder_products
 from .finetune import add_block_scales, fold_block_scales, freeze_for_diffit
 from .image_resnet import ImageResNet
@@ -31,6 +31,7 @@ __all__ = [
     "Teacher",
     "TokenTargets",
     "add_block_scales",
+    "check_heads",
     "decoder_products",
     "encoder_products",
     "flops_per_image",

@@ -1,11 +1,11 @@
-"""The networks of `psi_align`: a DiT whose tokens after one block also go through a projector, and their targets.
+"""Define the networks of `psi_align`: a DiT whose tokens after one block pass a projector, and the tokens' targets.
 
     x, t, y --> blocks 0 .. k-1 --> stream --> blocks k .. depth-1 --> head --> image
                                        |
                                        +--LN--> projector (three linear layers with SiLUs) --> cosine with the targets
 
-The projector is REPA's (Yu et al., arXiv 2410.06940). REPA's input is the stream itself; the LayerNorm is ours, and
-costs nothing beside the sum that it is fused with.
+The projector is REPA's (Yu et al., arXiv 2410.06940). REPA projects the stream itself; the LayerNorm is ours, and
+costs nothing, because it is fused with the sum of the stream.
 """
 
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from .structure_encoders import LatentResNet
 
 
 class AlignedDiT(nn.Module):
-    """Hold a DiT and the projector of its tokens. The DiT alone is sampled.
+    """Hold a DiT and the projector of its tokens. Sampling needs the DiT alone.
 
     Args:
         network: the DiT.
@@ -25,6 +25,8 @@ class AlignedDiT(nn.Module):
         hidden: width of the projector's two hidden layers.
         features: channels of the targets.
         seed: seed of the projector's initial weights.
+
+    Raises ValueError if the DiT has no such block.
     """
 
     def __init__(self, network: DiT, *, block: int, hidden: int, features: int, seed: int = 0) -> None:
@@ -36,10 +38,11 @@ class AlignedDiT(nn.Module):
         self.gradients = GradientRatio()  # of the denoising and the alignment loss, at the tokens
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the DiT's output, and the mean cosine () float32 between projected tokens and targets.
+        """Return the DiT's output, and the mean cosine () float32 of projected tokens and targets.
 
-        targets: (B, N, features) float32. With None, the second result is the zero of `Projector.idle`. The cosine is
-        computed here because under ZeRO-3 a weight is whole only within its module's forward.
+        x, t, y: the arguments of `DiT`. targets: (B, N, features) float32. With None, the second result is the zero of
+        `Projector.idle`. The cosine is computed here because under ZeRO-3 a weight is whole only within its module's
+        forward.
         """
         if targets is None:
             out = self.network(x, t, y)
@@ -49,7 +52,7 @@ class AlignedDiT(nn.Module):
         return out, F.cosine_similarity(projected.float(), targets, dim=-1).mean()
 
     def _generate(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Stream]:
-        """Return what the DiT returns, and the residual stream after `block` blocks."""
+        """Return the DiT's output (B, out_channels, H, W), and the residual stream after `block` blocks."""
         network = self.network
         _, vectors = network.condition(t, y)
         blocks, before = list(network.blocks), 6 * self.block
@@ -60,7 +63,7 @@ class AlignedDiT(nn.Module):
         tokens, compared = self.gradients.fork(tokens)
         stream = Stream(compared, branch, gate)
 
-        # Run the others.
+        # Run the other blocks and the head.
         tokens, branch, gate = run_blocks(
             blocks[self.block :], tokens, vectors[before:], network.grad_checkpoint, branch=branch, gate=gate
         )
@@ -70,7 +73,7 @@ class AlignedDiT(nn.Module):
 
 
 class Projector(nn.Module):
-    """Three linear layers with SiLUs between, with REPA's initial weights: Xavier, and biases of zero."""
+    """Apply three linear layers with SiLUs between. Initial weights are REPA's: Xavier, and biases of zero."""
 
     def __init__(self, width: int, hidden: int, features: int, seed: int) -> None:
         super().__init__()
@@ -87,8 +90,8 @@ class Projector(nn.Module):
     def idle(self, like: Tensor) -> Tensor:
         """Return a zero () that gives every weight a gradient of zeros, for a step without alignment.
 
-        A weight without a gradient would get that of an earlier step from DeepSpeed 0.19's ZeRO-3, and no update of its
-        averages without ZeRO.
+        Under ZeRO-3, DeepSpeed 0.19 gives a weight without a gradient that of an earlier step. Without ZeRO it leaves
+        the weight's EMAs as they are.
         """
         return 0.0 * self(like.new_zeros(1, 1, self.sizes[0])).float().sum()
 
@@ -99,7 +102,7 @@ class Projector(nn.Module):
 
 
 class TokenTargets(nn.Module):
-    """Return Psi's feature map of clean samples on the grid of the DiT's tokens.
+    """Compute Psi's feature map of clean samples on the grid of the DiT's tokens.
 
     Args:
         psi: the encoder.
@@ -114,7 +117,7 @@ class TokenTargets(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the targets (B, tokens, channels) float32 of samples x (B, C, H, W).
 
-        A side of the map that is longer than the grid's is averaged, a shorter one is interpolated bilinearly.
+        A side of the map that is longer than the grid's is averaged; a shorter side is interpolated bilinearly.
         """
         features = self.psi.feature_map(x, self.stage).float()
         sides = tuple(min(pair) for pair in zip(features.shape[2:], self.grid))

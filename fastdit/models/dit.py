@@ -1,6 +1,6 @@
-"""The diffusion transformer (DiT, Peebles and Xie, arXiv 2212.09748): adaLN-Zero blocks over image patches.
+"""Define the diffusion transformer (DiT, Peebles and Xie, arXiv 2212.09748): adaLN-Zero blocks over patches.
 
-`Encoder` is everything up to the last block. `DiT` adds the layer that makes an image of the tokens.
+`Encoder` holds everything up to the last block. `DiT` adds the layer that turns tokens into an image.
 
 A step is organized to move as little memory as the mathematics allows:
 
@@ -36,11 +36,11 @@ TIME_FEATURES = 256
 
 
 class Encoded(NamedTuple):
-    """Output of the blocks: the residual stream x + gate * branch in parts, and the next layer's vectors."""
+    """Hold the output of the blocks: the residual stream x + gate * branch in parts, and the next layer's vectors."""
 
     x: Tensor  # (B, tokens, width)
     branch: Tensor  # (B, tokens, width)
-    gate: Tensor  # (B, width), like the rest
+    gate: Tensor  # (B, width), as are the others
     scale: Tensor
     shift: Tensor
     condition: Tensor  # silu(time + label)
@@ -53,12 +53,12 @@ class Encoder(nn.Module):
         input_size: side, or (height, width), of the image or latent; multiples of `patch`.
         patch, channels, width, depth, heads, mlp_ratio: the architecture; see `SIZES`.
         classes: number of classes; labels are 0..classes-1.
-        null_class: adds one label, `classes`, which means "no class" (for guidance). The caller drops labels.
-        class_token: adds a learned token, without a position, in front of the patches.
+        null_class: whether to add one label, `classes`, which means "no class" (for guidance). The caller drops labels.
+        class_token: whether to put a learned token, without a position, in front of the patches.
         attention_backend: see `fastdit.kernels.attention`.
-        grad_checkpoint: keeps only the blocks' inputs for the backward pass and recomputes the rest.
+        grad_checkpoint: whether to keep only the blocks' inputs for the backward pass and recompute the rest.
 
-    Raises UserError when sizes do not fit together.
+    Raises UserError if sizes do not fit together.
     """
 
     def __init__(
@@ -102,8 +102,7 @@ class Encoder(nn.Module):
                 raise UserError(f"{field}: {value} must be at least 1")
         if rows % patch or cols % patch:
             raise UserError(f"input_size: {rows}x{cols} is not a multiple of patch {patch}; change one of them")
-        if width % heads or width % 4:
-            raise UserError(f"width: {width} must be a multiple of heads ({heads}) and of 4; change one of them")
+        check_heads(width, heads)
         self.input_size, self.grid = (rows, cols), (rows // patch, cols // patch)
         self.patch, self.channels = patch, channels
         self.width, self.depth, self.heads, self.mlp_width = width, depth, heads, int(width * mlp_ratio)
@@ -144,6 +143,7 @@ class Encoder(nn.Module):
         return c, vectors.unbind(1)  # views
 
     def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+        """Raise ValueError unless shapes and the labels' dtype are those of `forward`."""
         expected = (self.channels, *self.input_size)
         if x.dim() != 4 or tuple(x.shape[1:]) != expected:
             raise ValueError(f"x must be (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
@@ -155,10 +155,10 @@ class Encoder(nn.Module):
 
 
 class DiT(Encoder):
-    """Class-conditional diffusion transformer.
+    """Predict noise, x0 or a velocity with a class-conditional diffusion transformer.
 
     Args:
-        out_channels: channels of the output, `channels` when None (DDPM with learned variance: twice that).
+        out_channels: channels of the output; None: `channels`. DDPM with learned variance needs twice as many.
         seed: seed of the initial weights. The global random state is neither read nor advanced.
         sizes: arguments of `Encoder`.
     """
@@ -188,26 +188,37 @@ def run_blocks(
     branch: Tensor | None = None,
     gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the residual stream x + gate * branch (B, N, width) through all blocks, each with its six of `vectors`.
+    """Run the residual stream x + gate * branch (B, N, width) through all blocks, and return its three parts.
 
-    branch and gate are None where x is the whole stream. Returns the stream in the same three parts.
+    Each block takes the next six of `vectors`. branch and gate are None if x is the whole stream.
     """
     for i, block in enumerate(blocks):
-        own = vectors[6 * i : 6 * i + 6]
+        six = vectors[6 * i : 6 * i + 6]
         if grad_checkpoint and torch.is_grad_enabled():
-            x, branch = checkpoint(block, x, branch, gate, *own, use_reentrant=False, preserve_rng_state=False)
+            x, branch = checkpoint(block, x, branch, gate, *six, use_reentrant=False, preserve_rng_state=False)
         else:
-            x, branch = block(x, branch, gate, *own)
-        gate = own[-1]
+            x, branch = block(x, branch, gate, *six)
+        gate = six[-1]
     return x, branch, gate
+
+
+def check_heads(width: int, heads: int, prefix: str = "") -> None:
+    """Raise UserError unless the width is a multiple of the heads, and of 4 for the position table.
+
+    prefix: the beginning of both settings' names in the message, such as "decoder_".
+    """
+    if width % heads or width % 4:
+        raise UserError(
+            f"{prefix}width: {width} must be a multiple of {prefix}heads ({heads}) and of 4; change one of them"
+        )
 
 
 @torch.no_grad()
 def copy_blocks(encoder: Encoder, count: int) -> Encoder:
-    """Return an encoder of the first `count` blocks, with its own copy of their weights.
+    """Return an encoder of the first `count` blocks, with a copy of their weights.
 
-    Its `Encoded.scale` and `shift` are those that block `count` normalizes its input with. A weight that spans the
-    blocks, such as `adaln`, is cut to its leading rows.
+    A weight that spans the blocks, such as `adaln`, is cut to its leading rows. The `Encoded.scale` and `shift` of the
+    result are therefore those with which block `count` modulates its input.
     """
     part = Encoder(**encoder.arguments | {"depth": count})
     if encoder.gains is not None:
@@ -220,10 +231,10 @@ def copy_blocks(encoder: Encoder, count: int) -> Encoder:
 
 @torch.no_grad()
 def init_weights(module: nn.Module, seed: int) -> None:
-    """Fill the weights as DiT does.
+    """Fill the weights as the original DiT does (arXiv 2212.09748), in place. Weights on the meta device stay there.
 
     Linear layers are Xavier-initialized, biases are zero, and the timestep MLP, the label table and learned tokens are
-    N(0, 0.02). Modulation and output layers are zero: every block starts as the identity and the output as zero.
+    N(0, 0.02). Modulation and output layers are zero, so every block starts as the identity and the output as zero.
     """
     parameters = list(module.named_parameters())
     if parameters[0][1].is_meta:
@@ -263,10 +274,10 @@ class Block(nn.Module):
         mlp_scale: Tensor,
         mlp_gate: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return the residual stream before this block's MLP is added, and the MLP's output before mlp_gate.
+        """Return the residual stream before the MLP is added, and the MLP's output before mlp_gate, (B, N, width) each.
 
-        x (B, N, width) is the stream before the previous block's gate * y is added; y and gate are None for no such
-        branch. The vectors are (B, width).
+        x (B, N, width) is the stream to which the previous block's gate * y is still to be added; y and gate are None
+        if there is no such branch. The vectors are (B, width).
         """
         x, qkv = self.qkv(x, y, gate, attn_scale, attn_shift)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
@@ -279,7 +290,7 @@ class Block(nn.Module):
 
 
 class ModulatedLinear(nn.Linear):
-    """Linear layer over a modulated LayerNorm: see `fastdit.kernels.modulated_linear`."""
+    """Apply a linear layer to a modulated LayerNorm: see `fastdit.kernels.modulated_linear`."""
 
     def __init__(self, *sizes: int, keep_x: bool = False, device: torch.device | None = None) -> None:
         super().__init__(*sizes, device=device)
@@ -288,20 +299,23 @@ class ModulatedLinear(nn.Linear):
     def forward(
         self, x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return (x + gate * y, linear(LN(x + gate * y) * (1 + scale) + shift))."""
+        """Return (x + gate * y, linear(LN(x + gate * y) * (1 + scale) + shift)).
+
+        x and y are (B, N, width), and the vectors (B, width). y and gate are None for no branch.
+        """
         return modulated_linear(x, y, gate, scale, shift, self.weight, self.bias, keep_x=self.keep_x)
 
 
 class GeluLinear(nn.Linear):
-    """Linear layer over a GELU: see `fastdit.kernels.gelu_linear`."""
+    """Apply a linear layer to a GELU: see `fastdit.kernels.gelu_linear`."""
 
     def forward(self, u: Tensor) -> Tensor:
-        """Return linear(gelu(u))."""
+        """Return linear(gelu(u)), with the tanh form of GELU."""
         return gelu_linear(u, self.weight, self.bias)
 
 
 class PatchEmbed(nn.Module):
-    """Embed patches as tokens by a GEMM over flattened patches; the weight has a convolution's layout."""
+    """Embed patches as tokens by a GEMM over flattened patches. The weight has a convolution's layout."""
 
     def __init__(self, patch: int, channels: int, width: int) -> None:
         super().__init__()
@@ -309,9 +323,9 @@ class PatchEmbed(nn.Module):
         self.bias = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor, positions: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Return the tokens (B, N, width) of x (B, C, H, W), N = H/p * W/p row by row, plus positions (N, width).
+        """Return tokens (B, N, width) of x (B, C, H, W), N = H/p * W/p row by row, with positions (N, width) added.
 
-        ids (B, keep) selects tokens, in this order; None takes all.
+        ids (B, keep) int64 selects tokens, in this order; None takes all.
         """
         if ids is not None:
             return embed_tokens(x, self.weight, self.bias, positions, ids)
@@ -350,10 +364,10 @@ class BlockScale(nn.Module):
 
 
 class TimeEmbed(nn.Module):
-    """Embed noise levels by sinusoidal features (fp32, cosines first, then sines) and an MLP.
+    """Embed noise levels by sinusoidal features (fp32, first cosines, then sines) and an MLP.
 
     Frequency i of n = 128 is 10000^(-i / (n - freq_shift)). The original DiT has freq_shift 0 and diffusers' class has
-    1, and weights trained with one are wrong under the other. The state dict therefore holds the shift, as an integer,
+    1. Weights that were trained with one are wrong with the other, so the state dict holds the shift. It is an integer,
     which survives a cast of the model to bf16.
     """
 
@@ -373,7 +387,7 @@ class TimeEmbed(nn.Module):
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
-    """Return the fixed 2-D position table (rows * cols, width), fp32 from fp64 arithmetic as in the original DiT.
+    """Return the fixed 2-D position table (rows * cols, width) in fp32, computed in fp64 like the original DiT's.
 
     The first half encodes the column and the second half the row, each as the sines, then the cosines, of
     coordinate * 10000^(-i / (width / 4)).
@@ -386,7 +400,7 @@ def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """Return the image (B, C, h * p, w * p) of tokens (B, h * w, p * p * C), each ordered by row, column, channel."""
+    """Return the image (B, C, h * p, w * p) of tokens (B, h * w, p * p * C) in the order row, column, channel."""
     x = tokens.unflatten(2, (patch, patch, -1)).unflatten(1, grid)  # B h w p p C
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
@@ -406,7 +420,7 @@ def encoder_products(encoder: Encoder, tokens: int) -> int:
 
 
 def block_products(tokens: int, width: int, mlp_width: int) -> int:
-    """Return the multiply-adds of a block's forward pass: its linear layers, q k^T and the product with v."""
+    """Return the multiply-adds of a block's forward pass for one image: linear layers, q k^T and the product with v."""
     return tokens * (4 * width * width + 2 * width * mlp_width + 2 * tokens * width)
 
 

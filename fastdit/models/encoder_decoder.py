@@ -1,5 +1,7 @@
-"""A DiT as encoder over visible patches and a light decoder over all of them, in the manner of MaskDiT (Zheng et al.,
-arXiv 2306.09305), but without its mask token: a hidden patch enters the decoder as its own noised pixels.
+"""Define SD-DiT's network with an extra decoder: a DiT encodes the visible patches, and a light decoder sees all.
+
+The layout is MaskDiT's (Zheng et al., arXiv 2306.09305), but without its mask token (ours): a hidden patch enters the
+decoder as its own noised pixels.
 
     visible patches ----> encoder ----> bridge --+
                                                  +--> + positions --> decoder blocks --> head --> image
@@ -7,15 +9,14 @@ arXiv 2306.09305), but without its mask token: a hidden patch enters the decoder
     first layer ----------------------> bridge --+
 
 The bridge is one adaLN-modulated linear layer to the decoder's width. MaskDiT's bridge starts at zero and ours does
-not: the head alone makes the first output zero, and what the encoder sees counts from the first step. With nothing
-hidden, as in sampling, this is an ordinary, deeper DiT. `split_dit` has the variant without extra blocks.
+not: the zero head alone makes the first output zero, so the encoder gets gradients as soon as the head has moved. With
+nothing hidden, as in sampling, this is an ordinary, deeper DiT. `split_dit` has the variant without extra blocks.
 """
 
 from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from fastdit.errors import UserError
 from fastdit.kernels import scatter_tokens
 
 from .dit import (
@@ -25,6 +26,7 @@ from .dit import (
     ModulatedLinear,
     Token,
     block_products,
+    check_heads,
     init_weights,
     run_blocks,
     sincos_positions,
@@ -37,17 +39,17 @@ HiddenTokens = Literal["noised_patch", "mask_token", "zeros"]
 
 
 class EncoderDecoder(nn.Module):
-    """Class-conditional encoder and decoder, called as a `DiT` is.
+    """Hold a class-conditional encoder and decoder, which together are called like a `DiT`.
 
     Args:
-        encoder: the encoder, with or without class token.
+        encoder: the encoder, with or without a class token.
         out_channels: channels of the output.
         width, depth, heads: sizes of the decoder.
-        hidden_tokens: what the decoder gets at hidden patches: their noised pixels, one learned token, or zeros.
+        hidden_tokens: the decoder's input at hidden patches: their noised pixels, one learned token, or zeros.
         attention_backend: see `fastdit.kernels.attention`.
         seed: seed of the initial weights, including the encoder's.
 
-    Raises UserError when sizes do not fit together.
+    Raises UserError if sizes do not fit together, and ValueError for another `hidden_tokens`.
     """
 
     def __init__(
@@ -63,13 +65,12 @@ class EncoderDecoder(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if width % heads or width % 4:
-            raise UserError(f"decoder_width: {width} must be a multiple of decoder_heads ({heads}) and of 4")
+        check_heads(width, heads, "decoder_")
         if hidden_tokens not in get_args(HiddenTokens):
             raise ValueError(f"hidden_tokens={hidden_tokens!r}: choose one of {', '.join(get_args(HiddenTokens))}")
         self.hidden_tokens, self.channels, self.out_channels = hidden_tokens, encoder.channels, out_channels
         self.width, self.heads, self.grid = encoder.width, encoder.heads, encoder.grid
-        self.gradients: GradientRatio | None = None
+        self.gradients: GradientRatio | None = None  # a method that measures gradients sets it
         self.encoder = encoder
         self.bridge = uninitialized(ModulatedLinear, encoder.width, width)
         self.mask_token = Token(width) if hidden_tokens == "mask_token" else None
@@ -86,11 +87,14 @@ class EncoderDecoder(nn.Module):
         """Return the output (B, out_channels, H, W), and the encoder's tokens (B, [1 +] keep, width).
 
         The class token comes first. split holds the ids (B, keep) of the visible and (B, N - keep) of the hidden
-        patches, int64; None hides nothing.
+        patches, int64; None hides nothing. The other arguments are those of `DiT`.
         """
+        # Encode the visible patches, and fork the stream for the discriminative loss.
         encoded = self.encoder(x, t, y, split and split[0])
         seen, compared = self.gradients.fork(encoded.x) if self.gradients else (encoded.x, encoded.x)
         stream = Stream(compared, encoded.branch, encoded.gate)
+
+        # Decode all patches: the hidden ones enter here.
         _, tokens = self.bridge(seen, encoded.branch, encoded.gate, encoded.scale, encoded.shift)
         if self.encoder.class_token is not None:
             tokens = tokens[:, 1:]
@@ -99,7 +103,7 @@ class EncoderDecoder(nn.Module):
         return self.decoder(tokens, encoded.condition), stream
 
     def _hidden(self, x: Tensor, encoded: Encoded, hidden: Tensor, like: Tensor) -> Tensor:
-        """Return tokens (B, N, decoder width) that are right at the hidden patches."""
+        """Return the decoder's input (B, N, decoder width) at the hidden patches; other positions hold anything."""
         batch, tokens = x.shape[0], self.grid[0] * self.grid[1]
         if self.mask_token is not None:
             return self.mask_token(batch, tokens)
@@ -112,7 +116,7 @@ class EncoderDecoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Make an image of tokens, under the encoder's condition."""
+    """Turn tokens into an image, conditioned like the encoder."""
 
     def __init__(
         self,
@@ -133,7 +137,7 @@ class Decoder(nn.Module):
         self.head = uninitialized(ModulatedLinear, width, patch * patch * out_channels)
 
     def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """Return (B, out_channels, H, W) from tokens (B, N, width) and condition (B, condition_width)."""
+        """Return the image (B, out_channels, H, W) of tokens (B, N, width) and condition (B, condition_width)."""
         vectors = self.adaln(condition).unflatten(1, (-1, self.width)).unbind(1)
         x, branch, gate = run_blocks(self.blocks, tokens + self.pos_embed.to(tokens.dtype), vectors)
         shift, scale = vectors[-2:]
@@ -142,7 +146,7 @@ class Decoder(nn.Module):
 
 
 def decoder_products(network: EncoderDecoder) -> int:
-    """Return the multiply-adds of bridge and decoder for one image, forward; hidden patches cross the bridge too."""
+    """Return the multiply-adds of bridge and decoder, forward, for one image. Hidden patches cross the bridge too."""
     decoder, tokens = network.decoder, network.grid[0] * network.grid[1]
     width = decoder.width
     blocks = decoder.depth * block_products(tokens, width, 4 * width)

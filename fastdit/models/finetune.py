@@ -1,8 +1,8 @@
-"""Which weights a fine-tuning trains: all, or the small subset of DiffFit (Xie et al., ICCV 2023, arXiv 2304.06648).
+"""Choose the weights that fine-tuning trains: all, or DiffFit's small subset (Xie et al., arXiv 2304.06648).
 
-DiffFit: biases, norms (a DiT's have no weights), the label table, and a new factor on what each block adds to the
-residual stream (`BlockScale`; a vector, ours). For DiT-XL/2 0.2 % of the weights. What a DiT does not have, a decoder
-or a class token, is new and trained whole.
+DiffFit trains biases, norms (a DiT's norms have no weights), the label table, and a new factor on what each block adds
+to the residual stream (`BlockScale`, whose factor for each channel is ours). For DiT-XL/2 this is 0.2 % of the weights.
+Parts that a plain DiT does not have, such as a decoder or a class token, are new, so all of their weights are trained.
 """
 
 import torch
@@ -13,20 +13,23 @@ from .encoder_decoder import EncoderDecoder
 
 
 def add_block_scales(network: DiT | EncoderDecoder) -> None:
-    """Give the encoder its `BlockScale`; the network's output stays the same."""
+    """Give the encoder a `BlockScale` of ones, which leaves the network's output as it is."""
     encoder = _encoder(network)
     encoder.gains = BlockScale(encoder.depth, encoder.width)
 
 
 def freeze_for_diffit(network: DiT | EncoderDecoder) -> None:
-    """Leave a gradient to DiffFit's subset alone. The network has its gains."""
+    """Freeze all weights of the encoder except DiffFit's subset. Call `add_block_scales` first."""
     for name, parameter in _encoder(network).named_parameters():
         trained = name.endswith("bias") or name.startswith(("label_embed", "gains", "class_token"))
         parameter.requires_grad_(trained)
 
 
 def fold_block_scales(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict with its gains, if any, multiplied into the gates' rows of `adaln`: an ordinary network's."""
+    """Return the state dict of a network without `BlockScale`: its factors are multiplied into `adaln`'s gate rows.
+
+    A state dict without factors is returned as it is.
+    """
     state = dict(state)
     key = next((key for key in state if key.endswith("gains.weight")), None)
     if key is None:
@@ -42,4 +45,5 @@ def fold_block_scales(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _encoder(network: nn.Module) -> Encoder:
+    """Return the encoder of an `EncoderDecoder`, or the DiT itself."""
     return network.encoder if isinstance(network, EncoderDecoder) else network

@@ -1,7 +1,7 @@
-"""ResNet-18 (He et al., arXiv 1512.03385) without its classifier, from a file of weights: features of pixels.
+"""Compute features of pixels by a pretrained ResNet-18 (He et al., arXiv 1512.03385) without its classifier.
 
 Names and sizes are those of torchvision's `resnet18`, so that its files load as they are. Norms always use the file's
-statistics, in training mode too: a sample's features depend on that sample alone.
+statistics, also in training mode, so a sample's features depend on that sample alone.
 """
 
 from pathlib import Path
@@ -16,28 +16,33 @@ from .pretrained import misfit, read_tensors
 
 SMALLEST = 32  # rows or columns
 WIDTHS = (64, 128, 256, 512)
-# Of ImageNet's colours, as fractions of white: what the published weights were trained with.
+# Mean and deviation of ImageNet's colors, as fractions of white, with which the published weights were trained.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_NOT_OURS = ("fc.", "num_batches_tracked")
+_UNUSED = ("fc.", "num_batches_tracked")
 
 
 class ImageResNet(nn.Module):
-    """Features of images, 512 a sample.
+    """Map each image to 512 features.
 
-    path: a state dict of torchvision's `resnet18`, .pth or .safetensors; its classifier `fc` is not read.
-    Raises UserError when it is missing, cannot be read, or is another network's.
+    Args:
+        path: a state dict of torchvision's `resnet18`, .pth or .safetensors; its classifier `fc` is not read.
+
+    Raises UserError if the file is missing, cannot be read or holds another network.
     """
 
     features = WIDTHS[-1]
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
-        with torch.device("meta"):  # the file brings the weights
+        # Build the layers without weights.
+        with torch.device("meta"):
             self.conv1 = nn.Conv2d(3, WIDTHS[0], 7, stride=2, padding=3, bias=False)
             self.bn1 = FrozenNorm(WIDTHS[0])
             for i, (before, after) in enumerate(zip((WIDTHS[0], *WIDTHS), WIDTHS), start=1):
                 layer = nn.Sequential(BasicBlock(before, after), BasicBlock(after, after))
                 self.add_module(f"layer{i}", layer)
+
+        # Fill them from the file, and fold the normalization of colors into one scale and shift.
         state = _read(Path(path))
         if fault := misfit(self, state):
             raise UserError(f"{path}: {fault}; give the weights of torchvision's resnet18")
@@ -47,14 +52,14 @@ class ImageResNet(nn.Module):
         self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, 1 or 3, H, W), in [-1, 1], from 32 rows and columns up -> (B, 512) float32. Grey is taken for colour.
+        """Return features (B, 512) float32 of x (B, 1 or 3, H, W) in [-1, 1], of at least 32 rows and columns.
 
-        Raises ValueError for other shapes.
+        A single channel is taken for gray. Raises ValueError for other shapes.
         """
         if x.dim() != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < SMALLEST:
             expected = f"(B, 1 or 3, at least {SMALLEST}, at least {SMALLEST})"
             raise ValueError(f"x must be {expected}, got {tuple(x.shape)}")
-        x = x.float() * self.scale + self.shift  # grey becomes three channels here
+        x = x.float() * self.scale + self.shift  # gray becomes three channels here
         x = F.relu(self.bn1(self.conv1(x.to(self.conv1.weight.dtype))))
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
@@ -62,7 +67,7 @@ class ImageResNet(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around which x passes; where the width grows, the grid halves."""
+    """Add two 3x3 convolutions to x. If the width grows, the grid is halved."""
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
@@ -79,11 +84,11 @@ class BasicBlock(nn.Module):
 
 
 class Conv3x3(nn.Conv2d):
-    """Convolve with a 3x3 kernel and padding 1, correctly also where the output is one column wide.
+    """Convolve with a 3x3 kernel and padding 1, correctly even if the output is one column wide.
 
     oneDNN 3.12, the CPU library of PyTorch 2.13, reads uninitialized memory in a bf16 convolution on CPUs with AMX when
     the stride is above 1 and the output has one column and several rows (https://github.com/pytorch/pytorch/pull/188426
-    reports the same of conv3d). Images of 32 columns and more rows come to such a grid in the last layer.
+    reports the same of conv3d). Images with 32 columns and more rows have such a grid in the last layer.
     """
 
     def __init__(self, before: int, after: int, stride: int = 1) -> None:
@@ -98,7 +103,7 @@ class Conv3x3(nn.Conv2d):
 
 
 class FrozenNorm(nn.Module):
-    """Batch norm by stored statistics. Its scale and shift are parameters still."""
+    """Apply batch norm with stored statistics. Its scale and shift are still parameters."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -111,14 +116,16 @@ class FrozenNorm(nn.Module):
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    """Return fp32 copies of the file's tensors, without those of the classifier. Raises UserError."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the weights of torchvision's resnet18, .pth or .safetensors")
     try:
         state = read_tensors(path, "model")
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    return {  # copies: safetensors' tensors are the file itself, mapped, and it may be written again
+    # Tensors of safetensors are the mapped file itself, which may be overwritten later. So copy them.
+    return {
         name: value.to(torch.float32, copy=True)
         for name, value in state.items()
-        if not any(part in name for part in _NOT_OURS)
+        if not any(part in name for part in _UNUSED)
     }

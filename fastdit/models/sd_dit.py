@@ -1,10 +1,10 @@
-"""SD-DiT's networks (arXiv 2403.17004): a student that generates and discriminates, and the teacher that follows it.
+"""Define SD-DiT's networks (arXiv 2403.17004): a student that generates and discriminates, and its teacher.
 
-    student   SplitDiT or EncoderDecoder on the visible patches; its encoder's tokens go through the projection head
-    teacher   EMA weights of the student's encoder and head: it sees all patches, has no decoder and gets no gradient
+    student   a SplitDiT or EncoderDecoder on the visible patches; its encoder's tokens pass the projection head
+    teacher   EMA weights of the student's encoder and head; it sees all patches and has neither decoder nor gradients
 
-The head is iBOT's (Zhou et al., arXiv 2111.07832): a three-layer MLP to a bottleneck, whose direction is compared with
-K prototypes. Class token and patches share it.
+The head is iBOT's (Zhou et al., arXiv 2111.07832): a three-layer MLP whose output's direction is compared with K
+prototypes. Class token and patches share it.
 """
 
 import copy
@@ -23,19 +23,19 @@ from .streams import Stream
 
 
 class Target(NamedTuple):
-    """Teacher outputs that the student head is trained to match."""
+    """Hold the teacher outputs that the student head is trained to match."""
 
-    features: Tensor  # (n, 1 + keep, k) of the batch's first n samples, the class first
-    prototypes: Tensor  # (K, k), the teacher's
-    centers: Tensor  # (2, K), of the class's logits and of the patches'
+    features: Tensor  # (n, 1 + keep, k) for the batch's first n samples, the class first
+    prototypes: Tensor  # (K, k), those of the teacher
+    centers: Tensor  # (2, K), centers of the class's logits and of the patches' logits
 
 
 class Student(nn.Module):
-    """Hold a network that generates and a head that discriminates.
+    """Hold the network that generates and the head that discriminates.
 
     Args:
-        network: encoder and decoder.
-        head_width, bottleneck, prototypes: sizes of the head: its two hidden layers, its features, and K.
+        network: the encoder and decoder.
+        head_width, bottleneck, prototypes: sizes of the head: its hidden width, number of features, and K.
         seed: seed of the head's initial weights.
     """
 
@@ -44,16 +44,16 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
-        self.head = ProjectionHead(network.width, head_width, bottleneck, prototypes, seed + 1)  # not the network's
+        self.head = ProjectionHead(network.width, head_width, bottleneck, prototypes, seed + 1)  # unlike the network
 
     @property
     def encoder(self) -> Encoder:
-        """The module that holds the encoder's weights; the first `encoder_depth` of its blocks are the encoder."""
+        """Return the module with the encoder's weights. The first `encoder_depth` of its blocks are the encoder."""
         return self.network.encoder if isinstance(self.network, EncoderDecoder) else self.network
 
     @property
     def encoder_depth(self) -> int:
-        """Number of blocks of the encoder."""
+        """Return the number of blocks of the encoder."""
         return self.network.split if isinstance(self.network, SplitDiT) else self.encoder.depth
 
     def forward(
@@ -67,13 +67,16 @@ class Student(nn.Module):
     ) -> tuple[Tensor, PrototypeLoss, PrototypeLoss] | tuple[Tensor, Tensor]:
         """Return the network's output, and the discriminative losses of the class and of the visible patches.
 
-        With target None the network generates only, and the second result is the zero of `ProjectionHead.idle`.
-        `options` are those of `fastdit.kernels.prototype_loss`. The losses are computed here because under ZeRO-3 a
-        weight is whole only within its module's forward.
+        x, t, y, split: the arguments of the network's `generate`. options: those of `fastdit.kernels.prototype_loss`.
+        With target None the network only generates, and the second result is the zero of `ProjectionHead.idle`. The
+        losses are computed here because under ZeRO-3 a weight is whole only within its module's forward.
         """
+        # Without a target, only generate.
         if target is None:
             out = self.network(x, t, y) if split is None else self.network.generate(x, t, y, split)[0]
             return out, self.head.idle(out)
+
+        # Generate, and compare the encoder's tokens of the samples that the teacher saw.
         out, stream = self.network.generate(x, t, y, split)
         tokens = stream.first_samples(len(target.features)).normalize()
         features = self.head(tokens if self.encoder.class_token is not None else with_mean(tokens, tokens))
@@ -82,12 +85,12 @@ class Student(nn.Module):
 
 
 class Teacher(nn.Module):
-    """Copy of the student's encoder and head, without gradients.
+    """Hold a copy of the student's encoder and head, without gradients.
 
     Args:
         student: the student before it is sharded; the teacher starts as its copy.
-        frozen: says that the teacher stays as it starts. Blocks that are the identity then, as those of a new DiT, are
-            not computed.
+        frozen: whether the teacher stays as it starts. If all its blocks are the identity then, as in a new DiT, they
+            are skipped.
     """
 
     def __init__(self, student: Student, frozen: bool = False) -> None:
@@ -99,9 +102,10 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, y: Tensor, visible: Tensor | None) -> Tensor:
-        """Return features (B, 1 + keep, k) of the class and of the patches `visible` (None: all); it sees all of x.
+        """Return features (B, 1 + keep, k) of the class and of the patches `visible` (B, keep); None takes all.
 
-        Without class token the class's features are those of the mean over all patches, hidden from the student or not.
+        The teacher sees all patches of x. Without a class token, the class's features are those of the mean over all
+        patches, including those hidden from the student.
         """
         encoded = self._encode(x, t, y)
         if self.encoder.class_token is not None:
@@ -112,17 +116,18 @@ class Teacher(nn.Module):
             chosen = tokens.gather(1, visible[:, :, None].expand(-1, -1, tokens.shape[2]))
         return self.head(with_mean(tokens, chosen))
 
-    def describe(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Return the mean (B, width) over each sample's normalized patches, with the gradient for x."""
+    def pooled_features(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Return the mean (B, width) over each sample's normalized patches. Gradients reach x."""
         return self._encode(x, t, y).normalize()[:, int(self.encoder.class_token is not None) :].mean(1)
 
     def sources(self, student: Student) -> list[nn.Parameter]:
-        """Return the student's parameters in the order of the teacher's, which may be their leading rows only."""
+        """Return the student's parameters in the order of the teacher's. A teacher's may be the leading rows only."""
         weights = {f"encoder.{name}": p for name, p in student.encoder.named_parameters()}
         weights |= {f"head.{name}": p for name, p in student.head.named_parameters()}
         return [weights[name] for name, _ in self.named_parameters()]
 
     def _encode(self, x: Tensor, t: Tensor, y: Tensor) -> Stream:
+        """Return the residual stream after the encoder's blocks, which are skipped if they are the identity."""
         if not self.skips_blocks:
             return Stream(*self.encoder(x, t, y)[:3])
         tokens = self.encoder.patch_embed(x, self.encoder.pos_embed)
@@ -132,7 +137,7 @@ class Teacher(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """Three linear layers with GELUs between, and the prototypes."""
+    """Apply three linear layers with GELUs between, and compare the result with prototypes."""
 
     def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int, seed: int) -> None:
         super().__init__()
@@ -141,12 +146,15 @@ class ProjectionHead(nn.Module):
         self.fc2 = uninitialized(GeluLinear, hidden, hidden)
         self.fc3 = uninitialized(GeluLinear, hidden, bottleneck)
         self.prototypes = Prototypes(prototypes, bottleneck)
+
+        # iBOT has deviation 0.02 at its widths. In narrow heads 0.02 gives small features and exploding gradients, so
+        # here the deviation follows the width.
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, weight in self.named_parameters():
                 if name.endswith("bias"):
                     weight.zero_()
-                else:  # iBOT's 0.02 at its widths; in narrow heads 0.02 makes small features and exploding gradients
+                else:
                     nn.init.trunc_normal_(weight, std=weight.shape[1] ** -0.5, generator=generator)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -154,20 +162,20 @@ class ProjectionHead(nn.Module):
         return self.fc3(self.fc2(self.fc1(tokens)))
 
     def compare(self, student: Tensor, teacher: Tensor, *args, **options) -> PrototypeLoss:
-        """Return the loss between features (B, T, bottleneck): see `Prototypes`."""
+        """Return the loss between features (B, T, bottleneck) of student and teacher: see `Prototypes`."""
         return self.prototypes(student.flatten(0, 1), teacher.flatten(0, 1), *args, **options)
 
     def idle(self, like: Tensor) -> Tensor:
         """Return a zero () that gives every weight of the head a gradient of zeros, for a step without comparison.
 
-        A weight without a gradient would get that of an earlier step from DeepSpeed 0.19's ZeRO-3, and no update of its
-        averages without ZeRO.
+        Under ZeRO-3, DeepSpeed 0.19 gives a weight without a gradient that of an earlier step. Without ZeRO it leaves
+        the weight's EMAs as they are.
         """
         return 0.0 * self.prototypes(self(like.new_zeros(1, 1, self.sizes[0])).flatten(0, 1)).sum()
 
 
 class Prototypes(nn.Module):
-    """K directions in the space of the features: the head's last layer, normalized, with its gain frozen at 1."""
+    """Compare features with K directions: the head's last layer, with normalized weights and its gain frozen at 1."""
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__()
@@ -181,9 +189,9 @@ class Prototypes(nn.Module):
         center: Tensor | None = None,
         **options,
     ) -> PrototypeLoss | Tensor:
-        """Return `fastdit.kernels.prototype_loss`, whose `center` serves centering "ema" only.
+        """Return `fastdit.kernels.prototype_loss` of features (T, k). `center` is used for centering "ema" only.
 
-        Without teacher it returns the products (T, 1) with the first prototype.
+        Without a teacher, return the products (T, 1) of the student's features with the first prototype.
         """
         if teacher is None:
             return student @ self.weight[:1].T
@@ -192,21 +200,22 @@ class Prototypes(nn.Module):
 
 
 def head_products(head: ProjectionHead, tokens: int) -> int:
-    """Return the multiply-adds of MLP and prototypes, forward, for `tokens` tokens."""
+    """Return the multiply-adds of a forward pass of MLP and prototypes for `tokens` tokens."""
     width, hidden, bottleneck, prototypes = head.sizes
     return tokens * (width * hidden + hidden * hidden + hidden * bottleneck + bottleneck * prototypes)
 
 
 def with_mean(averaged: Tensor, tokens: Tensor) -> Tensor:
-    """Return `tokens` behind the mean token of `averaged`."""
+    """Return `tokens` (B, M, width) behind the mean token of `averaged` (B, N, width)."""
     return torch.cat([averaged.mean(1, keepdim=True), tokens], dim=1)
 
 
 def _is_identity(encoder: Encoder) -> bool:
-    """Whether no block adds anything to the residual stream, because all modulation is zero."""
+    """Return whether no block adds anything to the residual stream, because all modulation is zero."""
     weights = (encoder.adaln.weight, encoder.adaln.bias)
     return not any(weight.is_meta or weight.any() for weight in weights)
 
 
 def _parts(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the features of the class and of the patches."""
     return features[:, :1], features[:, 1:]

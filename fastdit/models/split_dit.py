@@ -1,12 +1,13 @@
-"""A plain DiT that is trained as encoder and decoder: its first blocks may see the visible patches only.
+"""Define a plain DiT that is trained as encoder and decoder: its first blocks may see the visible patches only.
 
     visible patches --> blocks 0 .. k-1 (encoder) --+
                                                     +--> blocks k .. depth-1 (decoder) --> head --> image
     hidden patches, embedded, with positions -------+
 
 Hidden tokens skip the encoder in the residual stream, as in TREAD (Krause et al., arXiv 2501.04765): they enter block k
-as their noised patch embedding with its position. There is no bridge and no other new weight, so the network that is
-sampled, exported and averaged is an ordinary DiT. With nothing hidden, as in sampling, it computes what a DiT computes.
+as noised patch embeddings with positions. There is no bridge and no other new weight, so the network that is sampled
+and exported, and its EMA weights, are those of an ordinary DiT. With nothing hidden, as in sampling, it computes the
+same as a DiT.
 """
 
 import torch
@@ -22,14 +23,14 @@ HIDDEN_TOKENS = ("noised_patch", "zeros")
 
 
 class SplitDiT(DiT):
-    """Class-conditional DiT whose first `split` blocks are SD-DiT's encoder.
+    """Use the first `split` blocks of a class-conditional DiT as SD-DiT's encoder.
 
     Args:
         split: number of blocks of the encoder, from 1 to depth - 1.
-        hidden_tokens: what enters the decoder at hidden patches beside positions: their noised embedding, or zeros.
+        hidden_tokens: the decoder's input at hidden patches, beside positions: their noised embedding, or zeros.
         sizes: arguments of `DiT`.
 
-    Raises UserError when sizes do not fit together.
+    Raises UserError if sizes do not fit together, and ValueError for another `hidden_tokens`.
     """
 
     def __init__(self, *, split: int, hidden_tokens: str = "noised_patch", **sizes) -> None:
@@ -42,13 +43,13 @@ class SplitDiT(DiT):
         if hidden_tokens not in HIDDEN_TOKENS:
             raise ValueError(f"hidden_tokens={hidden_tokens!r}: choose one of {', '.join(HIDDEN_TOKENS)}")
         self.split, self.hidden_tokens = split, hidden_tokens
-        self.gradients: GradientRatio | None = None
+        self.gradients: GradientRatio | None = None  # a method that measures gradients sets it
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, visible: Tensor | None = None) -> Tensor | tuple[Tensor, Stream]:
         """Return the output of a `DiT`; with `visible` also the encoder's tokens (B, keep, width).
 
-        visible (B, keep) int64 are the ids of the patches that the encoder sees. With keep = N it sees all of them in
-        their order, whatever the ids.
+        visible (B, keep) int64 holds the ids of the patches that the encoder sees. With keep = N the encoder sees all
+        of them in their order, whatever the ids. Raises ValueError for other shapes.
         """
         if visible is None:
             return super().forward(x, t, y)
@@ -56,13 +57,13 @@ class SplitDiT(DiT):
         _, vectors = self.condition(t, y)
         hides = visible.shape[1] < self.grid[0] * self.grid[1]
 
-        # The encoder sees the visible patches.
+        # Encode the visible patches, and fork the stream for the discriminative loss.
         seen = self.patch_embed(x, self.pos_embed, visible if hides else None)
         seen, branch, gate = run_blocks(list(self.blocks)[: self.split], seen, vectors, self.grad_checkpoint)
         tokens, compared = self.gradients.fork(seen) if self.gradients else (seen, seen)
         stream = Stream(compared, branch, gate)
 
-        # The decoder sees all of them: the hidden ones enter here.
+        # Decode all patches: the hidden ones enter here.
         rest = vectors[6 * self.split :]
         if hides:
             tokens = scatter_tokens(gate_residual(tokens, branch, gate), visible, self._base(x, tokens))
@@ -75,9 +76,9 @@ class SplitDiT(DiT):
         return unpatchify(out, self.grid, self.patch), stream
 
     def generate(self, x: Tensor, t: Tensor, y: Tensor, split: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Stream]:
-        """Return the output and the encoder's tokens.
+        """Return the output (B, out_channels, H, W), and the encoder's tokens (B, keep, width).
 
-        split holds the ids (B, keep) of the visible and (B, N - keep) of the hidden patches; None hides nothing.
+        split holds the ids (B, keep) of the visible and (B, N - keep) of the hidden patches, int64; None hides nothing.
         """
         if split is None:
             count = self.grid[0] * self.grid[1]
@@ -85,7 +86,7 @@ class SplitDiT(DiT):
         return self(x, t, y, split[0])
 
     def _base(self, x: Tensor, like: Tensor) -> Tensor:
-        """Return tokens (B, N, width) that are right at the hidden patches."""
+        """Return the decoder's input (B, N, width) at the hidden patches; other positions hold anything."""
         if self.hidden_tokens == "zeros":
             return self.pos_embed.to(like.dtype).expand(x.shape[0], -1, -1)
         # Embedding all patches costs one small GEMM; embedding the hidden ones alone would cost a scatter more.
@@ -93,7 +94,7 @@ class SplitDiT(DiT):
 
 
 def split_products(network: SplitDiT, keep: int) -> tuple[int, int]:
-    """Return the multiply-adds of encoder and decoder for one image, forward, with `keep` patches visible."""
+    """Return the multiply-adds of encoder and decoder, forward, for one image with `keep` visible patches."""
     tokens, width = network.grid[0] * network.grid[1], network.width
     patches = network.patch**2 * width
     decoder = (network.depth - network.split) * block_products(tokens, width, network.mlp_width)

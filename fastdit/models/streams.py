@@ -1,4 +1,4 @@
-"""The residual stream where SD-DiT's encoder ends, and a measure of the gradients that meet there."""
+"""Define the residual stream where a second loss branches off, and measure the gradients that meet there."""
 
 from typing import NamedTuple
 
@@ -11,14 +11,14 @@ LARGEST_RATIO = 100.0
 
 
 class Stream(NamedTuple):
-    """The residual stream x + gate * branch in parts, as blocks return it."""
+    """Hold the residual stream x + gate * branch in parts, as blocks return it."""
 
     x: Tensor  # (B, tokens, width)
     branch: Tensor  # (B, tokens, width)
     gate: Tensor  # (B, width)
 
     def normalize(self, rows: Tensor | None = None) -> Tensor:
-        """Return LN(x + gate * branch) without modulation, of the tokens `rows` (B, M); None takes all."""
+        """Return LN(x + gate * branch) without modulation for the tokens `rows` (B, M) int64; None takes all."""
         none = self.gate.new_zeros(()).expand_as(self.gate)
         return gate_residual_modulate(self.x, self.branch, self.gate, none, none, rows=rows)[1]
 
@@ -30,8 +30,8 @@ class Stream(NamedTuple):
 class GradientRatio:
     """Compare the gradients of two losses at a tensor that both depend on, without another backward pass.
 
-    `fork` returns its argument twice, one copy for each loss. The backward pass adds the two gradients, as autograd
-    does anyway, and adds their squared norms to `squares` (2,) fp32. It adds in place: replays of a CUDA graph count.
+    `fork` returns its argument twice, once for each loss. The backward pass adds the two gradients, as autograd does
+    anyway, and adds their squared norms to `squares` (2,) fp32. It adds in place, so replays of a CUDA graph count.
     """
 
     def __init__(self) -> None:
@@ -46,20 +46,22 @@ class GradientRatio:
         self.squares.zero_()
 
     def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x for the first loss and x for the second."""
+        """Return x for the first loss, and x for the second."""
         return _Fork.apply(x, self.squares)
 
     def read(self, squares: Tensor) -> Tensor:
         """Return the norm () of the second gradient over that of the first, from `squares` summed over ranks.
 
-        It is at most LARGEST_RATIO. In a network's first step the first gradient is zero, because the output layer is,
-        and the means of a log would show nothing else.
+        It is at most LARGEST_RATIO: in a network's first step the first gradient is zero, because the output layer is
+        zero, and an infinite ratio would fill every mean in the log.
         """
         smallest = torch.finfo(torch.float32).tiny
         return (squares[1] / squares[0].clamp_min(smallest)).sqrt().clamp_max(LARGEST_RATIO)
 
 
 class _Fork(torch.autograd.Function):
+    """Return x twice, and add the squared norms of both gradients to `squares` in the backward pass."""
+
     @staticmethod
     def forward(ctx, x: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
         ctx.squares = squares

@@ -1,8 +1,8 @@
-"""What measures structure in SADM (arXiv 2402.17563): a small ResNet from samples to feature vectors.
+"""Define SADM's structure encoder Psi (arXiv 2402.17563): a small ResNet from samples to feature vectors (ours).
 
-Its second player; for latents or small images, from scratch or warm-started as a classifier (fastdit-warm-start).
-A pretrained one for pixels is in image_resnet.py. A sample's features depend on that sample alone, whatever shares its
-batch: else the game could be won through the batch's statistics.
+It takes latents or small images. It starts from random weights, or warm as a classifier (fastdit-warm-start). A
+pretrained encoder for pixels is in image_resnet.py. The features of a sample depend on that sample alone, because
+otherwise Psi could win SADM's game through the statistics of the batch.
 """
 
 from pathlib import Path
@@ -15,49 +15,58 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from fastdit.errors import UserError
+from fastdit.files import write_atomically
 
 from .pretrained import misfit
 
 NORM_GROUP = 16  # channels that share statistics
-STAGES = 4  # blocks of a LatentResNet
+STAGES = 4  # number of blocks of a LatentResNet
+
+
+def check_width(width: int, field: str) -> None:
+    """Raise UserError, which names `field`, unless a LatentResNet may have this width."""
+    if width % NORM_GROUP:
+        raise UserError(f"{field}: {width} must be a multiple of {NORM_GROUP}; change it")
 
 
 class LatentResNet(nn.Module):
-    """A pre-activation ResNet (He et al., arXiv 1603.05027): a stem, and four blocks w, 2w, 4w and 4w channels wide.
+    """Apply a pre-activation ResNet (He et al., arXiv 1603.05027): a stem, and four blocks with w, 2w, 4w, 4w channels.
 
-    Before each block the grid is halved by averaging, as long as its shorter side is above 4; a larger grid passes the
-    last block again and again until it is. So any height and width will do.
+    Before each block the grid is halved by averaging if its shorter side is above 4. A grid that is still larger after
+    the last block passes it again until its shorter side is at most 4, so every height and width is accepted.
 
-    Cost for one 4x32x32 latent at the default width, all products: 0.31 GFLOP forward, 0.62 forward and backward
-    to the input, 0.92 forward and backward to its weights. A step of the game (features of x0, with gradients in the
-    weights; of the estimate of x0, with gradients in both) takes 1.86, 0.3 % of the 712 of a DiT-XL/2 step.
-    5.6 M parameters.
+    All products for one 4x32x32 latent at the default width cost 0.31 GFLOP forward, 0.62 forward and backward to the
+    input, and 0.92 forward and backward to the weights. A step of the game needs features of x0 with gradients in the
+    weights, and features of the x0 prediction with gradients in both. It costs 1.86 GFLOP, 0.3 % of the 712 of a
+    DiT-XL/2 step. There are 5.6 M parameters.
 
     Args:
-        channels: of the samples.
+        channels: channels of the samples.
         features: dimension of the output.
-        width: channels of the first block, a multiple of 16; cost and parameters go with its square.
-        spectral_norm: divide each weight, as a matrix (out, the rest), by its largest singular value (Miyato et al.,
-            arXiv 1802.05957). In training mode every forward pass moves its estimate by one power iteration; in
-            evaluation mode none does. The estimates are buffers of the state dict.
-        seed: of the initial weights (normal, He et al., arXiv 1502.01852); the global random state is neither read nor
-            advanced.
+        width: channels of the first block, a multiple of 16. Cost and number of parameters grow with its square.
+        spectral_norm: whether to divide each weight, as a matrix (out, the rest), by its largest singular value (Miyato
+            et al., arXiv 1802.05957). In training mode every forward pass improves the estimate of that value by one
+            power iteration; in evaluation mode none does. The estimates are buffers of the state dict.
+        seed: seed of the initial weights (normal, He et al., arXiv 1502.01852). The global random state is neither read
+            nor advanced.
 
-    Raises UserError when sizes do not fit together.
+    Raises UserError if sizes do not fit together.
     """
 
     def __init__(
         self, *, channels: int, features: int = 512, width: int = 96, spectral_norm: bool = False, seed: int = 0
     ) -> None:
+        # Check the sizes.
         super().__init__()
         for field, value in {"channels": channels, "features": features, "width": width}.items():
             if value < 1:
                 raise UserError(f"{field}: {value} must be at least 1")
-        if width % NORM_GROUP:
-            raise UserError(f"width: {width} must be a multiple of {NORM_GROUP}; change it")
+        check_width(width, "width")
         self.channels, self.features, self.width, self.spectral_norm = channels, features, width, spectral_norm
+
+        # Build the layers. Torch's modules and its spectral norm draw from the global generator, which is put back.
         widths = (width, 2 * width, 4 * width, 4 * width)
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # what torch's modules draw, and its spectral norm
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(seed)
             self.stem = Conv(channels, width, 3)
             self.blocks = nn.ModuleList(Block(*pair) for pair in zip((width, *widths), widths))
@@ -71,18 +80,18 @@ class LatentResNet(nn.Module):
                     parametrizations.spectral_norm(module)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, channels, H, W) -> features (B, features) float32. Raises ValueError for other shapes.
+        """Return features (B, features) float32 of x (B, channels, H, W). Raises ValueError for other shapes.
 
-        Under autocast activations are in its dtype; statistics, the average over positions and the head are fp32.
+        Under autocast, activations have its dtype; statistics, the average over positions and the head are fp32.
         """
         return self.head(self.feature_map(x).mean((2, 3), dtype=torch.float32))
 
     def feature_map(self, x: Tensor, stage: int = STAGES) -> Tensor:
-        """Return the map (B, c, h, w) after block `stage`, 1 to 4, of x (B, channels, H, W), normalized, with its SiLU.
+        """Return the map (B, c, h, w) of x (B, channels, H, W) after block `stage`, from 1 to 4, its norm and its SiLU.
 
-        Stage 4, with 4 x width channels and a shorter side of at most 4, is what the features are the average of.
-        An earlier stage is normalized by the norm of the block that follows, on its own, finer grid. Raises ValueError
-        for other shapes.
+        The features are the average over the map of stage 4, with 4 x width channels and a shorter side of at most 4.
+        The map of an earlier stage is normalized by the norm of the next block, on its own, finer grid. Raises
+        ValueError for other shapes.
         """
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise ValueError(f"x must be (B, {self.channels}, H, W), got {tuple(x.shape)}")
@@ -100,12 +109,12 @@ class LatentResNet(nn.Module):
         return self.width * min(2 ** (stage - 1), 4)
 
     def settings(self) -> dict[str, str]:
-        """What weights must have in common to be this network's."""
+        """Return the settings, as strings, that a file of weights must share with this network."""
         return {field: str(getattr(self, field)) for field in ("channels", "features", "width", "spectral_norm")}
 
 
 class Block(nn.Module):
-    """x + conv(act(conv(act(x)))), with a 1x1 convolution on x where the width changes."""
+    """Return x + conv(act(conv(act(x)))), with a 1x1 convolution on x if the width changes."""
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
@@ -118,7 +127,7 @@ class Block(nn.Module):
 
 
 class NormSiLU(nn.GroupNorm):
-    """silu(GroupNorm(x)) in x's dtype: autocast would keep both in memory as fp32. Statistics are fp32 either way."""
+    """Apply silu(GroupNorm(x)) in x's dtype, with fp32 statistics. Autocast would keep both results in fp32."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels // NORM_GROUP, channels)
@@ -129,13 +138,13 @@ class NormSiLU(nn.GroupNorm):
             return F.silu(F.group_norm(x, self.num_groups, weight, bias, self.eps))
 
 
-# A spectral norm is computed where the weight is read: in fp32, for autocast lowers some of torch's operations for it
-# and others do not take that. No biases: after a convolution the norms have them, and the head's would cancel in every
-# difference of features.
+# A spectral norm is computed when its weight is read. Autocast would lower some of torch's operations for it to bf16,
+# which others do not accept, so it is off there. There are no biases: after a convolution the norms have them, and the
+# head's would cancel in every difference of features.
 
 
 class Conv(nn.Conv2d):
-    """A convolution that keeps height and width."""
+    """Convolve without changing height and width."""
 
     def __init__(self, before: int, after: int, kernel: int) -> None:
         super().__init__(before, after, kernel, padding=kernel // 2, bias=False)
@@ -147,7 +156,7 @@ class Conv(nn.Conv2d):
 
 
 class Linear(nn.Linear):
-    """A product in fp32, for small differences of features matter."""
+    """Multiply in fp32, because small differences of features matter."""
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__(before, after, bias=False)
@@ -158,31 +167,29 @@ class Linear(nn.Linear):
 
 
 def _halved(x: Tensor) -> Tensor:
-    """Means of 2x2, at odd edges of what is there; `x` itself when its shorter side is at most 4."""
+    """Return means over 2x2, and over fewer at odd edges; x itself if its shorter side is at most 4."""
     return F.avg_pool2d(x, 2, ceil_mode=True) if min(x.shape[2:]) > 4 else x
 
 
 def save_structure_encoder(module: LatentResNet, path: str | Path) -> None:
-    """Write the weights as safetensors, with `module.settings()` in the header. The file appears once it is whole."""
-    path = Path(path)
-    partial = path.with_suffix(".partial")
+    """Write the weights as safetensors, with `module.settings()` in the header. The file appears once complete."""
     state = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-    save_file(state, partial, metadata=module.settings())
-    partial.replace(path)
+    with write_atomically(Path(path)) as temporary:
+        save_file(state, temporary, metadata=module.settings())
 
 
 def load_structure_encoder(module: LatentResNet, path: str | Path) -> None:
-    """Fill `module` from what `save_structure_encoder` wrote. Raises UserError when that cannot be read or fitted."""
+    """Fill `module` from a file of `save_structure_encoder`. Raises UserError if it cannot be read or does not fit."""
     try:
         with safe_open(path, "pt") as file:
             settings, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error}); give a file that fastdit-warm-start wrote") from None
-    for field, mine in module.settings().items():
+    for field, needed in module.settings().items():
         if field not in settings:
             raise UserError(f"{path}: does not name its {field}; give a file that fastdit-warm-start wrote")
-        if settings[field] != mine:
-            raise UserError(f"{path}: {field} is {settings[field]} in this file, {mine} in this run; make them equal")
+        if settings[field] != needed:
+            raise UserError(f"{path}: {field} is {settings[field]} in this file, {needed} in this run; make them equal")
     if fault := misfit(module, state):
         raise UserError(f"{path}: {fault}; write it again with fastdit-warm-start")
     module.load_state_dict(state)

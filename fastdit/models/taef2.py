@@ -1,7 +1,7 @@
-"""TAESD's variant for FLUX.2 (Ollin Boer Bohan, MIT): a small convolutional autoencoder, 8x down, 32 channels.
+"""Define TAESD's variant for FLUX.2 (Ollin Boer Bohan, MIT): a small autoencoder, 8x smaller, with 32 channels.
 
-Two plain state dicts, `*_encoder.pth` and `*_decoder.pth`, whose keys are the places in the sequences below. Pictures
-are in [0, 1] here.
+Its weights are two plain state dicts, `*_encoder.pth` and `*_decoder.pth`, whose keys are the layers' positions in the
+sequences below. Pictures are in [0, 1] here.
 """
 
 import torch
@@ -11,7 +11,7 @@ WIDTH, CHANNELS, FACTOR = 64, 32, 8
 
 
 def encoder() -> nn.Sequential:
-    """(B, 3, H, W) -> (B, 32, H/8, W/8)."""
+    """Return the encoder, which maps pictures (B, 3, H, W) to latents (B, 32, H/8, W/8)."""
     layers = [_conv(3, WIDTH), Block()]
     for stage in range(3):
         layers += [_conv(WIDTH, WIDTH, stride=2, bias=False), *(Block(pool=stage == 2) for _ in range(3))]
@@ -19,7 +19,7 @@ def encoder() -> nn.Sequential:
 
 
 def decoder() -> nn.Sequential:
-    """(B, 32, h, w) -> (B, 3, 8h, 8w)."""
+    """Return the decoder, which maps latents (B, 32, h, w) to pictures (B, 3, 8 * h, 8 * w)."""
     layers = [SoftClamp(), _conv(CHANNELS, WIDTH), nn.ReLU()]
     for stage in range(3):
         layers += [*(Block(pool=stage == 0) for _ in range(3)), nn.Upsample(scale_factor=2)]
@@ -28,7 +28,7 @@ def decoder() -> nn.Sequential:
 
 
 class Block(nn.Module):
-    """relu(x + three convolutions); with `pool`, x is first joined by what a normalised 1x1 branch makes of it."""
+    """Apply relu(x + three convolutions of x). With `pool`, first add a normalized branch of 1x1 convolutions to x."""
 
     def __init__(self, pool: bool = False) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 class SoftClamp(nn.Module):
-    """To within [-3, 3]."""
+    """Map values smoothly to between -3 and 3."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 3 * torch.tanh(x / 3)

@@ -1,1 +1,1 @@
-"""Read and write what a run leaves behind: file names, checkpoints, metrics, evaluations, the report."""
+"""Read and write the files of a run: checkpoints, metrics, evaluations and the report."""

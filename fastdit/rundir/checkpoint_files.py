@@ -1,13 +1,17 @@
-"""A checkpoint as files that survive a crash at any moment.
+"""Keep checkpoints as files that survive a crash at any moment.
 
-It is written into a hidden folder, hashed, flushed to disk and only then renamed to `step-NNNNNNNN`; so a folder of
-that name is whole or damaged by something else, and the hashes tell which. Inside: DeepSpeed's own files (weights,
-ZeRO-sharded optimizer and EMA), `ema.safetensors` (the sampled weights, whole), `rank-N.pt` (that rank's generators
-and place in the data), `method.pt` (what the method keeps: centres, second player) and `manifest.json`. All ranks must
-see one file system.
+A checkpoint is written into a hidden folder, hashed, flushed to disk and only then renamed to `step-NNNNNNNN`. A folder
+of that name was therefore complete once, and its hashes tell whether it still is.
+
+    deepspeed/         DeepSpeed's files: weights, ZeRO-sharded optimizer states and EMAs
+    ema.safetensors    the EMA weights that are sampled, unsharded, in fp32
+    rank-N.pt          random generators, position in the data and running means of rank N
+    method.pt          the method's state, such as SD-DiT's centers or SADM's structure encoder
+    manifest.json      the step, the number of ranks, the run's signature, and the SHA-256 of each file
+
+All ranks must see one file system.
 """
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -17,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fastdit.errors import UserError
+from fastdit.files import sha256_of
 from fastdit.methods.registry import METHODS
 from fastdit.rundir.run_files import CHECKPOINTS, METRICS
 
@@ -25,16 +30,16 @@ MANIFEST = "manifest.json"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints, newest step first."""
+    """Return the finished checkpoints in `folder`, newest step first."""
     return sorted(folder.glob("step-????????"), reverse=True)
 
 
 def seal(folder: Path, meta: dict) -> None:
-    """Flush every file to disk and write the manifest: `meta` and the files' hashes."""
+    """Flush every file to disk, and write a manifest with `meta` and the hashes of the files."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
         sync(path)
-    hashes = {str(path.relative_to(folder)): _sha256(path) for path in files}
+    hashes = {str(path.relative_to(folder)): sha256_of(path) for path in files}
     (folder / MANIFEST).write_text(json.dumps({**meta, "sha256": hashes}, indent=1))
     for path in (folder / MANIFEST, folder / "deepspeed", folder):
         sync(path)
@@ -49,26 +54,21 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def holds_run(run: Path) -> bool:
-    """Whether a folder has results to lose: a line of metrics or a checkpoint."""
+    """Return whether a folder holds results: a line of metrics or a checkpoint."""
     metrics = run / METRICS
     return bool(checkpoints(run / CHECKPOINTS)) or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words; None when every file is as it was written."""
+    """Return a description of the first damaged file of a checkpoint, or None if every file is as it was written."""
     try:
         hashes = json.loads((folder / MANIFEST).read_text())["sha256"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or unreadable"
     for name, expected in hashes:
         try:
-            if _sha256(folder / name) != expected:
+            if sha256_of(folder / name) != expected:
                 return f"{name} is not what was written"
         except OSError:
             return f"{name} is missing"
@@ -76,9 +76,9 @@ def damage(folder: Path) -> str | None:
 
 
 def newest_good(folder: Path, say=print) -> Path | None:
-    """The newest undamaged checkpoint; damaged newer ones are named through `say`.
+    """Return the newest undamaged checkpoint, or None if there is no checkpoint at all.
 
-    Returns None when there is no checkpoint at all. Raises UserError when there are some but all are damaged.
+    Calls `say` with a line for each newer, damaged checkpoint. Raises UserError if all checkpoints are damaged.
     """
     found = checkpoints(folder)
     for path in found:
@@ -92,7 +92,10 @@ def newest_good(folder: Path, say=print) -> Path | None:
 
 
 def manifest(checkpoint: Path) -> dict:
-    """Return the step, number of ranks and network that a checkpoint belongs to."""
+    """Return the manifest of a checkpoint: step, number of ranks, signature, and hashes.
+
+    Fields that older versions of a method did not write get the values that they stood for.
+    """
     written = json.loads((checkpoint / MANIFEST).read_text())
     for name in written.get("method", "").split("+"):
         if name in METHODS:
@@ -101,7 +104,7 @@ def manifest(checkpoint: Path) -> dict:
 
 
 def sampled_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The whole EMA (fp32, CPU) of a checkpoint. Raises UserError when it cannot be read."""
+    """Return the EMA weights of a checkpoint, in fp32 on the CPU, by name. Raises UserError if they cannot be read."""
     try:
         return load_file(checkpoint / EMA_FILE)
     except (OSError, SafetensorError) as error:
@@ -109,7 +112,10 @@ def sampled_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def choose(run: Path, named: str | None) -> Path:
-    """The checkpoint a command shall read: `named`, else the newest good one of `run`. Raises UserError if none."""
+    """Return the checkpoint that a command reads: `named`, or the newest undamaged one of `run` if that is None.
+
+    Raises UserError if `named` is damaged, or if the run has no undamaged checkpoint.
+    """
     if named is not None:
         if fault := damage(Path(named)):
             raise UserError(f"--checkpoint {named}: {fault}; give a folder like {run / CHECKPOINTS}/step-00001000")
@@ -121,5 +127,5 @@ def choose(run: Path, named: str | None) -> Path:
 
 
 def classes_of(checkpoint: Path) -> int:
-    """Number of classes of the network in a checkpoint that `choose` gave."""
+    """Return the number of classes of the network in a checkpoint that `choose` returned."""
     return manifest(checkpoint)["classes"]

@@ -1,27 +1,28 @@
 """Name the commit that the code comes from, with or without a `.git` folder.
 
-Where files alone were copied, the file COMMIT in the checkout's root stands in for `.git`. It holds the commit, its
-full hash, and the checksum of each file of code, so that an edit made after the copy still shows. `make wheelhouse`
-writes that file, and the wheelhouse's install.sh puts it in place.
+In a copy without a `.git` folder, the file COMMIT in the checkout's root replaces it. It holds the commit, its full
+hash, and the checksum of each code file, so that an edit made after the copy still shows. `make wheelhouse` writes that
+file, and the wheelhouse's install.sh puts it in place.
 
-Imports only the standard library: `benchmarks/wheelhouse.py` runs where torch is not installed.
+This module needs only the standard library, because `benchmarks/wheelhouse.py` runs where torch is not installed.
 """
 
-import hashlib
 import os
 import subprocess
 from pathlib import Path
 
+from fastdit.files import sha256_of
+
 COMMIT_FILE = "COMMIT"
-CODE = (".", ":!benchmarks/records", ":!*.md")  # measuring writes records and pages, and must not make the code dirty
+CODE = (".", ":!benchmarks/records", ":!*.md")  # benchmarks write records and pages, which are no change of the code
 
 
 def find_commit(root: Path) -> str:
     """Return the commit of the checkout at `root`, with "-dirty" when its code was changed since.
 
-    The first of these that is there decides: the `.git` folder, the variable FASTDIT_COMMIT, the file COMMIT. With none
-    of them, as for an installed wheel, the commit is "unknown". FASTDIT_COMMIT is taken at its word; only the other two
-    can tell that files were changed.
+    The first of these that exists decides: the `.git` folder, the variable FASTDIT_COMMIT, the file COMMIT. Without any
+    of them, as for an installed wheel, the commit is "unknown". FASTDIT_COMMIT is not checked. Only the other two can
+    tell that files were changed.
     """
     return _from_git(root) or os.environ.get("FASTDIT_COMMIT", "").strip() or _from_file(root) or "unknown"
 
@@ -41,6 +42,7 @@ def commit_file(root: Path) -> str:
 
 
 def _from_git(root: Path) -> str:
+    """Return the commit that git names, with "-dirty" if its code was changed, or "" without a `.git` folder."""
     if not (root / ".git").exists():
         return ""
     commit = _git(root, "describe", "--always")
@@ -49,7 +51,7 @@ def _from_git(root: Path) -> str:
 
 
 def _git(root: Path, *words: str) -> str:
-    """Return what a git command prints; nothing when it fails, or when there is no git."""
+    """Return the output of a git command, or "" if it fails or git is not installed."""
     # Without the ceiling, git would describe a repository around `root` when root's own .git is broken.
     environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(root.parent)}
     try:
@@ -60,7 +62,8 @@ def _git(root: Path, *words: str) -> str:
 
 
 def _from_file(root: Path) -> str:
-    # Beside an installed wheel's folder, a file of this name would be somebody else's.
+    """Return the commit that the file COMMIT names, with "-dirty" if a checksum differs, or "" without such a file."""
+    # Beside an installed wheel, a file of this name would belong to another program.
     if not (root / "pyproject.toml").is_file():
         return ""
     try:
@@ -73,8 +76,8 @@ def _from_file(root: Path) -> str:
 
 
 def _checksum(path: Path) -> str:
-    """Return the SHA-256 sum of a file, or "missing"."""
+    """Return the SHA-256 of a file in hexadecimal, or "missing"."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return sha256_of(path)
     except OSError:
         return "missing"

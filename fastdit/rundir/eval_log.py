@@ -1,19 +1,19 @@
-"""`eval.json`: every evaluation of a run, the figures with all that they depend on; and how they are shown."""
+"""Read and write `eval.json`, the evaluations of a run: figures, and the conditions that they depend on."""
 
 import json
-import os
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from fastdit.errors import UserError
+from fastdit.files import write_atomically
 from fastdit.rundir.run_files import BOARD, EVALUATIONS
 
-TAG = "eval/"  # before a figure's name, in metrics.jsonl and TensorBoard
+TAG = "eval/"  # prefix of a figure's name in metrics.jsonl and TensorBoard
 
 
 def read(run: Path) -> list[dict]:
-    """All evaluations, in the order they were made. Raises UserError when the file is damaged."""
+    """Return all evaluations of a run, oldest first. Raises UserError if the file is damaged."""
     path = run / EVALUATIONS
     if not path.exists():
         return []
@@ -26,38 +26,38 @@ def read(run: Path) -> list[dict]:
 
 
 def append(run: Path, record: dict) -> None:
-    """Whole at every moment."""
+    """Add an evaluation to the file of the run. A reader finds the old file or the new one. Raises UserError."""
     _replace(run, [*read(run), record])
 
 
-def forget_after(run: Path, step: int) -> None:
-    """Drop what a resumed training is about to evaluate again; what the command evaluated stays."""
+def truncate_after(run: Path, step: int) -> None:
+    """Remove the evaluations after `step` that a resumed training repeats. Those of fastdit/evaluate.py stay."""
     records = read(run)
-    kept = [record for record in records if record["checkpoint"] or record["step"] <= step]
-    if len(kept) < len(records):
-        _replace(run, kept)
+    remaining = [record for record in records if record["checkpoint"] or record["step"] <= step]
+    if len(remaining) < len(records):
+        _replace(run, remaining)
 
 
 def _replace(run: Path, records: list[dict]) -> None:
-    path = run / EVALUATIONS
-    aside = path.with_suffix(f".{os.getpid()}.partial")
-    aside.write_text(json.dumps(records, indent=1))
-    aside.replace(path)
+    """Write the file anew. Training and fastdit/evaluate.py may do so at the same time."""
+    with write_atomically(run / EVALUATIONS, many_writers=True) as temporary:
+        temporary.write_text(json.dumps(records, indent=1))
 
 
 def scalars(record: dict) -> dict[str, float]:
+    """Return the figures of an evaluation by their names in metrics.jsonl and TensorBoard."""
     return {TAG + name: figure["value"] for name, figure in record["figures"].items()}
 
 
 def to_board(run: Path, record: dict) -> None:
-    """For who has no board open."""
+    """Write one evaluation to TensorBoard without an open Recorder."""
     with SummaryWriter(run / BOARD) as board:
         for name, value in scalars(record).items():
             board.add_scalar(name, value, record["step"])
 
 
 def shown(name: str, figure: dict) -> str:
-    """One figure: its value, its spread over subsets or splits, its floor."""
+    """Return one figure as text: its value, its standard deviation over subsets or splits, and its floor."""
     digits = ".5f" if name.startswith("KID") else ".1%" if name == "class agreement" else ".4g"
     text = f"{figure['value']:{digits}}"
     if "std" in figure:
@@ -66,7 +66,7 @@ def shown(name: str, figure: dict) -> str:
 
 
 def conditions(record: dict) -> str:
-    """All that the figures of a record depend on, in a line."""
+    """Return a line with all conditions that the figures of an evaluation depend on."""
     real, how, net = record["real"], record["sampling"], record["features"]
     height, width = record["size"]
     guidance = f"guidance {how['guidance']:g}"
@@ -84,16 +84,17 @@ def conditions(record: dict) -> str:
 
 
 def line(record: dict) -> str:
-    """The figures of a record in a line, as training says them."""
+    """Return a line with the step and the figures of an evaluation."""
     return f"step {record['step']}: " + "  ".join(f"{k} {shown(k, v)}" for k, v in record["figures"].items())
 
 
 def _count(n: int | None) -> str:
+    """Return the number of real images as text. It is None for statistics, which do not say it."""
     return "statistics" if n is None else f"{n:,} images"
 
 
 def table(records: list[dict]) -> list[dict[str, str]]:
-    """Rows for the report: step, figures, conditions."""
+    """Return one row of the report for each evaluation: step, figures, conditions."""
     return [
         {
             "step": f"{record['step']:,}",

@@ -1,4 +1,4 @@
-"""What a run leaves behind: settings, versions, metrics (JSON lines and TensorBoard), and its line on the terminal."""
+"""Write metrics of a run as JSON lines, to TensorBoard and to the terminal, and collect versions of its software."""
 
 import json
 import math
@@ -11,11 +11,12 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from fastdit.files import write_atomically
 from fastdit.rundir.commit import find_commit
 from fastdit.rundir.run_files import BOARD, METRICS
 
 PACKAGES = ("fastdit", "torch", "triton", "deepspeed", "nvidia-dali-cuda130", "flash-attn", "numpy")
-# Dense bf16 TFLOP/s by datasheet. A CPU has no such figure, so no MFU is shown there.
+# Dense bf16 TFLOP/s from datasheets, by a part of the GPU's name. CPUs have no such figure, and so no MFU.
 PEAK_TFLOPS = {
     "H200": 989,
     "H100 PCIe": 756,
@@ -29,14 +30,14 @@ PEAK_TFLOPS = {
 
 
 def versions() -> dict[str, str]:
-    """Versions, commit and hardware that a figure of this run depends on."""
+    """Return the versions, the commit and the hardware that a figure of this run depends on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed"
-    found["torch"] = torch.__version__  # with its build: +cpu, +cu130
+    found["torch"] = torch.__version__  # includes the build, such as +cpu or +cu130
     found["commit"] = _commit()
     found["cuda"] = torch.version.cuda or "none"
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
@@ -44,10 +45,12 @@ def versions() -> dict[str, str]:
 
 
 def _commit() -> str:
+    """Return the commit of this checkout."""
     return find_commit(Path(__file__).resolve().parents[2])
 
 
 def _cpu() -> str:
+    """Return the name of the CPU, and the number of threads that torch uses."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -57,7 +60,7 @@ def _cpu() -> str:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Datasheet FLOP/s of one GPU in dense bf16; None when unknown."""
+    """Return the datasheet FLOP/s of a GPU in dense bf16, or None for CPUs and unknown GPUs."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -65,11 +68,14 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class Recorder:
-    """Metrics of one run, written by rank 0. `step` counts finished optimizer steps."""
+    """Write the metrics of one run, on rank 0. `step` counts finished optimizer steps.
+
+    Metrics after `first_step`, left by an earlier start of the run, are removed.
+    """
 
     def __init__(self, folder: Path, first_step: int, last_step: int):
         self.path = folder / METRICS
-        _forget_after(self.path, first_step)
+        _truncate_after(self.path, first_step)
         self.file = self.path.open("a", buffering=1)
         self.board = SummaryWriter(folder / BOARD, purge_step=first_step + 1 if first_step else None)
         self.live = sys.stderr.isatty()
@@ -83,17 +89,22 @@ class Recorder:
         )
 
     def advance(self) -> None:
+        """Advance the progress bar by one step."""
         self.bar.update()
 
     def figures(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics. A value that is not finite is written as null: JSON has no other word for it."""
+        """Write one line of metrics. A value that is not finite becomes null, as JSON has no NaN."""
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         self.file.write(json.dumps({"step": step, **finite}) + "\n")
         for key, value in values.items():
             self.board.add_scalar(key, value, step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """A line of training's own metrics, shown on the terminal too."""
+        """Write one line of training metrics, and show some of them on the terminal.
+
+        `values` has at least `loss`, `images_per_sec` and `seconds_per_step`.
+        """
+        # Write the line, and choose what the terminal shows.
         self.figures(step, values)
         shown = {"loss": f"{values['loss']:.4f}", "img/s": f"{values['images_per_sec']:.0f}"}
         if "mfu" in values:
@@ -105,38 +116,37 @@ class Recorder:
             print(f"step {step}/{self.bar.total}  {text}  left {tqdm.format_interval(left)}", flush=True)
 
     def image(self, step: int, picture) -> None:
-        """`picture`: uint8 (H, W, 3)."""
+        """Write a grid of samples, uint8 (H, W, 3), to TensorBoard."""
         self.board.add_image("samples", picture, step, dataformats="HWC")
 
     def say(self, text: str) -> None:
-        """A line for the user that does not tear the progress bar."""
+        """Print a line without breaking the progress bar."""
         self.bar.write(text, file=sys.stdout)
         sys.stdout.flush()
 
     def close(self) -> None:
+        """Close the progress bar and the files."""
         self.bar.close()
         self.board.close()
         self.file.close()
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of a run's metrics; none when there are none yet."""
+    """Return the lines of a run's metrics, an empty list if there are none yet."""
     path = folder / METRICS
     return [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drop what a resumed run is about to write again, and a line cut short by a crash."""
+def _truncate_after(path: Path, step: int) -> None:
+    """Remove the lines after `step`, which a resumed run writes again, and a line cut short by a crash."""
     if not path.exists():
         return
-    kept = []
+    remaining = []
     for line in path.read_text().splitlines():
         try:
-            keep = json.loads(line)["step"] <= step
+            if json.loads(line)["step"] <= step:
+                remaining.append(line + "\n")
         except (ValueError, KeyError):
             continue
-        if keep:
-            kept.append(line + "\n")
-    aside = path.with_suffix(".partial")
-    aside.write_text("".join(kept))
-    aside.replace(path)  # whole at every moment
+    with write_atomically(path) as temporary:
+        temporary.write_text("".join(remaining))

@@ -1,4 +1,4 @@
-"""Write `report.html`, which shows a run in one file: pictures, curves, figures, settings and versions."""
+"""Write `report.html`, which shows a run in one file: samples, curves, figures, settings and versions."""
 
 import base64
 import io
@@ -36,7 +36,7 @@ _OF_EVALUATIONS: Panels = {
 
 
 def _all_panels() -> Panels:
-    """Return the panels of every run, of each registered method and of evaluations; methods may share a panel."""
+    """Return the panels of every run, of each registered method and of evaluations. Methods may share a panel."""
     found: Panels = {}
     for part in (_OF_RUNS, *(method.panels for method in METHODS.values()), _OF_EVALUATIONS):
         for title, labels in part.items():
@@ -45,10 +45,16 @@ def _all_panels() -> Panels:
 
 
 def write_report(folder: Path, facts: dict[str, str], versions: dict[str, str]) -> Path:
-    """Write curves.png and report.html of the run in `folder`. `facts` are the figures at the top, in order."""
+    """Write curves.png and report.html of the run in `folder`. Return the path of the report.
+
+    facts: the lines at the top, in order, which are also kept in facts.json.
+    """
+    # Write the facts and the curves.
     (folder / FACTS).write_text(json.dumps(facts, indent=1))
     metrics = read_metrics(folder)
     _curves(metrics, folder / CURVES)
+
+    # Fill in the page, with its images embedded.
     template = jinja2.Template(files("fastdit.rundir").joinpath("report.jinja").read_text(), autoescape=True)
     page = template.render(
         name=folder.resolve().name,
@@ -66,18 +72,19 @@ def write_report(folder: Path, facts: dict[str, str], versions: dict[str, str]) 
 
 
 def refresh_report(folder: Path) -> Path:
-    """Write the report again, with the evaluations made since; before training ends there are no facts yet."""
+    """Write the report again with the evaluations made since. Facts exist only after training has ended."""
     paths = (folder / FACTS, folder / VERSIONS)
     facts, versions = (json.loads(path.read_text()) if path.exists() else {} for path in paths)
     return write_report(folder, facts, versions)
 
 
 def _embedded(path: Path) -> str | None:
+    """Return a file in base64, or None if it does not exist."""
     return base64.b64encode(path.read_bytes()).decode() if path.exists() else None
 
 
 def panels(metrics: list[dict]) -> list[tuple[str, dict[str, list[tuple[int, float]]]]]:
-    """Return the panels that have data: titles, and under each its (step, value) points by label."""
+    """Return title and curves of the panels that have data; curves are (step, value) points by label."""
     found = []
     for title, keys in _all_panels().items():
         lines = {
@@ -91,7 +98,8 @@ def panels(metrics: list[dict]) -> list[tuple[str, dict[str, list[tuple[int, flo
 
 
 def _curves(metrics: list[dict], path: Path) -> None:
-    """Draw every panel against the step, COLUMNS in a row, into a PNG file."""
+    """Plot every panel against the step, COLUMNS in a row, into a PNG file."""
+    # Plot each panel, and remove the empty places of the last row.
     shown = panels(metrics) or [("no metrics yet", {})]
     rows = math.ceil(len(shown) / COLUMNS)
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(12, 3.2 * rows), layout="constrained", squeeze=False)
@@ -104,6 +112,8 @@ def _curves(metrics: list[dict], path: Path) -> None:
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(shown) :]:
         axis.remove()
+
+    # Write the file in one piece, so that an error while plotting leaves the old one.
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)

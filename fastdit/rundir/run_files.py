@@ -1,12 +1,12 @@
-"""Names inside a run's folder."""
+"""Name the files in a run's folder."""
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 VERSIONS = "versions.json"
 GRID = "samples.png"
-GRIDS = "samples"  # step-NNNNNNNN.png, during training
+GRIDS = "samples"  # folder of step-NNNNNNNN.png, written during training
 CURVES = "curves.png"
 REPORT = "report.html"
 EVALUATIONS = "eval.json"
-FACTS = "facts.json"  # the figures at the top of the report
+FACTS = "facts.json"  # lines at the top of the report
 BOARD = "tensorboard"

@@ -1,1 +1,1 @@
-"""Train: open a session, take steps, keep the EMAs, write checkpoints."""
+"""Train a run: open a session, take steps, keep the EMAs, write checkpoints."""

@@ -1,4 +1,4 @@
-"""Saving and resuming, to the bit, with the files' side left to `checkpoint_files`."""
+"""Save and resume a training run to the bit. `rundir/checkpoint_files.py` makes the files survive a crash."""
 
 import shutil
 from pathlib import Path
@@ -10,9 +10,10 @@ from torch import nn
 from fastdit.distributed import Runtime
 from fastdit.errors import UserError
 from fastdit.rundir.checkpoint_files import EMA_FILE, checkpoints, manifest, seal, sync
+from fastdit.training.deepspeed_internals import preserve_clipping
 from fastdit.training.ema import ema_state
 
-STATE = "deepspeed"
+STATE = "deepspeed"  # folder of the files that DeepSpeed writes
 METHOD_FILE = "method.pt"
 
 
@@ -28,17 +29,20 @@ def save(
     meta: dict,
     keep: int,
 ) -> Path:
-    """Write the checkpoint of `step` (a collective) and remove all but the `keep` newest. Returns its folder.
+    """Write the checkpoint of `step` into `folder`, remove all but the `keep` newest, and return the new one's folder.
 
-    `network` is the part of the engine's module that is sampled; `rank_state` differs between ranks, `method_state`
-    does not.
+    It is a collective. `network` is the part of the engine's module that is sampled. `rank_state` differs between
+    ranks, `method_state` does not. `meta` is what a run that resumes must agree with.
     """
+    # Make an empty folder under a temporary name.
     final, partial = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
     if runtime.first:
-        for left in folder.glob(".step-*.partial"):  # by a crash while saving
-            shutil.rmtree(left)
+        for unfinished in folder.glob(".step-*.partial"):  # left by a crash while saving
+            shutil.rmtree(unfinished)
         partial.mkdir(parents=True)
     runtime.barrier()
+
+    # Write the state of the engine, of this rank and of the method, and the EMA weights.
     engine.save_checkpoint(str(partial), tag=STATE, save_latest=False, exclude_frozen_parameters=False)
     torch.save(rank_state, partial / f"rank-{runtime.rank}.pt")
     weights = ema_state(engine, network, "cpu")
@@ -47,6 +51,8 @@ def save(
         save_file(weights, partial / EMA_FILE)
     del weights
     runtime.barrier()
+
+    # Seal the checkpoint, give it its name, and remove old ones.
     if runtime.first:
         for script in partial.glob("*.py"):  # DeepSpeed copies its converters beside every checkpoint
             script.unlink()
@@ -61,25 +67,24 @@ def save(
 
 
 def restore(engine, runtime: Runtime, checkpoint: Path, meta: dict) -> tuple[int, dict, dict]:
-    """Load `checkpoint` into the engine (a collective). Returns its step, this rank's own state, and the method's.
+    """Load `checkpoint` into the engine, a collective. Return its step, this rank's state and the method's state.
 
-    Raises UserError when it belongs to another network or number of ranks.
+    Raises UserError when the checkpoint differs from this run in the number of ranks or a field of `meta`, or when
+    DeepSpeed cannot read it.
     """
+    # Check that the checkpoint fits this run.
     written = manifest(checkpoint)
-    for key, mine in {"world": runtime.world, **meta}.items():
-        if written.get(key) != mine:
+    for field, expected in {"world": runtime.world, **meta}.items():
+        if written.get(field) != expected:
             raise UserError(
-                f"{checkpoint}: was written with {key} {written.get(key)}, this run has {mine}; make them equal"
+                f"{checkpoint}: was written with {field} {written.get(field)}, this run has {expected}; make them equal"
             )
-    zero = vars(engine.optimizer)
-    rules = {name: zero[name] for name in ("clip_grad", "compute_grad_norm") if name in zero}
-    if "compute_grad_norm" in zero:  # without, DeepSpeed refuses a checkpoint of a run in which it clipped
-        zero["compute_grad_norm"] = True
-    loaded, _ = engine.load_checkpoint(str(checkpoint), tag=STATE)
-    zero.update(rules)  # it has taken the checkpoint's limit for clipping
+
+    # Load the engine's state, then the states of this rank and of the method.
+    with preserve_clipping(engine.optimizer):
+        loaded, _ = engine.load_checkpoint(str(checkpoint), tag=STATE)
     if loaded is None:
         raise UserError(f"{checkpoint}: DeepSpeed could not read it; resume from another folder")
-    # This program wrote it, and the hashes were just checked.
     rank_state = torch.load(checkpoint / f"rank-{runtime.rank}.pt", weights_only=True)
     method_state = torch.load(checkpoint / METHOD_FILE, map_location="cpu", weights_only=True)
     return written["step"], rank_state, method_state

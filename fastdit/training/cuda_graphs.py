@@ -1,15 +1,18 @@
-"""Passes of a network as CUDA graphs: the host launches one where it launched hundreds of kernels.
+"""Run a network's passes as CUDA graphs: the host launches one graph instead of hundreds of kernels.
 
-Where a network is small, its kernels take the GPU less than their launches the host: it waits. A graph holds a whole
-pass, recorded once, on tensors that stay where they are. PyTorch's `make_graphed_callables` makes one of the forward
-and one of the backward pass; autograd meets a single node, whose gradients reach DeepSpeed's hooks as always.
+In a small network, launching the kernels takes longer than running them, and the GPU waits. A graph holds a whole
+pass, captured once, on tensors that stay at their addresses. PyTorch's `make_graphed_callables` captures one graph of
+the forward pass and one of the backward pass. Autograd sees a single node, whose gradients reach DeepSpeed's hooks as
+usual.
 
-    module(x, t, y)   copy x, t, y to where the graph reads; replay; the results lie where the graph writes
-    backward          copy the upstream gradients to where it reads; replay; so do the gradients of all weights
+    module(x, t, y)   copy x, t, y to the graph's input tensors; replay; return the graph's output tensors
+    backward          copy the upstream gradients to the graph's input tensors; replay; return its weight gradients
 
-A pass overwrites what the one before wrote: a network must have run backward, and its gradients must have been used,
-before it is called again. A step calls each of `Denoising.graphed`'s networks once, so that holds.
+A replay overwrites the outputs of the replay before. A network must therefore have run backward, and its gradients
+must have been used, before it is called again. A step calls each network of `Denoising.graphed` once.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +22,7 @@ from fastdit.training.deepspeed_config import DeepSpeedConfig
 
 
 def check(settings: DeepSpeedConfig, device: torch.device) -> None:
-    """Raises UserError where graphs cannot serve."""
+    """Raise UserError if `settings` or `device` rule out CUDA graphs."""
     if device.type != "cuda":
         raise UserError("cuda_graphs: there is no GPU to record on; leave it out, or train with --device cuda")
     if settings.stage == 3:
@@ -32,33 +35,34 @@ def check(settings: DeepSpeedConfig, device: torch.device) -> None:
 
 
 def record(module: nn.Module, samples: tuple[Tensor, ...]) -> None:
-    """From here on, a call of `module` with tensors like `samples` replays graphs; any other call runs as before.
+    """Capture the passes of `module`. Later calls with tensors like `samples` replay them; other calls run as before.
 
-    samples: like the tensors that the module will get in training: shapes, dtypes, device, and which of them ask for
-    gradients. Their values are lost. Weights may change, but not move.
+    samples: tensors with the shapes, dtypes, device and `requires_grad` that the module gets in training. Their values
+    are lost. The weights' values may change afterwards, but not their addresses.
     """
     eager, kinds = module.forward, [_kind(sample) for sample in samples]
-    replay = torch.cuda.make_graphed_callables(_Bare(module, eager), samples, allow_unused_input=True)
-    learns = any(p.requires_grad for p in module.parameters())
+    replay = torch.cuda.make_graphed_callables(_WithoutHooks(module, eager), samples, allow_unused_input=True)
+    trains = any(p.requires_grad for p in module.parameters())
 
     def forward(*args: Tensor | None):
         tensors = tuple(arg for arg in args if arg is not None)
-        recorded = [_kind(tensor) for tensor in tensors] == kinds and torch.is_grad_enabled() == learns
-        return replay(*tensors) if recorded else eager(*args)
+        captured = [_kind(tensor) for tensor in tensors] == kinds and torch.is_grad_enabled() == trains
+        return replay(*tensors) if captured else eager(*args)
 
     module.forward = forward
 
 
 def _kind(tensor: Tensor) -> tuple[torch.Size, bool]:
+    """Return what must be equal in a call for a graph to be replayed."""
     return tensor.shape, tensor.requires_grad
 
 
-class _Bare(nn.Module):
-    """A module's own forward and weights, without the hooks that DeepSpeed and others hung on it."""
+class _WithoutHooks(nn.Module):
+    """Call a module's forward method on its weights, without the hooks that DeepSpeed and others attached to it."""
 
-    def __init__(self, module: nn.Module, forward) -> None:
+    def __init__(self, module: nn.Module, forward: Callable) -> None:
         super().__init__()
-        self.module, self.own = module, forward
+        self.module, self.module_forward = module, forward
 
     def forward(self, *args: Tensor):
-        return self.own(*args)
+        return self.module_forward(*args)

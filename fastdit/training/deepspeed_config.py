@@ -1,4 +1,4 @@
-"""Merge a DeepSpeed file with a run's settings. The file rules; a contradiction is an error."""
+"""Merge a DeepSpeed file with a run's settings. The file takes precedence, and a contradiction is an error."""
 
 import json
 from dataclasses import dataclass
@@ -8,25 +8,27 @@ from fastdit.config import Config
 from fastdit.errors import UserError
 
 SHIPPED = Path(__file__).parents[1] / "ds_configs"
-OURS = {
-    "optimizer": "AdamW with weight averages is fastdit's own: remove it and use --lr, --betas, --eps, --weight_decay",
+# Sections that the file must not hold, and what to do instead.
+FASTDIT_SECTIONS = {
+    "optimizer": "AdamW with EMAs is fastdit's own: remove it and use --lr, --betas, --eps, --weight_decay",
     "scheduler": "the schedule is fastdit's own: remove it and use --warmup, --schedule",
     "fp16": "fp16 is not supported: use bf16",
 }
-FP32 = ("fp32", "float32", "float", "torch.float32")  # as DeepSpeed spells it
+FP32 = ("fp32", "float32", "float", "torch.float32")  # DeepSpeed accepts these spellings
 
 
 @dataclass(frozen=True)
 class DeepSpeedConfig:
-    """Hold what the file and the settings agree on.
+    """Hold the values that the DeepSpeed file and the settings agree on.
 
     Args:
         merged: the configuration that DeepSpeed gets.
-        batch, micro_batch: samples of an optimizer step over all ranks, and of one rank's forward pass.
-        accumulation: micro-batches of a rank in a step.
+        batch: global batch, in samples.
+        micro_batch: samples of one rank's forward pass.
+        accumulation: micro-batches that a rank accumulates in a step.
         precision: bf16 or fp32.
         stage: ZeRO stage.
-        clip: largest gradient norm, by which the optimizer clips; 0 is off. None: DeepSpeed computes norm and clips.
+        clip: gradient norm to which the optimizer clips; 0 is off. None leaves norm and clipping to DeepSpeed.
     """
 
     merged: dict
@@ -39,26 +41,30 @@ class DeepSpeedConfig:
 
 
 def make_deepspeed_config(config: Config, world: int, on_gpu: bool) -> DeepSpeedConfig:
-    """Merge `config.ds_config` with the settings for `world` ranks.
+    """Return `config.ds_config` merged with the settings for `world` ranks.
 
     Raises UserError when the file is missing, is not JSON, holds a section that fastdit owns, or contradicts a setting.
     """
+    # Read the file and refuse the sections that fastdit owns.
     path, values = _read(config.ds_config)
-    for section, advice in OURS.items():
-        held = values.get(section)
-        if held and not (section == "fp16" and held.get("enabled") is False):
+    for section, advice in FASTDIT_SECTIONS.items():
+        content = values.get(section)
+        if content and not (section == "fp16" and content.get("enabled") is False):
             raise UserError(f"{path}: section {section!r}: {advice}")
 
-    def agree(key: str, setting: str, mine, kind=int):
-        theirs = values.get(key)
-        theirs = None if theirs == "auto" else theirs
-        if theirs is not None and (isinstance(theirs, bool) or not isinstance(theirs, kind) or theirs < (kind is int)):
-            wanted = "a whole number from 1" if kind is int else "a number from 0"
-            raise UserError(f'{path}: {key} is {theirs!r}; it must be {wanted}, or "auto"')
-        if theirs is not None and mine is not None and theirs != mine:
-            raise UserError(f"{path}: {key} is {theirs}, but {setting} is {mine}; change one, or drop it there")
-        return mine if theirs is None else theirs
+    def agree(key: str, setting: str, value, kind=int):
+        """Return the file's number for `key`, or the setting's `value` if the file has none or "auto"."""
+        in_file = values.get(key)
+        if in_file is None or in_file == "auto":
+            return value
+        if isinstance(in_file, bool) or not isinstance(in_file, kind) or in_file < (kind is int):
+            allowed = "a whole number from 1" if kind is int else "a number from 0"
+            raise UserError(f'{path}: {key} is {in_file!r}; it must be {allowed}, or "auto"')
+        if value is not None and in_file != value:
+            raise UserError(f"{path}: {key} is {in_file}, but {setting} is {value}; change one, or drop it there")
+        return in_file
 
+    # Agree on batch sizes, clipping, precision and ZeRO stage.
     batch = agree("train_batch_size", "--batch", config.batch)
     micro = agree("train_micro_batch_size_per_gpu", "--micro_batch", config.micro_batch)
     accumulation = agree("gradient_accumulation_steps", "accumulation", None)
@@ -78,64 +84,70 @@ def make_deepspeed_config(config: Config, world: int, on_gpu: bool) -> DeepSpeed
     if precision == "bf16":
         values = {"data_types": {"grad_accum_dtype": _accumulator(values, stage, accumulation)}, **values}
 
-    ours, normless = _norms(path, values, precision, stage)
+    # Decide who computes the gradient norm, and fill in the configuration.
+    clips, skips_norm = _norms(path, values, precision, stage)
     merged = {
         "steps_per_print": 2**31,  # fastdit prints its own lines
-        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice in a micro-batch
-        "zero_allow_untested_optimizer": True,  # AdamWEMA; every stage is tested
-        "zero_force_ds_cpu_optimizer": False,  # offload keeps AdamWEMA, which also runs on CPUs
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice in each micro-batch
+        "zero_allow_untested_optimizer": True,  # AdamWEMA, which fastdit's tests run at every stage
+        "zero_force_ds_cpu_optimizer": False,  # AdamWEMA runs on CPUs too, so offload need not replace it
         **values,
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": 0.0 if ours else clip,
+        "gradient_clipping": 0.0 if clips else clip,
         "bf16": {**values.get("bf16", {}), "enabled": precision == "bf16"},
     }
-    if normless:
+    if skips_norm:
         merged["zero_optimization"] = {**zero, "compute_grad_norm": False}
-        merged["bf16"].setdefault("check_grad_overflow", False)  # a pass over each gradient, and a wait
-    return DeepSpeedConfig(merged, batch, micro, accumulation, precision, stage, clip if ours else None)
+        merged["bf16"].setdefault("check_grad_overflow", False)  # it reads each gradient once more and waits
+    return DeepSpeedConfig(merged, batch, micro, accumulation, precision, stage, clip if clips else None)
 
 
 def _accumulator(values: dict, stage: int, accumulation: int) -> str:
-    """The type in which bf16 gradients are added up: fp32.
+    """Return the type in which bf16 gradients are accumulated: fp32, or bf16 under ZeRO-1 with one micro-batch.
 
-    Under ZeRO-1 without accumulation only ranks are, by communication, which is in bf16 whatever stands here. There it
-    is bf16: for fp32, DeepSpeed has an optimizer of its own, which keeps all gradients in fp32, takes their norms and
-    waits for the device.
+    With one micro-batch, gradients are summed over ranks only, and DeepSpeed communicates in bf16 whatever this type
+    is. Under ZeRO-1, fp32 would select another optimizer of DeepSpeed, which keeps all gradients in fp32, computes
+    their norms and waits for the device. With offload, or
+    a communication type in the file, the type is fp32 nevertheless.
     """
     only_ranks = stage == 1 and accumulation == 1 and values.get("communication_data_type") is None
     return "bf16" if only_ranks and not _offloads(values) else "fp32"
 
 
 def _norms(path: str, values: dict, precision: str, stage: int) -> tuple[bool, bool]:
-    """Whether AdamWEMA takes the gradients' norm and clips; whether DeepSpeed then takes none.
+    """Return whether AdamWEMA computes the gradient norm and clips, and whether DeepSpeed then skips the norm.
 
-    `compute_grad_norm` in the file: true leaves both to DeepSpeed; false is refused where DeepSpeed must take it.
+    If `compute_grad_norm` is true in the file, both are left to DeepSpeed. Raises UserError if it is false and
+    DeepSpeed cannot skip the norm, or if it is not a boolean.
     """
-    wish = values.get("zero_optimization", {}).get("compute_grad_norm")
-    if wish not in (None, True, False):
-        raise UserError(f"{path}: zero_optimization.compute_grad_norm is {wish!r}; it must be true or false")
-    at_once = stage < 3 and not _offloads(values)  # else a step is several updates, or DeepSpeed wants to clip
+    in_file = values.get("zero_optimization", {}).get("compute_grad_norm")
+    if in_file not in (None, True, False):
+        raise UserError(f"{path}: zero_optimization.compute_grad_norm is {in_file!r}; it must be true or false")
+    # Under ZeRO-3 a step is several updates, so that no update sees the whole norm. With offload DeepSpeed clips.
+    one_update = stage < 3 and not _offloads(values)
     needs_norm = stage == 0 or (
         precision == "bf16" and stage == 1 and values["data_types"].get("grad_accum_dtype") in FP32
     )
-    if wish is False and (needs_norm or not at_once):
+    if in_file is False and (needs_norm or not one_update):
         raise UserError(
             f"{path}: zero_optimization.compute_grad_norm is false, which DeepSpeed has for ZeRO-1 and 2 only, without "
             "offload, and in bf16 with accumulation for ZeRO-2 only; drop it"
         )
-    ours = at_once and wish is not True
-    return ours, ours and not needs_norm
+    clips = one_update and in_file is not True
+    return clips, clips and not needs_norm
 
 
 def _offloads(values: dict) -> bool:
+    """Return whether the file moves the optimizer's state off the device."""
     zero = values.get("zero_optimization", {})
     offload = zero.get("offload_optimizer") or {}
     return offload.get("device", "none") != "none" or bool(zero.get("cpu_offload")) or bool(zero.get("zenflow"))
 
 
 def _read(name: str) -> tuple[str, dict]:
+    """Return path and content of the shipped file `name`, or of the file at the path `name`. Raises UserError."""
     shipped = sorted(path.stem for path in SHIPPED.glob("*.json"))
     path = SHIPPED / f"{name}.json" if name in shipped else Path(name)
     if not path.is_file():
@@ -153,7 +165,11 @@ def _read(name: str) -> tuple[str, dict]:
 
 
 def _solve(batch, micro, accumulation, world) -> tuple[int, int, int]:
-    """batch = micro * accumulation * world, from any two, or from the batch alone."""
+    """Return (batch, micro, accumulation) such that batch = micro * accumulation * world.
+
+    What is None follows from the others; accumulation is 1 if it remains open. Raises UserError if there is no solution
+    or both batches are None.
+    """
     if batch is None and micro is None:
         raise UserError("batch: not set; give --batch, or train_batch_size in the DeepSpeed file")
     if batch is None:
@@ -174,10 +190,11 @@ def _solve(batch, micro, accumulation, world) -> tuple[int, int, int]:
     return batch, micro, batch // (micro * world)
 
 
-def _precision(path: str, bf16: bool | str, wanted: str, on_gpu: bool) -> str:
+def _precision(path: str, bf16: bool | str, setting: str, on_gpu: bool) -> str:
+    """Return bf16 or fp32, from `bf16.enabled` of the file and the setting. Raises UserError if they contradict."""
     if bf16 == "auto":
-        return wanted if wanted != "auto" else ("bf16" if on_gpu else "fp32")
+        return setting if setting != "auto" else ("bf16" if on_gpu else "fp32")
     precision = "bf16" if bf16 else "fp32"
-    if wanted not in ("auto", precision):
-        raise UserError(f"{path}: bf16.enabled is {str(bf16).lower()}, but --precision is {wanted}; change one")
+    if setting not in ("auto", precision):
+        raise UserError(f"{path}: bf16.enabled is {str(bf16).lower()}, but --precision is {setting}; change one")
     return precision

@@ -1,4 +1,4 @@
-"""The training loop. No host sync in a step: scalars leave the device at the log interval only."""
+"""Train, step by step. A step has no host sync: scalars leave the device at the log interval only."""
 
 import time
 from collections.abc import Container
@@ -24,7 +24,7 @@ from fastdit.training.meter import Meter
 
 @dataclass
 class Run:
-    """Everything a training run is made of."""
+    """Hold the parts and settings of a training run, and its training time."""
 
     config: Config
     deepspeed: DeepSpeedConfig
@@ -38,11 +38,11 @@ class Run:
     generator: torch.Generator
     meter: Meter
     ema_replicas: list[EMAReplicas] = field(default_factory=list)
-    recorder: Recorder | None = None  # rank 0
-    seconds: float = 0.0  # of training, over all starts: without pictures, checkpoints, evaluation
+    recorder: Recorder | None = None  # on rank 0 only
+    seconds: float = 0.0  # training time over all starts, without sample grids, checkpoints and evaluations
 
     def state(self) -> dict:
-        """This rank's own part of a checkpoint: where its data, random numbers and running means stand."""
+        """Return this rank's part of a checkpoint: positions of its data and random numbers, and its running means."""
         state = {
             "seconds": self.seconds,
             "loader": self.loader.state_dict(),
@@ -55,6 +55,7 @@ class Run:
         return state
 
     def load_state(self, state: dict, method_state: dict) -> None:
+        """Go on from this rank's state and the method's state, after the engine has loaded its own."""
         self.method.load_state_dict(method_state)
         self.follow()
         self.seconds = state["seconds"]
@@ -66,6 +67,7 @@ class Run:
             torch.cuda.set_rng_state(state["cuda"], self.runtime.device)
 
     def save(self, step: int) -> Path:
+        """Write the checkpoint of `step` finished steps, a collective. Return its folder."""
         return checkpoint.save(
             self.engine,
             self.sampled_network,
@@ -80,34 +82,36 @@ class Run:
 
     @property
     def sampled_network(self) -> torch.nn.Module:
+        """Return the part of the trained module that is sampled."""
         return self.method.sampled_network(self.engine.module)
 
     def follow(self, names: Container[str] | None = None) -> None:
-        """Refresh the replicas of the EMAs `names`, the ones that the optimizer has just updated; None: of all."""
+        """Refresh the replicas of the EMAs `names`, which the optimizer has just updated; None refreshes all."""
         for replicas in self.ema_replicas:
             if names is None or replicas.name in names:
                 replicas.refresh()
 
     def say(self, text: str) -> None:
+        """Print a line, on rank 0 only."""
         if self.recorder:
             self.recorder.say(text)
 
 
 @dataclass
 class Clock:
-    """Training time between two records, pauses taken out."""
+    """Measure the training time between two lines of metrics, without pauses."""
 
     since: float = field(default_factory=time.perf_counter)
     steps: int = 0
 
     def read(self) -> tuple[float, int]:
-        """Seconds and steps since the last read."""
+        """Return the seconds and the number of steps since the last read."""
         seconds, steps = time.perf_counter() - self.since, self.steps
         self.since, self.steps = time.perf_counter(), 0
         return seconds, steps
 
     def paused(self, work, *args):
-        """The result of work(*args), its time not counted."""
+        """Return `work(*args)`, and do not count its time."""
         begun = time.perf_counter()
         result = work(*args)
         self.since += time.perf_counter() - begun
@@ -115,22 +119,26 @@ class Clock:
 
 
 def train(run: Run, first_step: int, draw_samples, evaluate=lambda step: None) -> bool:
-    """Train from `first_step` (finished steps) to `config.steps`; `draw_samples(step)` and `evaluate(step)` are called
-    at their intervals.
+    """Train from `first_step`, the number of finished steps, to `config.steps`.
 
-    Returns whether the end was reached; False after SIGTERM or Ctrl-C, with a checkpoint saved.
-    Raises UserError when `max_nonfinite` steps in a row had a non-finite loss or gradient.
+    `draw_samples(step)` and `evaluate(step)` are called at the intervals of `config`.
+
+    Returns True at the end, or False after SIGTERM or Ctrl-C, when it has saved a checkpoint. Raises UserError when
+    `max_nonfinite` steps in a row had a non-finite loss or gradient.
     """
     config = run.config
     if first_step == 0:
         _prepare(run)
     clock, stop, stop_every = Clock(), StopRequest(run.runtime), 1
     for step in range(first_step, config.steps):
+        # Take one step.
         train_step(run, step)
         done, last = step + 1, step + 1 == config.steps
         clock.steps += 1
         if run.recorder:
             run.recorder.advance()
+
+        # Write metrics, checkpoint, sample grid and evaluation when they are due.
         if done % config.log_every == 0 or last:
             stop_every = _record(run, clock, done)
         if done % config.save_every == 0 or last:
@@ -139,6 +147,8 @@ def train(run: Run, first_step: int, draw_samples, evaluate=lambda step: None) -
             clock.paused(draw_samples, done)
         if config.eval.every and (done % config.eval.every == 0 or last):
             clock.paused(evaluate, done)
+
+        # Stop if any rank was asked to.
         if done % stop_every == 0 and not last and stop.granted():
             path = run.save(done)
             run.say(f"stopped by {stop.name or 'a signal'} after step {done}; saved {path}; go on with --resume")
@@ -147,7 +157,7 @@ def train(run: Run, first_step: int, draw_samples, evaluate=lambda step: None) -
 
 
 def _prepare(run: Run) -> None:
-    """Let the method prepare itself on the first batches, then return to them; the time counts as training."""
+    """Let the method prepare itself on the first batches, and rewind the loader. The time counts as training."""
     begun, state = time.perf_counter(), run.loader.state_dict()
     run.method.prepare(run.loader, run.config.steps, run.say)
     if run.loader.state_dict() != state:
@@ -181,21 +191,28 @@ def train_step(run: Run, step: int) -> None:
 
 
 def _skipped(run: Run) -> torch.Tensor:
-    """Whether gradients that are not finite kept the last update from the weights: 0-dim float32, 1 if so."""
-    if not run.engine.was_step_applied():  # DeepSpeed looked at the norm, before the optimizer saw a gradient
+    """Return 1 if the last update was skipped because a gradient is not finite, else 0, as a 0-dim float32 tensor."""
+    if not run.engine.was_step_applied():  # DeepSpeed checked the norm and did not call the optimizer
         return torch.ones(())
     return run.optimizer.nonfinite
 
 
 def _grad_norm(run: Run) -> torch.Tensor | float | None:
-    """Of the last step's gradients, averaged over ranks and accumulated, before clipping."""
+    """Return the norm of the last step's gradients before clipping; None if DeepSpeed does not compute it.
+
+    The gradients are averaged over ranks and accumulated over micro-batches.
+    """
     if run.deepspeed.clip is None or not run.engine.was_step_applied():
         return run.engine.get_global_grad_norm()
     return run.optimizer.grad_norm
 
 
 def _record(run: Run, clock: Clock, step: int) -> int:
-    """Write one line of metrics. Returns how many steps fit in about a second: how often to ask for a stop."""
+    """Write one line of metrics. Return the number of steps in about a second, after which to check for a stop.
+
+    It is a collective. Raises UserError after `max_nonfinite` skipped steps in a row.
+    """
+    # Collect the running means, times and rates.
     values = run.meter.read()  # waits for the device
     seconds, steps = run.runtime.agree(list(clock.read()))
     worst, first_bad = values.pop("worst_streak"), values.pop("first_bad")
@@ -209,17 +226,19 @@ def _record(run: Run, clock: Clock, step: int) -> int:
         "seconds": run.seconds,
         "corrupt_skipped": run.loader.skipped,
     }
-    if (norm := _grad_norm(run)) is not None:  # left to DeepSpeed, ZeRO-0 has none
+    if (norm := _grad_norm(run)) is not None:
         values["grad_norm"] = float(norm)
     if peak := peak_flops(run.runtime.device):
         flops = sum(run.method.flops(run.engine.module).values()) * images
         values["mfu"] = flops / seconds / run.runtime.world / peak
     if run.recorder:
         run.recorder.log(step, values)
+
+    # End the run if too many steps in a row were skipped.
     if worst >= run.config.max_nonfinite:
-        good = checkpoint_files.checkpoints(run.folder / CHECKPOINTS)
+        saved = checkpoint_files.checkpoints(run.folder / CHECKPOINTS)
         raise UserError(
             f"step {first_bad:.0f}: loss or gradient not finite, and so for {worst:.0f} steps in a row (all skipped); "
-            f"last checkpoint: {good[0] if good else 'none'}; resume it with a lower --lr, or check the data"
+            f"last checkpoint: {saved[0] if saved else 'none'}; resume it with a lower --lr, or check the data"
         )
     return max(1, min(run.config.log_every, round(steps / seconds)))

@@ -1,11 +1,12 @@
-"""Running means and failure counts that live on the device between two records."""
+"""Keep running means and counts of skipped steps on the device between two lines of metrics."""
 
 import torch
-import torch.distributed as dist
+
+from fastdit.methods.ranks import sum_over_ranks
 
 
 class Meter:
-    """Adds up named scalars without a host sync; `read` is the one transfer."""
+    """Add up named scalars without a host sync. Only `read` transfers them to the host."""
 
     def __init__(self, device: torch.device, world: int):
         self.device, self.world = device, world
@@ -15,7 +16,7 @@ class Meter:
         self.streak, self.worst, self.skipped, self.first_bad = zero, zero, zero, zero - 1
 
     def add(self, terms: dict[str, torch.Tensor]) -> None:
-        """0-dim float32 tensors on the device."""
+        """Add one value to each running mean; `terms` are 0-dim float32 tensors on the device."""
         for name, value in terms.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + 1
@@ -28,24 +29,28 @@ class Meter:
         self.skipped = self.skipped + nonfinite
 
     def state_dict(self) -> dict:
-        """What a resumed run must go on from, on the CPU. A streak of skipped steps is not: it gets a new chance."""
+        """Return the state from which a resumed run goes on, on the CPU.
+
+        The current streak of skipped steps is left out, so that a resumed run may skip `max_nonfinite` steps anew.
+        """
         sums = {name: value.cpu() for name, value in self.sums.items()}
         return {"sums": sums, "counts": dict(self.counts), "skipped": self.skipped.cpu()}
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on from what `state_dict` returned."""
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         self.counts, self.skipped = dict(state["counts"]), state["skipped"].to(self.device)
 
     def read(self) -> dict[str, float]:
-        """Means over calls of `add` and over ranks since the last read; `skipped`, `worst_streak`, `first_bad`.
+        """Return the means over ranks and over calls of `add` since the last read, by name, and counts of steps.
 
-        A collective.
+        It is a collective, and it waits for the device. The counts are `skipped` (steps since the run began),
+        `worst_streak` (the longest streak of skipped steps since the last read) and `first_bad` (the step at which that
+        streak began, counted from 1).
         """
         names = list(self.sums)
         means = torch.stack([self.sums[name].float() / self.counts[name] for name in names])
-        if self.world > 1:
-            dist.all_reduce(means)
-            means /= self.world
+        means = sum_over_ranks(means) / self.world
         failures = torch.stack([self.skipped, self.worst, self.first_bad])
         values = torch.cat([means, failures]).tolist()
         self.sums, self.counts = {}, {}

@@ -1,4 +1,4 @@
-"""Numbers that change with the step, as pure functions of it: nothing to save, nothing to restore."""
+"""Compute learning rate and EMA decay as pure functions of the step, so that a checkpoint need not hold them."""
 
 import math
 
@@ -8,7 +8,10 @@ from fastdit.config import Config, EMAConfig
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Learning rate of step `step` (0-based): linear warm-up, then constant or cosine to zero at `config.steps`."""
+    """Return the learning rate of step `step` (0-based).
+
+    It warms up linearly. Then it is constant, or falls along a cosine to zero at `config.steps`.
+    """
     scale = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     if config.schedule == "cosine" and step >= config.warmup:
         done = (step - config.warmup) / max(1, config.steps - config.warmup)
@@ -17,10 +20,10 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def ema_decay(config: EMAConfig, step: int) -> float:
-    """Decay of the weight average after step `step` (0-based).
+    """Return the EMA's decay for the update of step `step` (0-based).
 
-    `fixed`: min(decay, (1+t)/(10+t)), t = step. `power`: (1 - 1/t)^(gamma+1), t = step + 1 (Karras et al. 2024,
-    section 3.1), gamma from the relative width `std`.
+    `fixed` is min(decay, (1+t)/(10+t)) with t = step. `power` is (1 - 1/t)^(gamma+1) with t = step + 1 and gamma from
+    the relative width `std` (Karras et al. 2024, section 3.1).
     """
     if config.kind == "fixed":
         return min(config.decay, (1 + step) / (10 + step))
@@ -28,7 +31,10 @@ def ema_decay(config: EMAConfig, step: int) -> float:
 
 
 def power_gamma(std: float) -> float:
-    """gamma of the power-function profile whose relative standard deviation is `std`: the largest root of
-    (gamma+1) / ((gamma+2)^2 (gamma+3)) = std^2 (variance of the Beta(gamma+1, 1) law on [0, 1])."""
+    """Return gamma of the power-function profile whose relative standard deviation is `std`.
+
+    It is the largest root of (gamma+1) / ((gamma+2)^2 (gamma+3)) = std^2, the variance of the Beta(gamma+1, 1)
+    distribution on [0, 1] (Karras et al. 2024, section 3.1).
+    """
     inverse = std**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())

@@ -1,4 +1,4 @@
-"""Open a run, fresh or resumed, on every rank alike."""
+"""Open a training run, new or resumed, on every rank."""
 
 import json
 from pathlib import Path
@@ -10,12 +10,13 @@ import torch.distributed as dist
 from torch import nn
 
 from fastdit import run_parts
-from fastdit.config import CONFIG_FILE, Config, dump
+from fastdit.config import CONFIG_FILE, Config
 from fastdit.distributed import Runtime
 from fastdit.errors import UserError
 from fastdit.kernels import AdamWEMA, ApexAdamEMA, describe_attention, describe_native, describe_optimizer
 from fastdit.methods.registry import methods_of
 from fastdit.models.dit import Block
+from fastdit.parser import dump
 from fastdit.rundir.checkpoint_files import newest_good
 from fastdit.rundir.metrics_log import Recorder, versions
 from fastdit.rundir.run_files import CHECKPOINTS, VERSIONS
@@ -28,18 +29,24 @@ from fastdit.training.meter import Meter
 
 
 class Session:
-    """One run, fresh or resumed, and the parts that it was built from.
+    """Hold a training run, new or resumed, and the parts that it was built from.
 
-    The parts are `config`, `runtime`, `source` (data), `shape`, `process` (noise), `decoder` (of latents, or None),
-    `parameters` (their number), `attention` (what computes it, in words), and `run`, with which the loop works.
-    `first_step` is the number of steps that are finished.
+    Attributes:
+        config, runtime: the settings and this rank's place.
+        source, shape: the training data, and the shape of a sample.
+        process: the noise process.
+        decoder: the decoder of latents on the device, or None.
+        parameters: the number of parameters.
+        attention: a description of the attention backend.
+        run: the run that the loop trains.
+        first_step: the number of finished steps.
     """
 
     def __init__(self, config: Config, runtime: Runtime):
-        """Build everything and, with `config.resume`, load the newest good checkpoint. Raises UserError."""
+        """Build all parts. With `config.resume`, load the newest undamaged checkpoint. Raises UserError."""
         self.runtime = runtime
 
-        # Settings: what the DeepSpeed file and the data decide.
+        # Complete the settings by the DeepSpeed file and the data.
         settings = make_deepspeed_config(config, runtime.world, runtime.device.type == "cuda")
         if config.cuda_graphs:
             cuda_graphs.check(settings, runtime.device)
@@ -55,7 +62,7 @@ class Session:
                 "leave it out, or train on latents"
             )
 
-        # The network, its method, and the engine that trains it.
+        # Build the network, its method, the optimizer and the engine.
         self.decoder = run_parts.build_decoder(config, self.shape)
         module, method = run_parts.build_training(config, self.shape, self.decoder)
         if self.decoder:
@@ -63,16 +70,16 @@ class Session:
         network = method.sampled_network(module)
         self.parameters = sum(p.numel() for p in module.parameters())
         self.attention = _attention(config.model.attention, runtime.device, settings.precision, network)
-        averages = {EMA: config.ema.decay, **method.begin_step(0, config.steps)}
+        decays = {EMA: config.ema.decay, **method.begin_step(0, config.steps)}
         trained = [p for p in module.parameters() if p.requires_grad]
-        optimizer = make_optimizer(config, settings, runtime.device, trained, averages)
+        optimizer = make_optimizer(config, settings, runtime.device, trained, decays)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings.merged)
         method.to(runtime.device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
-        if config.cuda_graphs:  # before the loader's threads allocate: nobody may while a graph is recorded
+        if config.cuda_graphs:  # before the loader's threads start, since no thread may allocate during a capture
             for part, samples in method.graphed(engine.module, settings.micro_batch):
                 cuda_graphs.record(part, samples)
 
-        # Data, random numbers, and the run.
+        # Open the data, seed the random numbers, and assemble the run.
         loader = run_parts.build_loader(
             config,
             self.source,
@@ -102,7 +109,7 @@ class Session:
             self._open_folder()
 
     def _open_folder(self) -> None:
-        """Write the run's settings and versions, and begin to record."""
+        """Write the run's settings and versions, open its metrics, and print its first lines."""
         folder = self.run.folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_FILE).write_text(dump(self.config))
@@ -111,7 +118,10 @@ class Session:
         self.run.say(self._introduction())
 
     def _resume(self) -> int:
-        """Load the newest good checkpoint, if there is one. Return the number of finished steps."""
+        """Load the newest undamaged checkpoint, if there is any. Return the number of finished steps.
+
+        Raises UserError if all checkpoints are damaged or the newest one does not fit.
+        """
         run, folder = self.run, self.run.folder / CHECKPOINTS
         say = print if self.runtime.first else (lambda text: None)
         found = self.runtime.decide(lambda: newest_good(folder, say))
@@ -124,11 +134,12 @@ class Session:
         return step
 
     def _introduction(self) -> str:
-        """Return the lines with which a run begins."""
+        """Return the lines that a run prints when it starts."""
         config, runtime, settings, shape = self.config, self.runtime, self.run.deepspeed, self.shape
         source = f"{self.source.n:,} samples of {self.source.path} as {shape.channels}x{shape.height}x{shape.width}"
-        if held := self.run.loader.held:
-            source += f" ({held.bytes / 1e9:.3g} GB {'a rank ' if held.group else ''}kept on {held.views.device.type})"
+        if cached := self.run.loader.held:
+            size, device = f"{cached.bytes / 1e9:.3g} GB", cached.views.device.type
+            source += f" ({size} {'a rank ' if cached.group else ''}kept on {device})"
         if reading := self.run.loader.reading:
             source += f", {reading}"
         optimizer = "optimizer: apex" if config.optimizer == "apex" else describe_optimizer(runtime.device)
@@ -143,14 +154,14 @@ class Session:
             f"steps {self.first_step} to {config.steps} into {self.run.folder}"
         )
 
-    def averaged_network(self) -> nn.Module:
-        """Return the sampled network, unsharded, with the EMA weights, in eval mode on the device. A collective."""
+    def ema_network(self) -> nn.Module:
+        """Return the sampled network with the EMA weights: unsharded, in eval mode, on the device. A collective."""
         network = run_parts.build_network(self.config, self.shape)
         network.load_state_dict(ema_state(self.run.engine, self.run.sampled_network, "cpu"))
         return network.to(self.runtime.device).eval()
 
     def close(self) -> None:
-        """Stop the loader and the records, and leave the other ranks."""
+        """Stop the loader, close the metrics, and leave the process group."""
         self.run.loader.close()
         if self.run.recorder:
             self.run.recorder.close()
@@ -158,9 +169,9 @@ class Session:
 
 
 def _seeded_generator(seed: int, runtime: Runtime) -> torch.Generator:
-    """Return the rank's own generator, from which everything in training is drawn.
+    """Return this rank's generator on its device, from which all random numbers of training are drawn.
 
-    torch's global generators are seeded too, so that nothing depends on how torch seeds them.
+    torch's global generators are seeded too, so that nothing depends on their default seeds.
     """
     torch.manual_seed(seed)
     generator = torch.Generator(runtime.device)
@@ -171,9 +182,9 @@ def _seeded_generator(seed: int, runtime: Runtime) -> torch.Generator:
 def make_optimizer(
     config: Config, settings: DeepSpeedConfig, device: torch.device, parameters: list[nn.Parameter], decays: dict
 ) -> AdamWEMA:
-    """Return AdamW with EMAs of the weights, whose `decays` go by name, as `config.optimizer` names it.
+    """Return AdamW with one EMA of the weights for each name in `decays`, by the kernel that `config.optimizer` names.
 
-    Raises UserError where apex cannot serve.
+    Raises UserError if `config.optimizer` is apex and apex cannot be used here.
     """
     options = {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")}
     options |= {"emas": decays, "max_norm": settings.clip or None, "sharded": settings.stage > 0}
@@ -190,11 +201,11 @@ def make_optimizer(
 
 
 def _attention(backend: str, device: torch.device, precision: str, network: nn.Module) -> str:
-    """Return what computes the network's attention, in words. Raises UserError where `backend` cannot."""
+    """Return a description of the network's attention backend. Raises UserError if `backend` cannot be used."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     sizes = [block.proj.in_features // block.heads for block in network.modules() if isinstance(block, Block)]
     try:
         described = [describe_attention(backend, device, dtype, size) for size in dict.fromkeys(sizes)]
     except ValueError as error:
         raise UserError(f"model.attention: {error}") from None
-    return described[0]  # the encoder's
+    return described[0]  # the encoder's, which comes first

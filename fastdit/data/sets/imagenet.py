@@ -37,7 +37,7 @@ ImageNet (ILSVRC 2012) is given to registered users only; fastdit cannot obtain 
    (--names LOC_synset_mapping.txt names the classes; labels are ranks of the WordNet ids, as is usual)
 5. Make latents with an autoencoder, here one in models/sd-vae:
    python fastdit/encode.py --source data/imagenet --size 256 --autoencoder models/sd-vae --out data/imagenet-latents
-   It prints the flags to train with at its end; add --preset imagenet256_xl2.
+   It prints the flags to train with at its end; add --preset imagenet256.
 Cite: Russakovsky et al.: ImageNet Large Scale Visual Recognition Challenge. IJCV 115, 2015"""
 _ABOUT = {
     "home": "https://image-net.org",

@@ -112,7 +112,7 @@ CIFAR10 = ImageSet(
     citation="Krizhevsky: Learning Multiple Layers of Features from Tiny Images. Technical report, University of "
     "Toronto, 2009",
     home="https://www.cs.toronto.edu/~kriz/cifar.html",
-    flags="--preset cifar10_s2",
+    flags="--preset cifar10",
 )
 
 SETS = {"fashion-mnist": FASHION_MNIST, "cifar10": CIFAR10}
