@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -33,8 +34,10 @@ _REWORDED = (
 class OneLineParser(ArgumentParser):
     """Parse command lines and settings files. Every error is one `UserError`, and flags cannot be abbreviated."""
 
-    def __init__(self, **options):
+    def __init__(self, renamed: dict[str, str] | None = None, **options):
+        """renamed: the names of settings by older ones, which are still accepted."""
         super().__init__(allow_abbrev=False, **options)
+        self.renamed = renamed or {}
 
     def error(self, message: str, *args, **kwargs) -> NoReturn:  # jsonargparse calls it with the exception too
         """Raise UserError. jsonargparse calls this for every error, and its own method would exit."""
@@ -42,7 +45,16 @@ class OneLineParser(ArgumentParser):
 
     def parse(self, argv: list[str], base: Namespace | None = None) -> Namespace:
         """Return the typed values of a command line, which replace those of `base`. Raises UserError."""
+        argv = [self._current_flag(word) for word in argv]
         return self._typed(lambda: self.instantiate(self.parse_args(argv, base)))
+
+    def _current_flag(self, word: str) -> str:
+        """Return a word of a command line; an older name of a flag is replaced, with a note."""
+        name, equals, value = word.partition("=")
+        if (current := self.renamed.get(name.removeprefix("--"))) is None or not name.startswith("--"):
+            return word
+        print(f"note: {name} is now --{current}", file=sys.stderr)
+        return f"--{current}{equals}{value}"
 
     def read(self, path: str | Path, base: Namespace | None = None) -> Namespace:
         """Return the values of a YAML file, which replace those of `base`, as a base for `parse`. Raises UserError."""
@@ -52,6 +64,7 @@ class OneLineParser(ArgumentParser):
             raise UserError(f"{path}: cannot be read ({_one_line(error)}); give a run, or a file of settings") from None
         if not isinstance(values, dict):
             raise UserError(f"{path}: holds no settings; write one `name: value` a line, as in a run's config.yaml")
+        _rename(values, self.renamed)
         sections = {action.dest.rpartition(".")[0] for action in self._actions}
         values = {name: value for name, value in values.items() if value is not None or name not in sections}
         return self._typed(lambda: self.parse_object(values, base), f"{path}: ")
@@ -75,6 +88,17 @@ class OneLineParser(ArgumentParser):
             near = difflib.get_close_matches(name, [action.dest for action in self._actions], n=1)
             text += f"; did you mean {dashes}{near[0]}?" if near else "; --help lists them all"
         return text
+
+
+def _rename(values: dict, renamed: dict[str, str]) -> None:
+    """Give settings of a file, nested by section, their current names."""
+    for older, current in renamed.items():
+        *sections, name = older.split(".")
+        inner = values
+        for section in sections:
+            inner = inner.get(section) if isinstance(inner, dict) else None
+        if isinstance(inner, dict) and name in inner:
+            inner[current.rpartition(".")[2]] = inner.pop(name)
 
 
 def _one_line(message: object) -> str:

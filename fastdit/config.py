@@ -35,7 +35,7 @@ class DataConfig:
         latent_scale: factor on latents after `latent_shift` is subtracted (SD VAE: 0.18215); one number, or one a
             channel.
         latent_shift: subtracted from latents; a number, or one a channel.
-        standardise: factor takes scale and shift as they stand here. channels sets both, for each channel, from the
+        standardize: factor takes scale and shift as they stand here. channels sets both, for each channel, from the
             statistics in the shards' manifest: mean 0, and the deviation that the noise process is made for (edm:
             its sigma_data; others: 1). A run's config.yaml has the numbers.
         cache: latents are read anew (none), or kept in memory: the device's, or the host's (cpu), shared out among the
@@ -56,7 +56,7 @@ class DataConfig:
     threads: int = 2
     latent_scale: float | tuple[float, ...] = 1.0
     latent_shift: float | tuple[float, ...] = 0.0
-    standardise: Literal["factor", "channels"] = "factor"
+    standardize: Literal["factor", "channels"] = "factor"
     cache: Literal["auto", "none", "cpu", "device"] = "auto"
     autoencoder: str | None = None
 

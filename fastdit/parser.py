@@ -26,10 +26,12 @@ RENAMED_PRESETS = {
     **{f"imagenet256_{size.lower()}2": ["imagenet256", "--model.size", size] for size in SIZES},
     **{f"imagenet256_sd_dit_{size.lower()}2": ["imagenet256_sd_dit", "--model.size", size] for size in SIZES},
 }
+# Older names of settings, each in the section of the current one.
+RENAMED_SETTINGS = {"data.standardise": "data.standardize", "sadm.normalise": "sadm.normalize"}
 
 
 def _parser() -> OneLineParser:
-    parser = OneLineParser(prog="fastdit-train", description="Train a diffusion transformer.")
+    parser = OneLineParser(RENAMED_SETTINGS, prog="fastdit-train", description="Train a diffusion transformer.")
     parser.add_argument("--preset", type=str, help="named settings (or a path): " + ", ".join(presets()))
     parser.add_class_arguments(Config, as_group=False)
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")

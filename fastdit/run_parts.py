@@ -91,24 +91,24 @@ def open_data(config: Config) -> Source:
 
 
 def standardized(config: Config, source: Source) -> Config:
-    """Return `config` with the scale and shift of the latents that `data.standardise` asks for.
+    """Return `config` with the scale and shift of the latents that `data.standardize` asks for.
 
     Raises UserError if the statistics that it needs are missing or unusable, or contradict `data.latent_scale` and
     `data.latent_shift`.
     """
     # Read the statistics of the channels.
     data = config.data
-    if data.standardise == "factor":
+    if data.standardize == "factor":
         return config
     manifest = read_manifest(source.samples.folder) if source.kind == "latent" else None
     if manifest is None or "channel_std" not in manifest:
         raise UserError(
-            f"data.standardise: {source.path} has no manifest with statistics of channels; encode it with "
+            f"data.standardize: {source.path} has no manifest with statistics of channels; encode it with "
             "fastdit/encode.py, or set it to factor"
         )
     mean, std = manifest["channel_mean"], manifest["channel_std"]
     if len(mean) != data.channels or not all(s > 0 for s in std):
-        raise UserError(f"data.standardise: {source.path} has channels of deviation {std}; set it to factor")
+        raise UserError(f"data.standardize: {source.path} has channels of deviation {std}; set it to factor")
 
     # Compute scale and shift from them, and compare with those of the settings.
     data_std = build_noise(config).data_std
@@ -116,7 +116,7 @@ def standardized(config: Config, source: Source) -> Config:
     current = (data.latent_scale, data.latent_shift)
     if current not in ((scale, shift), (DataConfig.latent_scale, DataConfig.latent_shift)):
         raise UserError(
-            f"data.standardise: latent_scale {current[0]} and latent_shift {current[1]} are not what the statistics of "
+            f"data.standardize: latent_scale {current[0]} and latent_shift {current[1]} are not what the statistics of "
             f"{source.path} give; leave them out, take the data that the run began with, or set it to factor"
         )
     return replace(config, data=replace(data, latent_scale=scale, latent_shift=shift))

@@ -33,7 +33,7 @@ from ._dispatch import choose
 from .structure_triton import TINY, moments_of, square_factor, structure, units
 
 DISTANCES = ("euclidean", "squared", "cosine")
-NORMALISATIONS = ("rms", "mean", "none")
+NORMALIZATIONS = ("rms", "mean", "none")
 PENALTIES = ("l2", "l1", "huber")
 
 _REFERENCE_CHUNK = 1 << 26  # rows * B * d of one chunk of the reference
@@ -72,7 +72,7 @@ def structure_loss(
     weight: Tensor | None = None,
     *,
     distance: str = "euclidean",
-    normalise: str = "rms",
+    normalize: str = "rms",
     penalty: str = "l2",
     huber_delta: float = 1.0,
     implementation: str | None = None,
@@ -84,7 +84,7 @@ def structure_loss(
         loss is zero. Its values are not checked.
     distance: "euclidean" |a - b|; "squared" |a - b|^2; "cosine" 1 - cos(a, b), computed from unit vectors as
         |a - b|^2 / 2. A zero vector stays zero, at 1/2 from all others.
-    normalise: divide distances by their "rms" or their "mean", or by nothing ("none").
+    normalize: divide distances by their "rms" or their "mean", or by nothing ("none").
     penalty: of e = P - Q: "l2" e^2, "l1" |e|, "huber" e^2 / 2, which is linear from huber_delta on.
     huber_delta: the error from which the Huber penalty is linear.
     implementation: see `fastdit.kernels._dispatch`. There is a Triton kernel for all dtypes but fp64.
@@ -95,7 +95,7 @@ def structure_loss(
     gather their features, each may compute the loss of all; its own rows of the gradient are exact.
     Raises ValueError for other shapes, dtypes and choices, for B < 2, and for an `implementation` that cannot run here.
     """
-    _check(real, fake, weight, distance, normalise, penalty, huber_delta)
+    _check(real, fake, weight, distance, normalize, penalty, huber_delta)
     work = torch.promote_types(real.dtype, torch.float32)
     f, g = real.to(work), fake.to(work)
     if distance == "cosine":
@@ -103,12 +103,12 @@ def structure_loss(
     weight = f.new_ones(f.shape[0]) if weight is None else weight.detach().to(work)
     chosen = choose(real.device, implementation=implementation, triton=work == torch.float32)
     run = structure if chosen == "triton" else structure_loss_reference
-    loss, totals = run(f, g, weight, distance, normalise, penalty, huber_delta)[:2]
+    loss, totals = run(f, g, weight, distance, normalize, penalty, huber_delta)[:2]
     return StructureLoss(loss, moments_of(totals.detach()))
 
 
 def structure_loss_reference(
-    f: Tensor, g: Tensor, weight: Tensor, distance: str, normalise: str, penalty: str, delta: float
+    f: Tensor, g: Tensor, weight: Tensor, distance: str, normalize: str, penalty: str, delta: float
 ) -> tuple[Tensor, Tensor]:
     """Return (loss, totals) of features (unit vectors for "cosine") and weights, in chunks of rows.
 
@@ -122,7 +122,7 @@ def structure_loss_reference(
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
     totals = sum(recomputed(_chunk_totals, f, g, weight, a, b, distance) for a, b in spans)
-    scale = units(moments_of(totals), normalise).to(f.dtype)
+    scale = units(moments_of(totals), normalize).to(f.dtype)
     costs = sum(recomputed(_chunk_cost, f, g, weight, scale, a, b, distance, penalty, delta) for a, b in spans)
     return (costs / totals[5].clamp_min(TINY)).to(f.dtype), totals
 
@@ -167,7 +167,7 @@ def _unit(x: Tensor) -> Tensor:
     return x / torch.where(norm > 0, norm, 1)
 
 
-def _check(real, fake, weight, distance, normalise, penalty, delta) -> None:
+def _check(real, fake, weight, distance, normalize, penalty, delta) -> None:
     """Raise ValueError unless the arguments are those that `structure_loss` documents."""
     if real.dim() != 2 or fake.shape != real.shape:
         raise ValueError(f"real and fake must be (B, d) of one shape, got {tuple(real.shape)}, {tuple(fake.shape)}")
@@ -179,7 +179,7 @@ def _check(real, fake, weight, distance, normalise, penalty, delta) -> None:
         raise ValueError(f"weight must be floating (B,) = ({real.shape[0]},), got {weight.dtype} {tuple(weight.shape)}")
     for name, value, known in (
         ("distance", distance, DISTANCES),
-        ("normalise", normalise, NORMALISATIONS),
+        ("normalize", normalize, NORMALIZATIONS),
         ("penalty", penalty, PENALTIES),
     ):
         if value not in known:

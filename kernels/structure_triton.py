@@ -31,11 +31,11 @@ def moments_of(totals: Tensor) -> Tensor:
     return totals[:5] / totals[5].clamp_min(TINY)
 
 
-def units(moments: Tensor, normalise: str) -> Tensor:
+def units(moments: Tensor, normalize: str) -> Tensor:
     """Return (2,): the divisors of the distances of f and of g."""
-    if normalise == "none":
+    if normalize == "none":
         return torch.ones_like(moments[:2])
-    return moments[:2].clamp_min(TINY) if normalise == "mean" else moments[2:4].clamp_min(TINY).sqrt()
+    return moments[:2].clamp_min(TINY) if normalize == "mean" else moments[2:4].clamp_min(TINY).sqrt()
 
 
 @triton.jit
@@ -158,7 +158,7 @@ def _structure_sums_kernel(
 @triton.jit
 def _structure_coefficients_kernel(
     ft, gt, weight, units, totals, sums, upstream, f_out, g_out, size, width, stride, panel, first, factor, delta,
-    EUCLIDEAN: tl.constexpr, NORMALISE: tl.constexpr, PENALTY: tl.constexpr, TINY: tl.constexpr,
+    EUCLIDEAN: tl.constexpr, NORMALIZE: tl.constexpr, PENALTY: tl.constexpr, TINY: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Store k_ij such that df_i = sum_j k_ij (f_i - f_j), at [j, i - first], and the same for g.
@@ -183,10 +183,10 @@ def _structure_coefficients_kernel(
     # The slope of the loss in the units, which depend on all distances.
     f_unit = 0.0
     g_unit = 0.0
-    if NORMALISE != "none":
+    if NORMALIZE != "none":
         f_unit = (tl.load(sums + 1) / all_weights).to(tl.float32)
         g_unit = (tl.load(sums + 2) / all_weights).to(tl.float32)
-    if NORMALISE == "rms":
+    if NORMALIZE == "rms":
         f_unit = f_unit * r * f_scale
         g_unit = g_unit * s * g_scale
     # From distances to differences of features. Coincident points get zero.
@@ -235,7 +235,7 @@ def _padded(x: Tensor) -> Tensor:
 
 @operator("fastdit::structure")
 def structure(
-    f: Tensor, g: Tensor, weight: Tensor, distance: str, normalise: str, penalty: str, delta: float
+    f: Tensor, g: Tensor, weight: Tensor, distance: str, normalize: str, penalty: str, delta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, totals, sums) of features f, g (B, d) and weights (B,).
 
@@ -258,7 +258,7 @@ def structure(
 
     # Second pass: the loss, and how it depends on the units.
     partial = f.new_empty(3, tiles)
-    scale = units(moments_of(totals), normalise).float()
+    scale = units(moments_of(totals), normalize).float()
     _structure_sums_kernel[(tiles,)](
         ft, gt, weight, scale, partial, size, width, stride, factor, delta, PENALTY=penalty, **shape
     )  # fmt: skip
@@ -269,7 +269,7 @@ def structure(
 @operator("fastdit::structure_backward")
 def structure_backward(
     upstream: Tensor, f: Tensor, g: Tensor, weight: Tensor, totals: Tensor, sums: Tensor,
-    distance: str, normalise: str, penalty: str, delta: float, need_f: bool, need_g: bool,
+    distance: str, normalize: str, penalty: str, delta: float, need_f: bool, need_g: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return (df, dg), each empty where it is not needed."""
     # Pad the inputs and allocate the gradients that are needed.
@@ -277,10 +277,10 @@ def structure_backward(
     whole = [_padded(x) for x in (f, g)]
     ft, gt = (x.t().contiguous() for x in whole)
     stride, padded_width = whole[0].shape
-    weight, scale = _padded(weight), units(moments_of(totals), normalise).float()
+    weight, scale = _padded(weight), units(moments_of(totals), normalize).float()
     out = [torch.empty_like(x) if needed else None for x, needed in zip(whole, (need_f, need_g))]
     tile = {"ROWS": _ROWS, "COLS": _COLS, "UNROLL": _UNROLL, "num_warps": 4}
-    choices = {"EUCLIDEAN": distance == "euclidean", "NORMALISE": normalise, "PENALTY": penalty, "TINY": TINY}
+    choices = {"EUCLIDEAN": distance == "euclidean", "NORMALIZE": normalize, "PENALTY": penalty, "TINY": TINY}
     panel = min(stride, max(_COLS, _PANEL // stride // _COLS * _COLS))
     coefficients = f.new_empty(2, stride, panel)
     # Per panel of rows i: the coefficients of all pairs (i, j), then their products with the differences.
@@ -301,12 +301,12 @@ def structure_backward(
 
 
 @structure.register_fake
-def _(f, g, weight, distance, normalise, penalty, delta):
+def _(f, g, weight, distance, normalize, penalty, delta):
     return f.new_empty(()), f.new_empty(6, dtype=torch.float64), f.new_empty(3, dtype=torch.float64)
 
 
 @structure_backward.register_fake
-def _(upstream, f, g, weight, totals, sums, distance, normalise, penalty, delta, need_f, need_g):
+def _(upstream, f, g, weight, totals, sums, distance, normalize, penalty, delta, need_f, need_g):
     return tuple(x.new_empty(x.shape if needed else 0) for x, needed in ((f, need_f), (g, need_g)))
 
 

@@ -154,7 +154,7 @@ def structure(f, g, weight, settings: SADM) -> torch.Tensor:
                 elif i != j:
                     found[i, j] = square if settings.distance == "squared" else square.sqrt()
         pairs = {pair: d for pair, d in found.items() if pair[0] != pair[1]}
-        power = {"rms": 2, "mean": 1}.get(settings.normalise, 0)
+        power = {"rms": 2, "mean": 1}.get(settings.normalize, 0)
         total = sum(weight[i] * weight[j] for i, j in pairs)
         moment = sum(weight[i] * weight[j] * d**power for (i, j), d in pairs.items()) / total
         unit = moment ** (1 / power) if power else 1

@@ -95,4 +95,4 @@ def test_what_is_generated_does_not_tell(default, collapsed):
 
 def test_the_centre_tells_too(default, collapsed):
     """All teacher logits are alike, so their mean is as long as each of them."""
-    assert collapsed[-1]["centre_norm"] > 1.3 * default[-1]["centre_norm"]
+    assert collapsed[-1]["center_norm"] > 1.3 * default[-1]["center_norm"]

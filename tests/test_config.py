@@ -338,3 +338,21 @@ def test_presets_of_one_size_are_known_under_their_old_names(capsys, name, prese
     assert parse(["--preset", name, "--lr", "3"]) == parse(["--preset", preset, "--model.size", size, "--lr", "3"])
     assert f"note: --preset {name} is now --preset {preset}" in capsys.readouterr().err
     assert parse(["--model.size", "L", "--preset", name]).model.size == "L"
+
+
+@pytest.mark.parametrize(
+    ("older", "current", "value"),
+    [("data.standardise", "data.standardize", "channels"), ("sadm.normalise", "sadm.normalize", "mean")],
+)
+def test_settings_are_known_under_their_older_names(capsys, tmp_path, older, current, value):
+    """Accept an older flag with a note, and older names in a run's config.yaml without one."""
+    expected = parse([f"--{current}", value])
+    for words in ([f"--{older}", value], [f"--{older}={value}"]):
+        assert parse(words) == expected
+        assert capsys.readouterr().err == f"note: --{older} is now --{current}\n"
+    name = older.partition(".")[2]
+    text = dump(expected).replace(f"{current.split('.')[1]}:", f"{name}:")
+    assert f"{name}: {value}" in text
+    (tmp_path / "config.yaml").write_text(text)
+    assert load(tmp_path / "config.yaml") == expected
+    assert capsys.readouterr().err == ""

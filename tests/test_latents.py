@@ -143,7 +143,7 @@ def test_the_psnr_told_is_that_of_pictures_decoded(images, tmp_path):
 
 
 def settings_for(folder, noise: str, **data) -> Config:
-    sizes = {"source": str(folder), "size": (8, 12), "channels": 12, "standardise": "channels", "flip": False}
+    sizes = {"source": str(folder), "size": (8, 12), "channels": 12, "standardize": "channels", "flip": False}
     return Config(data=DataConfig(**(sizes | data)), noise=NoiseConfig(name=noise, edm=EDM(sigma_data=0.7)))
 
 
@@ -170,9 +170,9 @@ def test_standardized_channels_have_the_moments_asked_for(images, tmp_path, nois
 def test_what_cannot_be_standardized(images, tmp_path):
     encode(images, tmp_path / "l", "--mirrored false")
     source = open_source(str(tmp_path / "l"))
-    with pytest.raises(UserError, match=r"data.standardise: latent_scale 0.5 and latent_shift 0.0 are not what"):
+    with pytest.raises(UserError, match=r"data.standardize: latent_scale 0.5 and latent_shift 0.0 are not what"):
         run_parts.standardized(settings_for(tmp_path / "l", "edm", latent_scale=0.5), source)
-    with pytest.raises(UserError, match=r"data.standardise: synthetic has no manifest"):
+    with pytest.raises(UserError, match=r"data.standardize: synthetic has no manifest"):
         run_parts.standardized(settings_for("synthetic", "edm"), open_source("synthetic"))
     (tmp_path / "l/manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"l/manifest.json: is no manifest of shards"):
@@ -190,7 +190,7 @@ def test_a_run_keeps_the_numbers_and_goes_on_with_them(images, tmp_path):
     encode(images, tmp_path / "l", "--dtype uint8 --mirrored false")
     out = tmp_path / "run"
     flags = ["--data.source", tmp_path / "l", "--data.size", "[8,12]", "--data.channels", 12, "--data.flip", "false"]
-    flags += ["--data.standardise", "channels", "--data.autoencoder", "space_to_depth:2", "--model.patch", 4]
+    flags += ["--data.standardize", "channels", "--data.autoencoder", "space_to_depth:2", "--model.patch", 4]
     forked(*TINY, *flags, "--steps", 2, "--save_every", 1, "--out", out).succeeded()
     data = yaml.safe_load((out / "config.yaml").read_text())["data"]
     assert len(data["latent_scale"]) == len(data["latent_shift"]) == 12
@@ -201,7 +201,7 @@ def test_a_run_keeps_the_numbers_and_goes_on_with_them(images, tmp_path):
     (tmp_path / "l/manifest.json").write_text(json.dumps(manifest))
     other = forked("--resume", "--out", out, "--steps", 6, "--device", "cpu")
     assert other.code == 2
-    assert "error: data.standardise: latent_scale (" in other.text
+    assert "error: data.standardize: latent_scale (" in other.text
     (tmp_path / "l").rename(tmp_path / "away")
     forked("--run", out, "--n", 4, "--device", "cpu", "--out", tmp_path / "x.png", program="fastdit.sample").succeeded()
 

@@ -237,7 +237,7 @@ def test_every_preset_plays(preset, method):
         ("psi_betas=[0.5,2]", ["from 0 to 0.999999"]),
         ("psi_every=0", ["at least 1"]),
         ("distance=manhattan", ["euclidean", "squared", "cosine"]),
-        ("normalise=max", ["mean", "none"]),
+        ("normalize=max", ["mean", "none"]),
         ("penalty=l3", ["l2", "l1", "huber"]),
         ("huber_delta=0", ["at least 1e-06"]),
         ("sigma_data=0", ["at least 1e-06"]),

@@ -62,7 +62,7 @@ def test_steps_between_comparisons_generate_only(decoder):
         outcome.loss.backward()
         signals = method.end_step()
         compared = step % 3 == 0
-        assert ("discriminative_loss" in outcome.terms) == ("centre_norm" in signals) == compared
+        assert ("discriminative_loss" in outcome.terms) == ("center_norm" in signals) == compared
         assert outcome.loss > outcome.terms["loss"] if compared else outcome.loss == outcome.terms["loss"]
         for name, p in student.head.named_parameters():
             assert p.grad is not None, name

@@ -162,7 +162,7 @@ def test_loss_and_gradients_are_those_of_the_published_formulas(case):
     for i in range(2):
         moved = 0.9 * before[i].double() + 0.1 * raw[i].mean(0)
         torch.testing.assert_close(method.centers[i].double(), moved, rtol=0, atol=1e-6)
-    assert signals["centre_norm"].item() == pytest.approx(method.centers[1].norm().item())
+    assert signals["center_norm"].item() == pytest.approx(method.centers[1].norm().item())
     if method.settings.centering != "sinkhorn":
         shifted = raw[1] - (before[1].double() if method.settings.centering == "ema" else 0)
         assert signals["prototype_usage"].item() == pytest.approx(len(shifted.argmax(1).unique()) / PROTOTYPES)

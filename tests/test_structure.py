@@ -10,7 +10,7 @@ import triton.language as tl
 from kernel_checks import DEVICE, IMPLEMENTATIONS, LargestTensor, assert_exact, normal
 
 from fastdit.kernels import structure_loss
-from fastdit.kernels.structure import DISTANCES, NORMALISATIONS, PENALTIES
+from fastdit.kernels.structure import DISTANCES, NORMALIZATIONS, PENALTIES
 
 # Another order of an fp32 computation's sums, which a CPU's matrix products choose by shape and place, gives another
 # result within `assert_exact`'s tolerance of the exact one. Two such results are at most twice as far apart.
@@ -19,7 +19,7 @@ DELTA = 0.1  # inside the range of the tests' errors, so that huber is on both o
 TRITON = sys.modules["fastdit.kernels.structure_triton"]
 
 
-def naive(f, g, weight, distance="euclidean", normalise="rms", penalty="l2"):
+def naive(f, g, weight, distance="euclidean", normalize="rms", penalty="l2"):
     """Compute the loss from the whole (B, B, d) at once, in the inputs' precision."""
     size = len(f)
     off_diagonal = ~torch.eye(size, dtype=torch.bool, device=f.device)
@@ -33,9 +33,9 @@ def naive(f, g, weight, distance="euclidean", normalise="rms", penalty="l2"):
 
     p, q = distances(f), distances(g)
     w = (weight[:, None] * weight[None])[off_diagonal]
-    if normalise == "rms":
+    if normalize == "rms":
         p, q = (x / ((w * x.square()).sum() / w.sum()).sqrt() for x in (p, q))
-    if normalise == "mean":
+    if normalize == "mean":
         p, q = (x / ((w * x).sum() / w.sum()) for x in (p, q))
     e = p - q
     cost = {
@@ -80,14 +80,14 @@ def small_tiles(monkeypatch, request):
 
 
 @pytest.mark.parametrize(
-    "choices",  # every normalisation with every distance and every penalty
-    [(d, NORMALISATIONS[(i + j) % 3], p) for (i, d), (j, p) in product(enumerate(DISTANCES), enumerate(PENALTIES))],
+    "choices",  # every normalization with every distance and every penalty
+    [(d, NORMALIZATIONS[(i + j) % 3], p) for (i, d), (j, p) in product(enumerate(DISTANCES), enumerate(PENALTIES))],
     ids="-".join,
 )
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_loss_and_both_gradients(implementation, choices):
     inputs = features()
-    named = dict(zip(("distance", "normalise", "penalty"), choices))
+    named = dict(zip(("distance", "normalize", "penalty"), choices))
     got = loss_and_gradients(*inputs, implementation=implementation, **named)
     for value, exact in zip(got, naive_gradients(*inputs, *choices)):
         assert_exact(value, exact)
@@ -115,12 +115,12 @@ def test_statistics(implementation):
     assert not any(x.requires_grad for x in result)
 
 
-@pytest.mark.parametrize("normalise", NORMALISATIONS)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_sample_of_weight_zero_has_no_influence(implementation, normalise):
+def test_a_sample_of_weight_zero_has_no_influence(implementation, normalize):
     """Its features may be anything, as those of pure noise: neither loss nor scale nor statistics depend on them."""
     real, fake, weight = features(13, 5)  # weight[2] is zero
-    choices = {"normalise": normalise, "implementation": implementation}
+    choices = {"normalize": normalize, "implementation": implementation}
     without = [i for i in range(13) if i != 2]
     expected = loss_and_gradients(real[without], fake[without], weight[without], **choices)
     real[2], fake[2] = 1e4, -1e3
@@ -141,7 +141,7 @@ def test_coincident_points(implementation, distance):
     real, fake, weight = features(13, 5)
     real[4], real[9], fake[7] = real[1], real[1], fake[3]
     alike = structure_loss(
-        real[[1, 4, 9]], fake[:3], distance=distance, normalise="none", implementation=implementation
+        real[[1, 4, 9]], fake[:3], distance=distance, normalize="none", implementation=implementation
     )
     assert alike.real_distance == 0
     got = loss_and_gradients(real, fake, weight, distance=distance, implementation=implementation)
@@ -182,11 +182,11 @@ def test_nothing_to_compare_is_zero_and_finite(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("normalise", ["rms", "mean"])
-def test_order_and_scale_do_not_matter(implementation, normalise):
+@pytest.mark.parametrize("normalize", ["rms", "mean"])
+def test_order_and_scale_do_not_matter(implementation, normalize):
     real, fake, weight = features(13)
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    choices = {"implementation": implementation, "normalise": normalise}
+    choices = {"implementation": implementation, "normalize": normalize}
     loss, df, dg = loss_and_gradients(real, fake, weight, **choices)
     permuted = loss_and_gradients(real[order], fake[order], weight[order], **choices)
     scaled = loss_and_gradients(7 * real, 0.3 * fake, 5 * weight, **choices)
@@ -199,7 +199,7 @@ def test_the_most_that_can_be_won():
     for size in (8, 64):
         real, fake = torch.zeros(2, size, 3, device=DEVICE)
         real[0], fake[1] = 1, 5
-        most = {name: structure_loss(real, fake, normalise=name).loss.item() for name in ("rms", "mean")}
+        most = {name: structure_loss(real, fake, normalize=name).loss.item() for name in ("rms", "mean")}
         assert most["rms"] == pytest.approx(2 - 2 / (size - 1), rel=1e-5)
         assert most["mean"] == pytest.approx(size - size / (size - 1), rel=1e-5)
 
@@ -341,7 +341,7 @@ def test_compiled(implementation):
         ({"weight": torch.ones(3)}, r"weight must be floating \(B,\) = \(4,\)"),
         ({"weight": torch.ones(4, dtype=torch.int64)}, "weight must be floating"),
         ({"distance": "manhattan"}, "distance='manhattan' is unknown; choose one of euclidean"),
-        ({"normalise": "max"}, "normalise='max'"),
+        ({"normalize": "max"}, "normalize='max'"),
         ({"penalty": "l3"}, "penalty='l3'"),
         ({"huber_delta": 0.0}, "must be positive"),
         ({"implementation": "cpp"}, "cpp"),

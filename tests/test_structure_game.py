@@ -31,12 +31,12 @@ from fastdit.noise import DDPM, EDM, Flow
 
 CASES = [
     (EDM(), {}),
-    (Flow(), {"normalise": "mean"}),
+    (Flow(), {"normalize": "mean"}),
     (DDPM(), {"sigma_data": 1.0}),
     (Flow(), {"distance": "squared", "penalty": "l1"}),
     (EDM(), {"distance": "cosine", "penalty": "huber", "huber_delta": 0.1}),
-    (Flow(), {"normalise": "none", "penalty": "huber", "huber_delta": 0.05}),
-    (DDPM(), {"distance": "cosine", "normalise": "none", "penalty": "l1"}),
+    (Flow(), {"normalize": "none", "penalty": "huber", "huber_delta": 0.05}),
+    (DDPM(), {"distance": "cosine", "normalize": "none", "penalty": "l1"}),
 ]
 
 
@@ -125,7 +125,7 @@ class Perfect(Silent):
         return outcome._replace(x0_hat=x0 + 0 * outcome.x0_hat)
 
 
-@pytest.mark.parametrize("settings", [{}, {"distance": "cosine", "normalise": "none"}])
+@pytest.mark.parametrize("settings", [{}, {"distance": "cosine", "normalize": "none"}])
 def test_nothing_is_lost_where_the_estimate_is_the_sample(settings):
     network = Denoiser()
     method = game(EDM(), base=Perfect, **settings)

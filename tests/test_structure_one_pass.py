@@ -33,8 +33,8 @@ from fastdit.noise import EDM
 CASES = {
     "fixed": {"structure": "fixed"},
     "adversarial": {},
-    "other distances": {"distance": "squared", "normalise": "none", "penalty": "l1"},
-    "cosine": {"distance": "cosine", "normalise": "mean", "penalty": "huber"},
+    "other distances": {"distance": "squared", "normalize": "none", "penalty": "l1"},
+    "cosine": {"distance": "cosine", "normalize": "mean", "penalty": "huber"},
     "gradient penalty": {"gradient_penalty": 0.4},
     "spectral norm": {"spectral_norm": True},
     "every other step": {"psi_every": 2},

@@ -101,10 +101,10 @@ def test_psi_learns_at_its_own_rate(schedule):
     assert [later.psi_lr_at(2 + n, 20) for n in range(5)] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
 
 
-@pytest.mark.parametrize(("normalise", "distance"), [("rms", "euclidean"), ("none", "squared"), ("none", "cosine")])
-def test_the_gradient_penalty(normalise, distance):
+@pytest.mark.parametrize(("normalize", "distance"), [("rms", "euclidean"), ("none", "squared"), ("none", "cosine")])
+def test_the_gradient_penalty(normalize, distance):
     network, batch = Denoiser(), samples()
-    method = game(EDM(), gradient_penalty=0.4, normalise=normalise, distance=distance)
+    method = game(EDM(), gradient_penalty=0.4, normalize=normalize, distance=distance)
     reference, draws = exact(method, network, tiny_psi(), *batch), seeded()
     method.base.loss(network, *batch, draws)
     directions = torch.randn(14, 4, generator=draws)
@@ -112,7 +112,7 @@ def test_the_gradient_penalty(normalise, distance):
     for gradient, expected in zip(gradients(network), reference.gradients(reference.network), strict=True):
         assert_exact(gradient, expected)
     method.end_step()
-    relative = (normalise, distance) != ("none", "squared")
+    relative = (normalize, distance) != ("none", "squared")
     penalised = reference.loss - 0.4 * gradient_penalty(reference, directions, relative)
     for gradient, expected in zip(first_gradients(method), reference.gradients(reference.psi, penalised), strict=True):
         assert_exact(gradient, expected)

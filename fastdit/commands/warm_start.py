@@ -67,9 +67,9 @@ def _warm_start(argv: list[str]) -> None:
 
     # Open the data and build the encoder.
     source = run_parts.open_data(config)
-    if config.data.standardise != "factor":
+    if config.data.standardize != "factor":
         raise UserError(
-            "data.standardise: depends on the run's noise process; give data.latent_scale and data.latent_shift of its "
+            "data.standardize: depends on the run's noise process; give data.latent_scale and data.latent_shift of its "
             "config.yaml instead"
         )
     encoder = LatentResNet(

@@ -74,7 +74,7 @@ class SelfDiscrimination(Denoising):
         "teacher entropy (nats)": {"teacher_entropy": "patches", "cls_teacher_entropy": "class"},
         "KL(teacher || student) (nats)": {"teacher_student_kl": "patches", "cls_teacher_student_kl": "class"},
         "share of prototypes in use": {"prototype_usage": "patches"},
-        "norm of the center": {"centre_norm": "patches"},
+        "norm of the center": {"center_norm": "patches"},
         GRADIENTS: {"discriminative_gradient_ratio": "discrimination, at the encoder's output"},
     }
     older_signature: ClassVar[dict[str, object]] = {"sd_dit.decoder": "extra", "sd_dit.teacher": "moving"}
@@ -275,7 +275,7 @@ class SelfDiscrimination(Denoising):
         self._reset()
         return {
             "prototype_usage": (wins > 0).float().mean(),
-            "centre_norm": self.centers[1].norm(),
+            "center_norm": self.centers[1].norm(),
             "discriminative_gradient_ratio": self.gradients.read(squares),
         }
 

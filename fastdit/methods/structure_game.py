@@ -285,7 +285,7 @@ class StructureGame(Wrapper):
         slopes = torch.autograd.grad((v * both).sum(), seen, create_graph=True)
 
         # Average the squared slopes over all ranks.
-        scaled = self.settings.normalise == "none" and self.settings.distance != "cosine"
+        scaled = self.settings.normalize == "none" and self.settings.distance != "cosine"
         total = 0.0
         for part, slope in zip(features, slopes):
             rows = _AllRanks.apply(torch.cat([part, slope.flatten(1).square().sum(1, keepdim=True)], dim=1))
@@ -304,7 +304,7 @@ class StructureGame(Wrapper):
             all_fake,
             weight[:, 0].detach(),
             distance=settings.distance,
-            normalise=settings.normalise,
+            normalize=settings.normalize,
             penalty=settings.penalty,
             huber_delta=settings.huber_delta,
         )

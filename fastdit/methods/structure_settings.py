@@ -47,7 +47,7 @@ class SADM:
         psi_betas: betas of Psi's Adam.
         psi_every: denoiser steps per step of Psi.
         distance: distance of features: euclidean, squared or cosine.
-        normalise: divide distances by their root mean square (rms) or their mean over the pairs, or not at all (none).
+        normalize: divide distances by their root mean square (rms) or their mean over the pairs, or not at all (none).
             With the mean, a Psi that separates one sample and lets all others coincide gains a factor that grows with
             the batch, and training finds this solution.
         penalty: penalty of a difference of distances.
@@ -77,7 +77,7 @@ class SADM:
     psi_betas: tuple[float, float] = (0.5, 0.999)
     psi_every: int = 1
     distance: Literal["euclidean", "squared", "cosine"] = "euclidean"
-    normalise: Literal["rms", "mean", "none"] = "rms"
+    normalize: Literal["rms", "mean", "none"] = "rms"
     penalty: Literal["l2", "l1", "huber"] = "l2"
     huber_delta: float = 0.2
     sigma_data: float = 0.5

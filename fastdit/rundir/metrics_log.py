@@ -27,6 +27,7 @@ PEAK_TFLOPS = {
     "L40S": 362,
     "4090": 165,
 }
+RENAMED = {"centre_norm": "center_norm"}  # metrics by older names
 
 
 def versions() -> dict[str, str]:
@@ -132,9 +133,10 @@ class Recorder:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """Return the lines of a run's metrics, an empty list if there are none yet."""
+    """Return the lines of a run's metrics, an empty list if there are none yet; older names are replaced."""
     path = folder / METRICS
-    return [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
+    return [{RENAMED.get(name, name): value for name, value in line.items()} for line in lines]
 
 
 def _truncate_after(path: Path, step: int) -> None:
