@@ -47,6 +47,8 @@ CONTENDERS = {
     BASELINE: "",
     "sd_dit": "--method sd_dit",
     "sd_dit_frozen": "--method sd_dit --sd_dit.momentum 1",
+    "sd_dit_auto": "--method sd_dit --sd_dit.beta auto",
+    "sd_dit_light": "--method sd_dit --sd_dit.beta auto --sd_dit.share 0.25",
     "sadm": "--method sadm",
     "sadm_fixed": "--method sadm --sadm.structure fixed",
     "sd_dit+sadm": "--method sd_dit+sadm",

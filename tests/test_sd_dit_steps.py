@@ -121,6 +121,38 @@ def test_the_gradient_ratio_is_proportional_to_beta():
     assert ratios[1] == pytest.approx(4 * ratios[0], rel=1e-4)
 
 
+def test_beta_auto_keeps_the_gradient_ratio():
+    """The ratio comes to its target whatever the losses are, survives a restart, and is bounded."""
+    method, student = make(decoder="split", beta="auto", gradient_ratio=0.4)
+    betas = []
+    for step in range(60):
+        method.begin_step(step, 60)
+        student.zero_grad()
+        loss = method.loss(student, *batch(), seeded(step)).loss
+        loss.backward()
+        signals = method.end_step()
+        betas.append(signals["beta"].item())
+    assert signals["discriminative_gradient_ratio"].item() == pytest.approx(0.4, rel=0.25)
+    assert betas[0] == pytest.approx(1e-3), "the least, before anything was measured"
+    other, _ = make(decoder="split", beta="auto", gradient_ratio=0.4)
+    other.load_state_dict(method.state_dict())
+    assert torch.equal(other.balance.weight, method.balance.weight)
+    fixed = make(decoder="split", beta=0.3)[0]
+    assert set(fixed.state_dict()) == {"centers"}, "checkpoints of a fixed beta stay as they were"
+    other.load_state_dict(fixed.state_dict())
+
+
+def test_gradients_that_are_not_finite_leave_beta():
+    method, student = make(decoder="split", beta="auto")
+    method.loss(student, *batch(), seeded()).loss.backward()
+    method.end_step()
+    before = method.balance.weight.clone()
+    method.loss(student, *batch(), seeded()).loss.backward()
+    method.gradients.squares[1] = torch.inf
+    method.end_step()
+    assert torch.equal(method.balance.weight, before)
+
+
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: p.name)
 def test_the_teachers_level_is_a_quantile_of_the_students_law(process):
     method, _ = make(process, teacher_noise="quantile:0.1")

@@ -53,11 +53,18 @@ class GradientBalance:
         denoising, term = squares = sum_over_ranks(self.squares)
         signals = {"gradient_ratio": self.weight * (term / denoising.clamp_min(TINY)).sqrt()}
         self.squares = torch.zeros_like(squares)
+        self.update(squares)
+        return signals
+
+    def update(self, squares: Tensor) -> None:
+        """Set the weight of the next step, if it is not fixed, from both squared norms (2,) summed over ranks.
+
+        The term's norm is without its weight. Gradients that are not finite leave the weight as it is.
+        """
         if self.auto:
             smoothed = torch.lerp(squares, self.smoothed, MEMORY)
             self.smoothed = torch.where(smoothed.isfinite().all(), smoothed, self.smoothed)
             self.weight = self._set_weight()
-        return signals
 
     def _set_weight(self) -> Tensor:
         """Return the weight () that the EMAs imply."""

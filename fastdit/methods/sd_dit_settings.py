@@ -55,7 +55,8 @@ class SDDiT:
             teacher's patches. token compares a learned token (iBOT; extra only). The default is ours: while blocks are
             still near the identity, the token learns nothing about the image.
         beta: weight of the discriminative loss. Ours: choose it so that the metric discriminative_gradient_ratio lies
-            between 0.2 and 0.8.
+            between 0.2 and 0.8, or give auto, which keeps that ratio near `gradient_ratio`.
+        gradient_ratio: target of auto: |beta grad L_D| over |grad L_G| at the encoder's output. Ours.
         every: steps per step with a discriminative loss; the others cost no teacher and no head. Ours.
         share: share of each micro-batch that the discriminative loss compares. Ours.
         until: share of the run after which the discriminative loss is off and no patch is hidden. Steps are then those
@@ -86,7 +87,8 @@ class SDDiT:
     teacher_noise: float | str = f"quantile:{QUIET_QUANTILE}"
     hidden_tokens: HiddenTokens = "noised_patch"
     cls: Literal["token", "mean"] = "mean"
-    beta: float = 0.3
+    beta: float | Literal["auto"] = 0.3
+    gradient_ratio: float = 0.4
     every: int = 1
     share: float = 1.0
     until: float = 1.0
@@ -111,7 +113,7 @@ class SDDiT:
         # Check the numbers. An fp32 number must hold exp(1 / temperature).
         temperatures = "student_temperature teacher_temperature teacher_temperature_start"
         sizes = "decoder_width decoder_depth decoder_heads head_width bottleneck prototypes"
-        ranges = {f"{sizes} every": (1,), temperatures: (0.025,), "beta": (0,), "mask_ratio": (0, 0.95)}
+        ranges = {f"{sizes} every": (1,), temperatures: (0.025,), "beta gradient_ratio": (0,), "mask_ratio": (0, 0.95)}
         ranges |= {"center_momentum momentum momentum_end teacher_temperature_warmup until": (0, 1)}
         check_ranges(self, "sd_dit.", ranges | {"split": (0.01,), "share momentum_share": (0.001, 1)})
 

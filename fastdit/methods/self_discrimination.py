@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from fastdit.kernels import PrototypeLoss, split_tokens
 from fastdit.methods.denoising import GRADIENTS, Denoising, Network, Outcome, Panels, Shape, image_inputs
+from fastdit.methods.gradient_balance import GradientBalance
 from fastdit.methods.ranks import ranks, sum_over_ranks
 from fastdit.methods.sd_dit_settings import QUIET_QUANTILE, SDDiT
 from fastdit.models import (
@@ -54,6 +55,7 @@ from fastdit.models import (
 __all__ = ["SDDiT", "SelfDiscrimination"]
 
 TEACHER = "teacher"
+BETAS = (1e-3, 1.0)  # smallest and largest beta of auto
 LOWEST_QUANTILE = 1e-3  # lower limit, in the student's law, of a teacher's level relative to the student's
 
 
@@ -157,6 +159,7 @@ class SelfDiscrimination(Denoising):
         self.keep = max(1, round((1 - settings.mask_ratio) * self.tokens))
         self.centers = torch.zeros(2, student.head.sizes[-1])  # centers of the class and of the patches
         self.gradients = student.network.gradients = GradientRatio()
+        self.balance = GradientBalance(settings.beta, settings.gradient_ratio, *BETAS)
         self.temperature = settings.teacher_temperature_at(0.0)
         self.compares = True  # whether the step has L_D
         self.finished = False  # whether L_D is off for the rest of the run
@@ -205,7 +208,7 @@ class SelfDiscrimination(Denoising):
             "cls_teacher_entropy": class_loss.teacher_entropy,
             "cls_teacher_student_kl": class_loss.kl,
         }
-        loss = generative.loss + self.settings.beta * discriminative
+        loss = generative.loss + self.balance.weight * discriminative
         return generative._replace(loss=loss, terms=generative.terms | terms)
 
     def pooled_features(self, x: Tensor) -> Tensor:
@@ -273,7 +276,11 @@ class SelfDiscrimination(Denoising):
         moved = torch.lerp(means.view_as(self.centers) / ranks(), self.centers, self.settings.center_momentum)
         self.centers = torch.where(moved.isfinite().all(), moved, self.centers)
         self._reset()
-        return {
+
+        # Set beta for the next step; the measured gradient of L_D has this step's in it.
+        signals = {"beta": self.balance.weight.clone()} if self.balance.auto else {}
+        self.balance.update(torch.stack([squares[0], squares[1] / self.balance.weight**2]))
+        return signals | {
             "prototype_usage": (wins > 0).float().mean(),
             "center_norm": self.centers[1].norm(),
             "discriminative_gradient_ratio": self.gradients.read(squares),
@@ -358,16 +365,20 @@ class SelfDiscrimination(Denoising):
         """Move teacher, centers and sums. The teacher gets `dtype`."""
         self.teacher.to(device, dtype)
         self.gradients.to(device)
+        self.balance.to(device)
         self.centers = self.centers.to(device)
         self._reset()
 
     def state_dict(self) -> dict:
-        """Return the centers, and a frozen teacher's weights, which no EMA holds."""
+        """Return the centers, what beta follows, and a frozen teacher's weights, which no EMA holds."""
         frozen = {"teacher": self.teacher.state_dict()} if self.settings.frozen else {}
-        return {"centers": self.centers.cpu(), **frozen}
+        balance = {"balance": self.balance.state_dict()} if self.balance.auto else {}
+        return {"centers": self.centers.cpu(), **balance, **frozen}
 
     def load_state_dict(self, state: dict) -> None:
         """Load the result of `state_dict`."""
         self.centers = state["centers"].to(self.centers.device)
+        if self.balance.auto and "balance" in state:  # a run that began with a fixed beta has none
+            self.balance.load_state_dict(state["balance"])
         if self.settings.frozen:
             self.teacher.load_state_dict(state["teacher"])
