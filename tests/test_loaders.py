@@ -250,7 +250,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     import throughput
     from loaders import loader_lines
 
-    monkeypatch.setattr(throughput.runtime, "start", lambda config: distributed.Runtime(0, 1, 0, CPU))
+    monkeypatch.setattr(throughput.distributed, "start", lambda config: distributed.Runtime(0, 1, 0, CPU))
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     flags = "--loader_only --data fashion_mnist --size 28 --channels 1 --batch 16 --device cpu --steps 1"
     files = ("--json", str(tmp_path / "r.json"), "--csv", str(tmp_path / "r.csv"))
