@@ -20,6 +20,7 @@ convergence_data.py prepares the data, convergence_runner.py takes one run after
 prices and trains, convergence_judges.py judges, and convergence_tables.py builds the record and its tables.
 """
 
+import math
 import os
 import shlex
 import signal
@@ -183,8 +184,8 @@ def _plan(args, data: Data, reference: Data | None = None) -> tuple[Plan, dict[s
         )
     rates, scales = _numbers("rates", args.rates, float), _numbers("guidance", args.guidance, float)
     seeds = _numbers("seeds", args.seeds, int)
-    if min(rates) <= 0:
-        raise UserError(f"--rates {args.rates}: learning rates must be above 0")
+    if not all(0 < rate < math.inf for rate in rates):
+        raise UserError(f"--rates {args.rates}: learning rates must be finite and above 0")
 
     # Every bad flag is told before anything runs.
     contenders = _contenders(args)

@@ -80,7 +80,10 @@ class Runner:
                 break
             needed, time_left = self._needed(ready[0]), max(0.0, self.end - time.monotonic())
             if needed > time_left:
-                print(f"{ready[0]}: not begun, for it needs {needed:.0f} s and {time_left:.0f} s are left", flush=True)
+                print(
+                    f"{ready[0]}: not begun, for it needs {needed:.0f} s and {time_left:.0f} s of --budget are left",
+                    flush=True,
+                )
                 break
             self._run(ready[0])
             if file:
@@ -191,6 +194,7 @@ class Runner:
         missing = self._missing_prices()
         if not missing:
             return
+        print(f"pricing {', '.join(missing)} in turns", flush=True)
         try:
             self._price(missing)
         except Exception as error:

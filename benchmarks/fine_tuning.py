@@ -60,6 +60,8 @@ def _parser() -> OneLineParser:
 def _prepare(argv: list[str]) -> None:
     args = _parser().parse(_joined(argv, TEXTS))
     folder = Path(args.out)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder}: is a file; name a folder")
     settings = {"steps": args.steps, "lr": args.lr, "train": args.train}
 
     # Every bad flag is told before anything is made.

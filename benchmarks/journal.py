@@ -33,8 +33,10 @@ class Journal:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
-            self.lines = read_journal(self.path)
+            self.lines, torn = _split_lines(self.path)
             size = os.fstat(self._file).st_size
+            if torn > max(1, len(self.lines)):  # a journal has a torn line for each time that its machine was lost
+                raise UserError(f"--journal {path}: holds no measurements; give a new file, or a journal")
             if size and os.pread(self._file, 1, size - 1) != b"\n":
                 self._append(b"\n")
         except OSError as error:

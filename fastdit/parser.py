@@ -66,6 +66,9 @@ def parse(argv: list[str]) -> Config:
         else:
             args += arg.split("=", 1) if arg.startswith(("--preset=", "--out=", "--resume=")) else [arg]
     files = _saved_settings(args)
+    given = dict(pairwise(args))
+    if not files and given.get("--resume") == "true" and set(args[::2]) <= {"--resume", "--out", "--local_rank"}:
+        raise UserError(f"--out {given.get('--out', Config.out)}: holds no run to resume; name the folder of one")
     while "--preset" in args:
         at = args.index("--preset")
         if at + 1 >= len(args):

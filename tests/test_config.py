@@ -162,11 +162,11 @@ def test_resume_before_the_first_start_is_an_ordinary_start(tmp_path):
         ("--model.size M", ["model.size:", "'S', 'B', 'L', 'XL'", "got M"]),
         ("--model.attention flsh", ["model.attention:", "'flash_attn'", "got flsh"]),
         ("--noise.name x", ["noise.name:", "'edm', 'ddpm', 'flow'", "got x"]),
-        ("--method x", ["method:", "dit, sd_dit, sadm, psi_align", "joined by +", "got x"]),
-        ("--method sadm+gan", ["method:", "got sadm+gan"]),
-        ("--method sadm+sadm", ["method:", "got sadm+sadm"]),
-        ("--method dit+sadm", ["method:", "got dit+sadm", "dit+any (each other method contains dit)"]),
-        ("--method psi_align+sd_dit", ["method:", "sd_dit+psi_align (psi_align aligns the tokens of a plain DiT)"]),
+        ("--method x", ["method:", "dit, sd_dit, sadm, psi_align", "joined by +", "x is not a method"]),
+        ("--method sadm+gan", ["method:", "gan is not a method", "psi_align"]),
+        ("--method sadm+sadm", ["method:", "names sadm twice"]),
+        ("--method dit+sadm", ["method:", "dit and sadm cannot be joined", "each other method contains dit"]),
+        ("--method psi_align+sd_dit", ["method:", "cannot be joined", "psi_align aligns the tokens of a plain DiT"]),
         ("--model.mlp_ratio -1", ["model.mlp_ratio:", "from 0.01 to 100", "-1"]),
         ("--model.mlp_ratio 0.01 --model.width 16 --model.heads 2", ["model.mlp_ratio:", "model.width (16)"]),
         ("--data.size 28,30", ["data.size:", "int, [int, int]", "got 28,30"]),
@@ -356,3 +356,10 @@ def test_settings_are_known_under_their_older_names(capsys, tmp_path, older, cur
     (tmp_path / "config.yaml").write_text(text)
     assert load(tmp_path / "config.yaml") == expected
     assert capsys.readouterr().err == ""
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
+    for words in (["--resume", "--out", str(tmp_path)], ["--out", str(tmp_path), "--resume"]):
+        with pytest.raises(UserError, match="holds no run to resume"):
+            parse(words)
+    assert parse(["--resume", "--out", str(tmp_path), "--batch", "4"]).resume, "a command that is to go on if it can"

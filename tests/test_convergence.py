@@ -136,6 +136,7 @@ def test_a_killed_plan_goes_on(tmp_path, monkeypatch):
         (["--data", "no_such.tar.gz"], ["no_such.tar.gz", "--pack"]),
         (["--rates", "fast"], ["--rates fast", "commas"]),
         (["--rates", "0"], ["--rates 0", "above 0"]),
+        (["--rates", "nan"], ["--rates nan", "finite"]),
         (["--seconds", "0"], ["--seconds", "above 0"]),
         (["--samples", "1"], ["--samples 1", "at least 2"]),
         (["--patch", "5"], ["data.size", "28", "model.patch (5)"]),
@@ -159,6 +160,16 @@ def test_bad_input_is_one_line(argv, words):
         convergence._benchmark([*COMMAND, *argv])
     assert "\n" not in str(caught.value)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_record_is_not_taken_for_a_journal(tmp_path):
+    """Leave a file alone that was written by --json."""
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps({"benchmark": "convergence", "rows": [1, 2, 3]}, indent=1))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="holds no measurements"):
+        convergence.Journal(path)
+    assert path.read_bytes() == before
 
 
 def test_bad_input_ends_with_code_2():

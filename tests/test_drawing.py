@@ -14,6 +14,7 @@ from fastdit.config import SampleConfig
 from fastdit.data import open_source
 from fastdit.evaluation.draw_samples import BATCH as BATCHES
 from fastdit.evaluation.draw_samples import balanced_labels, draw, grid, to_uint8
+from fastdit.evaluation.sample_grids import diverged
 from fastdit.metrics.class_agreement import class_agreement, knn_labels
 from fastdit.models import DiT, LatentDecoder, open_autoencoder
 from fastdit.noise import DDPM, EDM, Flow
@@ -201,3 +202,10 @@ def test_the_judge_is_scikit_learns_on_real_images_and_good_at_it(k):
 def test_ties_go_to_the_smallest_label():
     known = torch.tensor([[1.0], [-1.0], [1.1], [-1.1]])
     assert knn_labels(torch.zeros(1, 1), known, torch.tensor([3, 2, 3, 2]), k=4).tolist() == [2]
+
+
+def test_a_run_whose_loss_is_not_finite_has_diverged():
+    assert not diverged([])
+    assert not diverged([{"loss": float("nan")}, {"loss": 0.5}, {"eval/FD-lite0": 3.0}])
+    for last in (float("inf"), float("nan"), None):
+        assert diverged([{"loss": 0.5}, {"loss": last}])

@@ -42,13 +42,22 @@ def test_methods_are_built_from_the_inside_out():
     assert names["psi_align+sadm"] == ["dit", "sadm", "psi_align"]
 
 
-@pytest.mark.parametrize("name", ["", "gan", "sadm+gan", "sadm+sadm", "dit+sadm", "dit+dit", "sd_dit+psi_align", "+"])
-def test_what_is_refused_is_told_with_all_choices(name):
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("", "nothing is not a method; choose of dit, sd_dit, sadm, psi_align, or several joined by +"),
+        ("+", "nothing is not a method; choose of dit"),
+        ("gan", "gan is not a method; choose of dit"),
+        ("sadm+gan", "gan is not a method; choose of dit"),
+        ("sadm+sadm", "sadm+sadm names sadm twice; name it once"),
+        ("dit+sadm", "dit and sadm cannot be joined, for each other method contains dit; leave one out"),
+        ("sd_dit+psi_align", "sd_dit and psi_align cannot be joined, for psi_align aligns the tokens of a plain DiT"),
+    ],
+)
+def test_each_refusal_says_why(name, told):
     with pytest.raises(UserError) as caught:
         methods_of(name)
-    text = str(caught.value)
-    assert text.startswith("method: must be one of dit, sd_dit, sadm, psi_align, or several joined by +, got ")
-    assert "dit+any (each other method contains dit), sd_dit+psi_align (psi_align aligns the tokens" in text
+    assert str(caught.value).startswith(f"method: {told}")
 
 
 def test_two_methods_that_build_a_network_are_refused(monkeypatch):
@@ -57,7 +66,7 @@ def test_two_methods_that_build_a_network_are_refused(monkeypatch):
 
     monkeypatch.setitem(METHODS, "other", Other)
     assert [method.name for method in methods_of("sadm+other")] == ["other", "sadm"]
-    with pytest.raises(UserError, match=r"sd_dit\+other \(each builds a network of its own\)"):
+    with pytest.raises(UserError, match="cannot be joined, for each builds a network of its own"):
         methods_of("other+sd_dit")
 
 

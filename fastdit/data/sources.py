@@ -132,7 +132,10 @@ def _shipped(path: str) -> Path:
         return shipped
     if not path or ("{" not in path and not Path(path).exists()):
         names = ", ".join(sorted(p.name for p in _SHIPPED.iterdir() if p.is_dir()))
-        raise UserError(f"{path or 'data path'}: no such file or folder; sets that ship with fastdit: {names}")
+        raise UserError(
+            f"{path or 'data path'}: no such file or folder; point --data.source at your data, take a set "
+            f"that ships with fastdit ({names}), or get one with fastdit-data fetch"
+        )
     return Path(path)
 
 

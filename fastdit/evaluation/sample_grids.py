@@ -1,5 +1,6 @@
 """Write sample grids during training, and the final grid, class agreement and report at its end."""
 
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -50,7 +51,15 @@ def finish(session: Session) -> None:
     if session.runtime.first:
         report = write_report(run.folder, figures | _facts(session), versions())
         run.say(_farewell(session, report, figures))
+        if diverged(read_metrics(run.folder)):
+            run.say("warning: the last loss is not finite, so the weights are of no use; train again with a lower --lr")
     session.runtime.barrier()
+
+
+def diverged(metrics: list[dict]) -> bool:
+    """Return whether the last loss in a run's metrics is not finite."""
+    losses = [line["loss"] for line in metrics if "loss" in line]
+    return bool(losses) and (losses[-1] is None or not math.isfinite(losses[-1]))
 
 
 def _samples(session: Session, n: int, classes: list[int]) -> tuple[np.ndarray, np.ndarray] | None:

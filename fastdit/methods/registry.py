@@ -26,10 +26,16 @@ def methods_of(text: str) -> list[type[Denoising]]:
     """
     # Look up the names, and refuse those that are unknown, repeated or do not fit together.
     names = text.split("+")
-    known = [METHODS[name] for name in dict.fromkeys(names) if name in METHODS]
-    if len(known) < len(names) or any(_refusal(*pair) for pair in combinations(known, 2)):
-        choices = f"one of {', '.join(METHODS)}, or several joined by +"
-        raise UserError(f"method: must be {choices}, got {text or 'nothing'}; refused are {_refusals()}")
+    for name in names:
+        if name not in METHODS:
+            choices = f"{', '.join(METHODS)}, or several joined by +"
+            raise UserError(f"method: {name or 'nothing'} is not a method; choose of {choices}")
+        if names.count(name) > 1:
+            raise UserError(f"method: {text} names {name} twice; name it once")
+    known = [METHODS[name] for name in names]
+    for one, other in combinations(known, 2):
+        if reason := _refusal(one, other):
+            raise UserError(f"method: {one.name} and {other.name} cannot be joined, for {reason}; leave one out")
 
     # Put the base before its wrappers.
     bases = [method for method in known if not issubclass(method, Wrapper)]
@@ -54,11 +60,3 @@ def _refusal(one: type[Denoising], other: type[Denoising]) -> str | None:
     if not issubclass(one, Wrapper) and not issubclass(other, Wrapper):
         return "each builds a network of its own"
     return one.refuses.get(other.name) or other.refuses.get(one.name)
-
-
-def _refusals() -> str:
-    """Return a list of all refused pairs and the reasons, for messages."""
-    first, *others = METHODS.values()
-    pairs = [(one, other, _refusal(one, other)) for one, other in combinations(others, 2)]
-    listed = [f"{one.name}+{other.name} ({reason})" for one, other, reason in pairs if reason]
-    return ", ".join([f"{first.name}+any ({_refusal(first, others[0])})", *listed])
