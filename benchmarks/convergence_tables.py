@@ -163,7 +163,8 @@ def _setting(record: dict) -> str:
         return explained
     shape = "x".join(map(str, settings["shape"]))
     network = ", ".join(f"{name} {value}" for name, value in settings["network"].items())
-    budget = f"{settings['seconds']:g} {'s' if settings['unit'] == 'seconds' else 'plain steps'}"
+    unit = "s" if settings["unit"] == "seconds" else "plain steps"
+    budget = f"{settings['seconds']:g} {unit}, in sweeps {settings['rate_seconds']:g}"
     counts = sorted({row["samples"] for row in record["rows"] if "samples" in row})
     samples = " or ".join(f"{count:,}" for count in counts)
     return (
@@ -261,11 +262,23 @@ def _spent(record: dict) -> str:
     return f"{priced}Time went to: {'; '.join(parts)}."
 
 
+def _best_of_sweeps(rows: list[dict]) -> list[dict]:
+    """Return each contender's best run of the first phase, which is all that there is before the second."""
+    best: dict[str, dict] = {}
+    score = chooser(rows)
+    for row in rows:
+        best[row["contender"]] = min(row, best.get(row["contender"], row), key=score)
+    return list(best.values())
+
+
 def write_chart(record: dict, path: Path) -> None:
-    """Draw each contender's two distances at equal time over plain DiT's, a dot for each seed."""
+    """Draw each contender's two distances at equal time over plain DiT's, a dot for each seed.
+
+    Before there are runs of all contenders at their best rates, the best runs of the sweeps are shown.
+    """
     from matplotlib.figure import Figure as Canvas
 
-    rows = [row for row in record["rows"] if row["phase"] == CONTENDERS]
+    rows = [row for row in record["rows"] if row["phase"] == CONTENDERS] or _best_of_sweeps(record["rows"])
     plain = {row["seed"]: row for row in rows if row["contender"] == BASELINE}
     names = [name for name in dict.fromkeys(row["contender"] for row in rows) if name != BASELINE]
     canvas = Canvas(figsize=(9, 1.2 + 0.35 * max(1, len(names))), layout="constrained")
