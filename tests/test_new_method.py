@@ -144,8 +144,9 @@ def test_its_flags_are_flags_and_it_joins_other_methods(command):
     assert "--shrink.weight (default:" in help_text
     assert "shrink, small predictions;" in " ".join(help_text.split())
     assert "shrink.weight: must be from 0 to 9, got 10.0" in command("fastdit/train.py", "--shrink.weight", 10).text
-    joined = command("fastdit/train.py", "--method", "shrink+sd_dit+dit")
-    assert "dit, sd_dit, sadm, psi_align, shrink, or several joined by +" in joined.text
+    unknown = command("fastdit/train.py", "--method", "gan")
+    assert "dit, sd_dit, sadm, psi_align, shrink, or several joined by +" in unknown.text
+    assert "each other method contains dit" in command("fastdit/train.py", "--method", "shrink+sd_dit+dit").text
 
 
 def test_it_is_measured(command):

@@ -378,7 +378,7 @@ def test_what_does_not_go_together_is_one_line():
     text = complaint("--method", "psi_align+sadm", "--psi_align.psi_width", "32")
     assert "psi_align.psi_width: 32" in text
     assert "sadm.psi_width 96" in text
-    assert "sd_dit+psi_align (psi_align aligns" in complaint("--method", "sd_dit+psi_align")
+    assert "sd_dit and psi_align cannot be joined, for psi_align aligns" in complaint("--method", "sd_dit+psi_align")
     with pytest.raises(UserError, match="single class"):
         PsiAlign(psi_warm_steps=7).warm_steps(1000, 1)
     assert [PsiAlign().warm_steps(steps, 10) for steps in (9, 400_000)] == [5, 10_000]
