@@ -278,8 +278,10 @@ class SelfDiscrimination(Denoising):
         self._reset()
 
         # Set beta for the next step; the measured gradient of L_D has this step's in it.
-        signals = {"beta": self.balance.weight.clone()} if self.balance.auto else {}
-        self.balance.update(torch.stack([squares[0], squares[1] / self.balance.weight**2]))
+        signals = {}
+        if self.balance.auto:
+            signals["beta"] = self.balance.weight
+            self.balance.update(torch.stack([squares[0], squares[1] / self.balance.weight**2]))
         return signals | {
             "prototype_usage": (wins > 0).float().mean(),
             "center_norm": self.centers[1].norm(),
