@@ -88,7 +88,7 @@ class Part:
 
 def _tests(name: str, files: tuple[str, ...], limit: float, *flags: str) -> Part:
     paths = (f"tests/test_{file}.py" for file in files)
-    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--dist", "loadfile", *flags, *paths)
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--dist", "worksteal", *flags, *paths)
     return Part(name, command, limit)
 
 
@@ -113,7 +113,7 @@ def _loader(data: str, size: int, channels: int, batch: int) -> Part:
 PARTS = (
     _profile("steps", 120, "S/2 dit 256", "B/2 dit 256", "XL/2 dit 256"),
     Part("rates", ("benchmarks/rates.py", "--batch", "256"), 100),
-    _tests("kernel tests", KERNEL_TESTS, 130, "-n", "8"),
+    _tests("kernel tests", KERNEL_TESTS, 130, "-n", "14"),
     _against("S/2", 256, "eager,compile,graphs", 110),
     _against("B/2", 256, "eager,compile,graphs", 110),
     _profile("methods", 120, "S/2 sd_dit 256", "S/2 sadm 256", "XL/2 sd_dit 128", "XL/2 sadm 128",
