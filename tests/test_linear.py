@@ -236,7 +236,8 @@ def kept_bytes(run, others) -> int:
 @pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 0.57), (torch.bfloat16, 0.42)])
 def test_stored_activations_of_a_block(monkeypatch, dtype, share):
     """The stream, y, q, k, v, the attention's output, its projection, the hidden layer: 11 tensors of the stream's
-    size, and the attention's log-sum-exp. PyTorch's own operations keep 20 in fp32, and fp32 copies in bf16."""
+    size, and the attention's log-sum-exp. On a GPU torch pads that to 32 tokens and keeps a random state of 16 bytes.
+    PyTorch's own operations keep 20 tensors in fp32, and fp32 copies in bf16."""
     batch, tokens, width, heads = 2, 16, 64, 2
     block = Block(width, heads, 4 * width, "sdpa").to(DEVICE, dtype)
     with torch.no_grad():
@@ -249,7 +250,8 @@ def test_stored_activations_of_a_block(monkeypatch, dtype, share):
         monkeypatch.setenv("FASTDIT_KERNELS", kernels)
         kept[kernels] = kept_bytes(lambda: block(x, y, *vectors), [*block.parameters(), *vectors])
     stream = x.numel() * x.element_size()
-    statistics = 2 * batch * tokens * 2 * 4 + batch * heads * tokens * 4
+    sums, random_state = (tokens, 0) if DEVICE == "cpu" else (32, 16)
+    statistics = 2 * batch * tokens * 2 * 4 + batch * heads * sums * 4 + random_state
     assert kept["triton"] <= 11 * stream + statistics
     assert kept["triton"] <= share * kept["reference"]
 

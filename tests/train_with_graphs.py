@@ -6,6 +6,7 @@ replayed.
 """
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,13 @@ from fastdit.training import cuda_graphs
 replays = {"forward": 0, "backward": 0}
 
 
-def stand_in(module: nn.Module, samples: tuple[Tensor, ...], allow_unused_input: bool = False):
-    assert not module._forward_hooks | module._forward_pre_hooks | module._backward_hooks
+def stand_in(passes: Callable, samples: tuple[Tensor, ...], allow_unused_input: bool = False):
+    """Return a function of tensors like `samples`, which plays the graphs of `passes`."""
     assert allow_unused_input
-    surface = (*samples, *module.parameters())
-    learning = [tensor for tensor in surface if tensor.requires_grad]
-    places = [tensor.data_ptr() for tensor in surface]
-    outputs, spec = tree_flatten(module(*samples))
+    learning = [tensor for tensor in samples if tensor.requires_grad]
+    # DeepSpeed keeps autograd nodes of the weights themselves, and a capture must not touch these nodes' stream.
+    assert not any(isinstance(tensor, nn.Parameter) for tensor in learning)
+    outputs, spec = tree_flatten(passes(*samples))
     outputs = [tensor.detach().clone() for tensor in outputs]
     gradients = [torch.empty_like(tensor) for tensor in learning]
     computed = []
@@ -31,15 +32,17 @@ def stand_in(module: nn.Module, samples: tuple[Tensor, ...], allow_unused_input:
     class Graphed(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
-            assert [tensor.data_ptr() for tensor in surface] == places, "a weight moved"
             replays["forward"] += 1
-            for static, value in zip(samples, inputs):
+            for static, value in zip(samples, inputs, strict=True):
                 assert static.shape == value.shape
-                static.copy_(value)
+                moved = static.data_ptr() != value.data_ptr()
+                assert not (moved and isinstance(value, nn.Parameter)), "a weight moved"
+                if moved:
+                    static.copy_(value)
             for gradient in gradients:
                 gradient.fill_(torch.nan)  # memory of the backward pass may be memory of the forward pass
             with torch.enable_grad():
-                computed[:] = tree_flatten(module(*samples))[0]
+                computed[:] = tree_flatten(passes(*samples))[0]
             for static, value in zip(outputs, computed):
                 static.copy_(value)
             return tuple(tensor.detach() for tensor in outputs)
@@ -51,7 +54,7 @@ def stand_in(module: nn.Module, samples: tuple[Tensor, ...], allow_unused_input:
             values, ups = zip(*pairs)
             found = iter(torch.autograd.grad(values, learning, ups, allow_unused=True))
             static, back = iter(gradients), []
-            for tensor in surface:
+            for tensor in samples:
                 if not tensor.requires_grad:
                     back.append(None)
                     continue
@@ -59,10 +62,7 @@ def stand_in(module: nn.Module, samples: tuple[Tensor, ...], allow_unused_input:
                 back.append(None if gradient is None else place.copy_(gradient).detach())
             return tuple(back)
 
-    def replay(*args: Tensor):
-        return tree_unflatten(Graphed.apply(*args, *module.parameters()), spec)
-
-    return replay
+    return lambda *args: tree_unflatten(Graphed.apply(*args), spec)
 
 
 def main(argv: list[str]) -> None:

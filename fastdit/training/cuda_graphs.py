@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fastdit.errors import UserError
 from fastdit.training.deepspeed_config import DeepSpeedConfig
@@ -37,17 +38,29 @@ def check(settings: DeepSpeedConfig, device: torch.device) -> None:
 def record(module: nn.Module, samples: tuple[Tensor, ...]) -> None:
     """Capture the passes of `module`. Later calls with tensors like `samples` replay them; other calls run as before.
 
+    The passes are captured on views of the weights, which are leaves of their own. DeepSpeed keeps the autograd nodes
+    of the weights themselves, which belong to the default stream, and a capture must not touch that stream. A replay
+    gets the weights as further inputs: they lie where the views lie, so nothing is copied, and they get the gradients.
+
     samples: tensors with the shapes, dtypes, device and `requires_grad` that the module gets in training. Their values
     are lost. The weights' values may change afterwards, but not their addresses.
     """
     eager, kinds = module.forward, [_kind(sample) for sample in samples]
-    replay = torch.cuda.make_graphed_callables(_WithoutHooks(module, eager), samples, allow_unused_input=True)
-    trains = any(p.requires_grad for p in module.parameters())
+    names, weights = zip(*module.named_parameters())
+    views = tuple(weight.detach().requires_grad_(weight.requires_grad) for weight in weights)
+    plain = _WithoutHooks(module, eager)
+
+    def on_views(*inputs: Tensor):
+        args, views = inputs[: len(samples)], inputs[len(samples) :]
+        return functional_call(plain, {f"module.{name}": view for name, view in zip(names, views, strict=True)}, args)
+
+    replay = torch.cuda.make_graphed_callables(on_views, (*samples, *views), allow_unused_input=True)
+    trains = any(weight.requires_grad for weight in weights)
 
     def forward(*args: Tensor | None):
         tensors = tuple(arg for arg in args if arg is not None)
         captured = [_kind(tensor) for tensor in tensors] == kinds and torch.is_grad_enabled() == trains
-        return replay(*tensors) if captured else eager(*args)
+        return replay(*tensors, *weights) if captured else eager(*args)
 
     module.forward = forward
 
