@@ -10,7 +10,8 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("loss", ("_denoise_", "_prototype_", "_structure_")),
     ("tokens", ("_scatter_tokens_",)),
     ("optimizer", ("adamw_ema", "squared_norm", "multi_tensor_apply", "fused_adam", "foreach", "lpnorm")),
-    ("attention", ("sdpa", "flash", "fmha", "attention")),
+    # cuDNN's backward pass of attention runs two small kernels besides.
+    ("attention", ("sdpa", "flash", "fmha", "attention", "compute_dot_do_o", "convert_dq")),
     # cuBLAS names its Hopper kernels nvjet_...; the other words are cuBLAS's and CUTLASS's older ones.
     ("GEMM", ("nvjet", "gemm", "xmma", "cutlass", "cublas", "splitk", "gemv", "aten::mm", "aten::addmm", "aten::bmm")),
     ("convolution", ("conv", "implicit", "dgrad", "wgrad", "cudnn")),

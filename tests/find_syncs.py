@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
         for step in range(4, 6):
             loop.train_step(session.run, step)
         watch("default")
-    waits.calls += [f"{w.filename}:{w.lineno}" for w in heard if "synchronizing" in str(w.message)]
+    waits.calls += [f"{w.filename}:{w.lineno}" for w in heard if "called a synchronizing" in str(w.message)]
     (Path(config.out) / f"waits-{ranks.rank}.json").write_text(json.dumps(waits.calls))
     session.close()
 
