@@ -346,8 +346,9 @@ def optimizer(device: torch.device) -> Iterator[Piece]:
     count = SCALES[device.type].parameters
     ran = describe_optimizer(device).removeprefix("optimizer: ")
     # AdamW and the EMA read weight, gradient, two moments and EMA in fp32, and write all but the gradient.
+    # Where they write a bf16 copy of the weights, the gradient is bf16.
     yield Piece("AdamW + EMA", lambda: _adamw(device, count, copies=False), 36 * count, ran=ran)
-    yield Piece("AdamW + EMA, bf16 copy", lambda: _adamw(device, count, copies=True), 38 * count, ran=ran)
+    yield Piece("AdamW + EMA, bf16 copy", lambda: _adamw(device, count, copies=True), 36 * count, ran=ran)
     yield Piece("squared norm", lambda: _norm(device, count), 4 * count, ran=ran)
     for name, source, target in (
         ("fp32 to bf16", torch.float32, torch.bfloat16),
@@ -367,6 +368,7 @@ def _adamw(device: torch.device, count: int, copies: bool) -> Run:
     options = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "skip": skip}
     if copies:
         options["bf16_copies"] = [weight.bfloat16()]
+        lists[1][0] = gradient.bfloat16()
     return lambda: adamw_ema_(*lists, **options)
 
 

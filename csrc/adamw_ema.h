@@ -77,4 +77,14 @@ FASTDIT_INLINE uint16_t to_bfloat16(float value) {
   return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
+// Return a bf16 number as fp32, which is exact.
+FASTDIT_INLINE float to_float(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float wide;
+  memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+FASTDIT_INLINE float to_float(float value) { return value; }
+
 }  // namespace fastdit

@@ -112,6 +112,7 @@ class CudaLibrary:
         steps: Addresses,
         averages: Sequence[Addresses],
         copies: Addresses,
+        bf16_gradients: bool,
         sizes: Sequence[int],
         decays: Sequence[float],
         lr: float,
@@ -125,8 +126,9 @@ class CudaLibrary:
     ) -> None:
         """Update lists of fp32 tensors in place: `fastdit_adamw_ema` of the library.
 
-        averages holds one list of addresses for each EMA. copies is empty or one bf16 tensor for each weight. skip and
-        grad_scale are addresses of one float; a grad_scale of 0 means none.
+        averages holds one list of addresses for each EMA. copies is empty or one bf16 tensor for each weight. With
+        bf16_gradients, all gradients are bf16. skip and grad_scale are addresses of one float; a grad_scale of 0 means
+        none.
         """
         corrections = torch.empty(2 * len(weights), device=self._device)
         self._call(
@@ -136,14 +138,15 @@ class CudaLibrary:
             c_int(len(averages)),
             _list(c_void_p, [address for addresses in averages for address in addresses]),
             _list(c_void_p, copies) if copies else None,
+            c_int(bf16_gradients),
             _list(c_int64, sizes),
             _list(c_double, decays),
             *map(c_double, (lr, beta1, beta2, eps, weight_decay)),
             *map(c_void_p, (skip, grad_scale, corrections.data_ptr(), stream)),
         )
 
-    def squared_norm(self, tensors: Addresses, sizes: Sequence[int], stream: int) -> torch.Tensor:
-        """Return the 0-dim fp64 sum of squares of fp32 tensors, which stays on the device."""
+    def squared_norm(self, tensors: Addresses, bf16: bool, sizes: Sequence[int], stream: int) -> torch.Tensor:
+        """Return the 0-dim fp64 sum of squares of fp32 or bf16 tensors, which stays on the device."""
         sizes = _list(c_int64, sizes)
         count = c_int(len(tensors))
         parts = self._library.fastdit_squared_norm_scratch(count, sizes)
@@ -153,6 +156,7 @@ class CudaLibrary:
             "fastdit_squared_norm",
             count,
             _list(c_void_p, tensors),
+            c_int(bf16),
             sizes,
             *map(c_void_p, (scratch.data_ptr(), out.data_ptr(), stream)),
         )

@@ -3,8 +3,8 @@
 DeepSpeed's ZeRO gives a client optimizer flat fp32 partitions. EMA weights that are *optimizer state* are therefore
 partitioned, checkpointed and restored with the moments, without extra code and without an extra gather.
 
-csrc/adamw_ema.h updates fp32 tensors in one pass over memory, on CPUs and GPUs, where it was built. PyTorch updates
-everything else in several passes.
+csrc/adamw_ema.h updates fp32 tensors by fp32 or bf16 gradients in one pass over memory, on CPUs and GPUs, where it was
+built. PyTorch updates everything else in several passes.
 """
 
 import os
@@ -99,15 +99,23 @@ class AdamWEMA(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError("AdamWEMA.step takes no closure")
-        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        grads = [p.grad for _, params in groups for p in params]
+        self.update({p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None})
+
+    @torch.no_grad()
+    def update(self, grads: dict[Tensor, Tensor], bf16_copies: dict[Tensor, Tensor] | None = None) -> None:
+        """Update every parameter in `grads` by its gradient there, which may be bf16, instead of by its `grad`.
+
+        bf16_copies: for each of these parameters the bf16 tensor that gets its new weights, or None. A skipped update
+            leaves them as they are.
+        """
         if not grads:
             return
-        skip, grad_scale = self._check_gradients(grads)
+        skip, grad_scale = self._check_gradients(list(grads.values()))
         self.nonfinite = torch.maximum(self.nonfinite, skip)
-        for group, params in groups:
-            if params:
-                self._step_group(group, params, skip, grad_scale)
+        for group in self.param_groups:
+            if params := [p for p in group["params"] if p in grads]:
+                copies = [bf16_copies[p] for p in params] if bf16_copies else []
+                self._step_group(group, params, [grads[p] for p in params], copies, skip, grad_scale)
 
     def _check_gradients(self, grads: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Return (skip, grad_scale), each 0-dim float32 on the gradients' device.
@@ -123,12 +131,20 @@ class AdamWEMA(torch.optim.Optimizer):
             return skip, None
         return skip, (self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1).float()  # as torch's clip_grad_norm_
 
-    def _step_group(self, group: dict, params: list[Tensor], skip: Tensor, grad_scale: Tensor | None) -> None:
+    def _step_group(
+        self,
+        group: dict,
+        params: list[Tensor],
+        grads: list[Tensor],
+        bf16_copies: list[Tensor],
+        skip: Tensor,
+        grad_scale: Tensor | None,
+    ) -> None:
         """Update the parameters of one group."""
         states = [self._state_of(p, group["emas"]) for p in params]
         adamw_ema_(
             params,
-            [p.grad for p in params],
+            grads,
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [s["step"] for s in states],
@@ -139,6 +155,7 @@ class AdamWEMA(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             skip=skip,
             grad_scale=grad_scale,
+            bf16_copies=bf16_copies,
             implementation=self.implementation,
         )
 
@@ -185,21 +202,24 @@ def adamw_ema_(
 ) -> None:
     """Update lists of tensors in place by one step of AdamW (arXiv 1711.05101, algorithm 2), and EMAs of the weights.
 
-    params, grads, exp_avgs, exp_avg_sqs: lists of tensors with equal shapes, all on one device.
+    params, grads, exp_avgs, exp_avg_sqs: lists of tensors with equal shapes, all on one device. Gradients of fp32
+        weights may be bf16, all of them; their values are exact in fp32, so the result is that of fp32 gradients.
     steps: 0-dim float32, the number of finished steps of each parameter, incremented here.
     averages: (decay, EMA tensors) for each EMA.
     skip: 0-dim float32; any value but 0 leaves everything unchanged.
     grad_scale: 0-dim float32, the factor on all gradients, or None.
     bf16_copies: empty, or one bfloat16 tensor for each parameter, which gets the new weights rounded to nearest even.
         They let a step write the weights of a bf16 forward pass without another pass over memory.
-    implementation: see `AdamWEMA`. csrc/ serves contiguous fp32 tensors.
+    implementation: see `AdamWEMA`. csrc/ serves contiguous fp32 tensors, and bf16 gradients of them.
 
     Raises ValueError if `implementation` is cpp and that cannot run.
     """
     # Choose the implementation: csrc/ updates a limited number of EMAs in the same pass.
-    fp32 = [*params, *grads, *exp_avgs, *exp_avg_sqs, *steps, skip, *(t for _, group in averages for t in group)]
+    fp32 = [*params, *exp_avgs, *exp_avg_sqs, *steps, skip, *(t for _, group in averages for t in group)]
     fp32 += [] if grad_scale is None else [grad_scale]
-    kernels = _kernels_for(fp32, implementation, bf16_copies)
+    bf16_grads = _are_bf16(grads)
+    bf16 = [*bf16_copies, *(grads if bf16_grads else [])]
+    kernels = _kernels_for(fp32 if bf16_grads else [*fp32, *grads], implementation, bf16)
     first, rest = averages[:EMAS_PER_PASS], averages[EMAS_PER_PASS:]
     # Update weights and moments.
     if kernels:
@@ -213,6 +233,7 @@ def adamw_ema_(
                 *lists[:5],
                 lists[5:],
                 [bf16_copies[i].data_ptr() for i in filled] if bf16_copies else [],
+                bf16_grads,
                 [params[i].numel() for i in filled],
                 [decay for decay, _ in first],
                 lr,
@@ -225,6 +246,7 @@ def adamw_ema_(
             )
         torch.autograd.graph.increment_version(params)
     else:
+        grads = [grad.to(param.dtype) for grad, param in zip(grads, params)]
         if grad_scale is not None:
             grads = torch._foreach_mul(grads, grad_scale)
         _adamw_reference(params, grads, exp_avgs, exp_avg_sqs, steps, lr, betas, eps, weight_decay, skip)
@@ -239,14 +261,19 @@ def adamw_ema_(
 def squared_norm(tensors: Sequence[Tensor], *, implementation: str | None = None) -> Tensor:
     """Return the sum of squares over all `tensors`, 0-dim float64 on their device, with the same bits in every run.
 
-    Raises ValueError if `implementation` is cpp and that cannot run.
+    The tensors are fp32, or all bf16 with the same result as their values in fp32. Raises ValueError if
+    `implementation` is cpp and that cannot run.
     """
-    kernels = _kernels_for(tensors, implementation)
+    bf16 = _are_bf16(tensors)
+    kernels = _kernels_for([] if bf16 else tensors, implementation, tensors if bf16 else [])
     if not kernels:
+        tensors = [t.float() for t in tensors] if bf16 else tensors
         return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
     filled = [t for t in tensors if t.numel()]
     with torch.cuda.device_of(tensors[0]):
-        total = kernels.squared_norm([t.data_ptr() for t in filled], [t.numel() for t in filled], _context(tensors[0]))
+        total = kernels.squared_norm(
+            [t.data_ptr() for t in filled], bf16, [t.numel() for t in filled], _context(tensors[0])
+        )
     return torch.as_tensor(total, dtype=torch.float64)
 
 
@@ -258,8 +285,15 @@ def describe_optimizer(device: torch.device | str, implementation: str | None = 
     return f"optimizer: torch ({device.type}); {describe_native(device)}"
 
 
-def _kernels_for(tensors: Sequence[Tensor], implementation: str | None, bf16_copies: Sequence[Tensor] = ()):
-    """Return the compiled kernels if they are asked for and can run, else None. FASTDIT_KERNELS is as in `_dispatch`.
+def _are_bf16(tensors: Sequence[Tensor]) -> bool:
+    """Return whether there are tensors and all are bf16."""
+    return bool(tensors) and all(t.dtype == torch.bfloat16 for t in tensors)
+
+
+def _kernels_for(fp32: Sequence[Tensor], implementation: str | None, bf16: Sequence[Tensor] = ()):
+    """Return the compiled kernels if they are asked for and can run on these tensors of two dtypes, else None.
+
+    FASTDIT_KERNELS is as in `_dispatch`.
 
     Raises ValueError for an unknown choice, and if `implementation` is cpp and that cannot run.
     """
@@ -268,9 +302,9 @@ def _kernels_for(tensors: Sequence[Tensor], implementation: str | None, bf16_cop
         raise ValueError(f"FASTDIT_KERNELS={wish!r} is unknown; choose one of {', '.join(CHOICES)}")
     if wish not in ("auto", "cpp"):
         return None
-    device = tensors[0].device
+    device = [*fp32, *bf16][0].device
     kernels, problem = load_native(device.type)
-    for dtype, listed in ((torch.float32, tensors), (torch.bfloat16, bf16_copies)):
+    for dtype, listed in ((torch.float32, fp32), (torch.bfloat16, bf16)):
         if any(t.dtype != dtype or t.device != device or not t.is_contiguous() for t in listed):
             problem = problem or f"it takes contiguous {dtype} tensors on one device"
     if problem and implementation == "cpp":

@@ -33,8 +33,18 @@ class ApexAdamEMA(AdamWEMA):
         super().__init__(params, *args, **kwargs)
         self._fused = _make_fused_adam()
 
-    def _step_group(self, group: dict, params: list[Tensor], skip: Tensor, grad_scale: Tensor | None) -> None:
-        """Update the parameters of one group."""
+    def _step_group(
+        self,
+        group: dict,
+        params: list[Tensor],
+        grads: list[Tensor],
+        bf16_copies: list[Tensor],
+        skip: Tensor,
+        grad_scale: Tensor | None,
+    ) -> None:
+        """Update the parameters of one group, whose gradients must be their `grad`, without bf16 copies."""
+        if bf16_copies or any(p.grad is not grad for p, grad in zip(params, grads)):
+            raise ValueError("FusedAdam takes gradients from the parameters and writes no copies; use AdamWEMA")
         if any(p.dtype != torch.float32 or p.numel() >= 2**31 for p in params):
             raise ValueError("FusedAdam updates float32 parameters of less than 2^31 elements each; use AdamWEMA")
         # Collect the states of the parameters that have elements.

@@ -229,7 +229,7 @@ def test_what_fused_adam_cannot_take_is_refused(apex):
         optimizer = ApexAdamEMA([torch.nn.Parameter(param)])
         (only,) = optimizer.param_groups
         with pytest.raises(ValueError, match="float32 parameters of less than"):
-            optimizer._step_group(only, only["params"], torch.zeros(()), None)
+            optimizer._step_group(only, only["params"], [None], [], torch.zeros(()), None)
     with pytest.raises(ValueError, match="closure"):
         ApexAdamEMA(parameters()).step(lambda: 0)
 

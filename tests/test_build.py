@@ -13,8 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin")
-UPDATES = {f"adamw_ema_updateILi{averages}E" for averages in range(5)}  # one instantiation a number of EMAs
-KERNELS = {"adamw_ema_advance", "squared_norm_chunks", "squared_norm_total"} | UPDATES
+# One instantiation for each gradient dtype (f: fp32, t: bf16) and number of EMAs.
+UPDATES = {f"adamw_ema_updateI{dtype}Li{averages}E" for dtype in "ft" for averages in range(5)}
+KERNELS = {"adamw_ema_advance", "squared_norm_chunksIf", "squared_norm_chunksIt", "squared_norm_total"} | UPDATES
 
 
 def checkout(folder: Path) -> Path:

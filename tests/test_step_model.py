@@ -49,7 +49,7 @@ def test_units_and_bytes_of_the_scenarios():
     assert units[0] - units[1] == pytest.approx(9)  # bias gradients
     assert units[1] - units[2] == pytest.approx(6)  # the stack of dq, dk and dv
     assert units[3:] == pytest.approx([37 + chunks, 37 + chunks, 41 + chunks])
-    assert [code.bytes_a_weight for code in SCENARIOS] == [68, 68, 38, 38, 38, 38]
+    assert [code.bytes_a_weight for code in SCENARIOS] == [42, 42, 38, 38, 38, 38]
 
 
 def test_each_scenario_is_faster_and_the_design_figures_hold():

@@ -22,6 +22,7 @@ from fastdit.rundir.metrics_log import Recorder, versions
 from fastdit.rundir.run_files import CHECKPOINTS, VERSIONS
 from fastdit.training import checkpoint, cuda_graphs
 from fastdit.training.deepspeed_config import DeepSpeedConfig, make_deepspeed_config
+from fastdit.training.deepspeed_internals import shorten_step_on_one_rank
 from fastdit.training.ema import EMA, ema_state
 from fastdit.training.ema_replicas import EMAReplicas
 from fastdit.training.loop import Run
@@ -74,6 +75,7 @@ class Session:
         trained = [p for p in module.parameters() if p.requires_grad]
         optimizer = make_optimizer(config, settings, runtime.device, trained, decays)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings.merged)
+        shorten_step_on_one_rank(engine, optimizer.update if config.optimizer == "fastdit" else None)
         method.to(runtime.device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
         if config.cuda_graphs:  # before the loader's threads start, since no thread may allocate during a capture
             for part, samples in method.graphed(engine.module, settings.micro_batch):
