@@ -149,9 +149,12 @@ def adaln(shapes: list[Shape]) -> Iterator[Case]:
         site = partial(_adaln_site, x, y, vectors, weight)
         yield f"D={width}, keeps r", site
         yield f"D={width}, keeps x", partial(site, keep_x=True)
+        yield f"D={width}, keeps r, y's bias", partial(site, y_bias=_leaf(width))
+        yield f"D={width}, keeps x, y's bias", partial(site, y_bias=_leaf(width), keep_x=True)
         yield f"D={width}, first block", partial(site, first=True)
         yield f"D={width}, head", partial(site, uses_r=False)
         yield f"D={width}, {VISIBLE} visible tokens", partial(site, rows=rows)
+        yield f"D={width}, {VISIBLE} visible tokens, y's bias", partial(site, y_bias=_leaf(width), rows=rows)
 
 
 def _adaln_site(x, y, vectors, weight, first: bool = False, uses_r: bool = True, **choices) -> None:
@@ -163,14 +166,32 @@ def _adaln_site(x, y, vectors, weight, first: bool = False, uses_r: bool = True,
 
 
 def gelu(shapes: list[Shape]) -> Iterator[Case]:
-    """Yield the second half of an MLP. The code is the same for all widths."""
-    width = shapes[-1]["width"]
-    yield f"D={4 * width}", partial(_mlp, width)
+    """Yield the second half of an MLP, with and without the gradient of the first half's bias."""
+    for shape in shapes:
+        width = shape["width"]
+        yield f"D={4 * width}", partial(_mlp, width, None)
+        yield f"D={4 * width}, input's bias", partial(_mlp, width, _leaf(4 * width))
 
 
-def _mlp(width: int) -> None:
+def _mlp(width: int, input_bias: Tensor | None) -> None:
     hidden, weight = _leaf(BATCH, TOKENS, 4 * width), _leaf(width, 4 * width)
-    kernels.gelu_linear(hidden, weight, implementation="triton").sum().backward()
+    kernels.gelu_linear(hidden, weight, input_bias=input_bias, implementation="triton").sum().backward()
+
+
+def qkv(shapes: list[Shape]) -> Iterator[Case]:
+    """Yield the packing of gradients in the layouts of torch's attention kernels, and of a copy by head."""
+    for shape in shapes:
+        heads, dim = shape["heads"], shape["width"] // shape["heads"]
+        yield f"{heads} heads of {dim}, by token", partial(_pack, heads, dim, False)
+        yield f"{heads} heads of {dim}, by head", partial(_pack, heads, dim, True)
+
+
+def _pack(heads: int, dim: int, by_head: bool) -> None:
+    packed, bias = _leaf(BATCH, TOKENS, 3 * heads * dim), _leaf(3 * heads * dim)
+    parts = kernels.split_qkv(packed, heads, bias, implementation="triton")
+    gradient = torch.randn(BATCH, TOKENS, heads, dim).bfloat16()
+    gradient = gradient.transpose(1, 2).contiguous().transpose(1, 2) if by_head else gradient
+    torch.autograd.backward(parts, [gradient] * 3)
 
 
 def structure(shapes: list[Shape]) -> Iterator[Case]:
@@ -237,7 +258,7 @@ def _norm_rotate(heads: int, dim: int, choices: dict) -> None:
 
 
 OPERATIONS: dict[str, Callable[[list[Shape]], Iterator[Case]]] = {
-    function.__name__: function for function in (adaln, gelu, structure, prototypes, tokens, denoise, rotary)
+    function.__name__: function for function in (adaln, gelu, qkv, structure, prototypes, tokens, denoise, rotary)
 }
 
 

@@ -15,8 +15,9 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     # cuBLAS names its Hopper kernels nvjet_...; the other words are cuBLAS's and CUTLASS's older ones.
     ("GEMM", ("nvjet", "gemm", "xmma", "cutlass", "cublas", "splitk", "gemv", "aten::mm", "aten::addmm", "aten::bmm")),
     ("convolution", ("conv", "implicit", "dgrad", "wgrad", "cudnn")),
+    ("copies", ("_pack_gradients_",)),
     ("copies", ("memcpy", "memset", "copy", "catarray", "fillfunctor", "aten::cat", "aten::fill_", "aten::zero_")),
-    ("sums", ("reduce", "aten::sum")),
+    ("sums", ("_column_sums_", "reduce", "aten::sum")),
     ("torch.compile", ("triton_",)),
     ("elementwise", ("elementwise", "aten::mul", "aten::add", "aten::div", "aten::sub")),
 )

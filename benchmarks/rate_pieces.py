@@ -19,6 +19,7 @@ from fastdit import kernels
 from fastdit.kernels.adaln import EPS, adaln, adaln_backward
 from fastdit.kernels.adamw_ema import adamw_ema_, describe_optimizer, squared_norm
 from fastdit.kernels.linear import gelu, gelu_backward
+from fastdit.kernels.packed import pack_gradients
 from fastdit.models import SIZES
 
 Run = Callable[[], object]
@@ -234,8 +235,14 @@ def fused_kernels(s: Setting) -> Iterator[Piece]:
     # Read two gradients, y, and r or x. Write two gradients and h.
     yield Piece("adaLN backward from r", lambda: _adaln_backward(s, from_x=False), 7 * unit, **like)
     yield Piece("adaLN backward from x", lambda: _adaln_backward(s, from_x=True), 7 * unit, **like)
+    # With the bias gradient of the layer that made y: the partial sums are a small part more, and are not counted.
+    yield Piece("adaLN backward from r, bias", lambda: _adaln_backward(s, False, bias=True), 7 * unit, **like)
+    yield Piece("adaLN backward from x, bias", lambda: _adaln_backward(s, True, bias=True), 7 * unit, **like)
     yield Piece("GELU forward", lambda: _gelu(s, backward=False), 8 * unit, **like)
     yield Piece("GELU backward", lambda: _gelu(s, backward=True), 16 * unit, **like)
+    yield Piece("GELU backward, bias", lambda: _gelu(s, backward=True, bias=True), 16 * unit, **like)
+    # Read dq, dk and dv, and write them as one tensor.
+    yield Piece("qkv gradient, bias", lambda: _pack(s), 6 * unit, **like)
     (rotary,) = operations.rotary(s)
     yield from _both_phases("norm_rotate", rotary, s, 4 * unit, 6 * unit, like)
     (tokens,) = operations.tokens(s)
@@ -282,20 +289,27 @@ def _adaln_forward(s: Setting) -> Run:
     return lambda: adaln(*inputs, None, EPS, False, True, "triton")
 
 
-def _adaln_backward(s: Setting, from_x: bool) -> Run:
+def _adaln_backward(s: Setting, from_x: bool, bias: bool = False) -> Run:
     x, *branch = _adaln_inputs(s)
     r, _, stats = adaln(x, *branch, None, EPS, False, True, "triton")
     dr, dh = (_randn(s, s.batch, s.tokens, s.width) for _ in range(2))
-    kept = x if from_x else r
-    return lambda: adaln_backward(dr, dh, kept, *branch, None, stats, s.tokens, False, from_x, True, "triton")
+    saved = x if from_x else r, *branch, None, stats, _randn(s, s.width) if bias else None
+    return lambda: adaln_backward(dr, dh, *saved, s.tokens, False, from_x, True, "triton")
 
 
-def _gelu(s: Setting, backward: bool) -> Run:
+def _gelu(s: Setting, backward: bool, bias: bool = False) -> Run:
     hidden = _randn(s, s.batch, s.tokens, 4 * s.width)
     if not backward:
         return lambda: gelu(hidden)
     gradient = _randn(s, s.batch, s.tokens, 4 * s.width)
-    return lambda: gelu_backward(gradient, hidden)
+    input_bias = _randn(s, 4 * s.width) if bias else None
+    return lambda: gelu_backward(gradient, hidden, input_bias)
+
+
+def _pack(s: Setting) -> Run:
+    gradients = [_randn(s, s.batch, s.tokens, s.heads, s.width // s.heads) for _ in range(3)]
+    bias = _randn(s, 3 * s.width)
+    return lambda: pack_gradients(*gradients, bias)
 
 
 def _structure(s: Setting, scale: Scale) -> Run:

@@ -1,8 +1,8 @@
 """Count what a DiT training step does: FLOPs, bytes outside the GEMMs, kernel launches. `step_model.py` adds rates.
 
 A `Code` is a version of the code as counts: which passes over memory it makes for each block, for each weight and once
-a step, and how many kernels it launches. `TODAY` is the code as it is. `SCENARIOS` are what it could be, each with one
-more change. Kernel groups have the names of `kernel_groups.py`.
+a step, and how many kernels it launches. `TODAY` is the code as it is. `SCENARIOS` are the code before its last change,
+the code as it is, and what it could be, each with one more change. Kernel groups have the names of `kernel_groups.py`.
 """
 
 from dataclasses import dataclass, field, replace
@@ -96,6 +96,7 @@ class Code:
         launches: kernels of each group for each block.
         launches_outside: kernels of each group outside the blocks.
         chunk: rows that a program of the adaLN backward kernel sums up; None: as the code chooses.
+        vectors: number of vectors that such a program sums up.
         gemm: "bf16" or "fp8".
         gemm_target: FLOP/s by width that GEMMs shall reach; None: the rate as it is.
         share_target: share of the copy's rate that fastdit's kernels shall reach; None: the rate as it is.
@@ -108,6 +109,7 @@ class Code:
     launches: dict[str, int] = field(default_factory=dict)
     launches_outside: dict[str, int] = field(default_factory=dict)
     chunk: int | None = None
+    vectors: int = 4
     gemm: str = "bf16"
     gemm_target: dict[int, float] | None = None
     share_target: float | None = None
@@ -115,10 +117,10 @@ class Code:
     def block_passes(self, architecture: Architecture) -> tuple[Pass, ...]:
         """Return the passes of a block, those over the adaLN backward kernel's partial sums too.
 
-        Two sites a block write three fp32 vectors for each chunk of rows and read them again: 24 / chunk units.
+        Two sites a block write `vectors` in fp32 for each chunk of rows and read them again.
         """
         chunk = self.chunk or backward_options(architecture.width, architecture.tokens)["CHUNK"]
-        return (*self.block, Pass("adaLN", 24 / chunk, "adaLN backward from r", included=True))
+        return (*self.block, Pass("adaLN", 8 * self.vectors / chunk, self.block[1].operation, included=True))
 
     def units(self, architecture: Architecture) -> float:
         """Return the units that move for each block."""
@@ -138,13 +140,25 @@ class Code:
 
 
 # The code as it is. Two adaLN sites a block read x and y and write r and h. Backward, they read two gradients, y, and r
-# or x, and write two gradients and h. GELU works on 4 units; its backward reads two tensors and writes two.
+# or x, and write two gradients and h. GELU works on 4 units; its backward reads two tensors and writes two. Three
+# tensors become the gradient of qkv. The last two sum up 7 vectors of bias gradients for each 64 rows, in fp32. These
+# partial sums are read again.
 _ADALN = (
+    Pass("adaLN", 8, "adaLN forward"),
+    Pass("adaLN", 7, "adaLN backward from r, bias"),
+    Pass("adaLN", 7, "adaLN backward from x, bias"),
+)
+_GELU = (Pass("GELU", 8, "GELU forward"), Pass("GELU", 16, "GELU backward, bias"))
+_PACK = (Pass("copies", 6, "qkv gradient, bias"),)
+_PARTIAL_SUMS = (Pass("sums", 28 / 64),)
+
+# The code before: kernels without bias gradients, which linear layers computed by passes of their own.
+_ADALN_ALONE = (
     Pass("adaLN", 8, "adaLN forward"),
     Pass("adaLN", 7, "adaLN backward from r"),
     Pass("adaLN", 7, "adaLN backward from x"),
 )
-_GELU = (Pass("GELU", 8, "GELU forward"), Pass("GELU", 16, "GELU backward"))
+_GELU_ALONE = (Pass("GELU", 8, "GELU forward"), Pass("GELU", 16, "GELU backward"))
 _SUMS = tuple(
     Pass("sums", units, f"column sums of the {layer} gradient")
     for layer, units in (("qkv", 3), ("proj", 1), ("fc1", 4), ("fc2", 1))
@@ -165,24 +179,24 @@ _OUTSIDE = {"GEMM": 13, "adaLN": 3, "sums": 7, "copies": 17, "elementwise": 79, 
 
 TODAY = Code(
     name="the code as it is",
-    block=_ADALN + _GELU + _SUMS + _STACK + _ATTENTION,
+    block=_ADALN + _GELU + _PACK + _PARTIAL_SUMS + _ATTENTION,
     weight=_FLAT,
     step=_ENDS,
     launches=_LAUNCHES,
     launches_outside=_OUTSIDE,
 )
-_FOLDED = replace(
+_BEFORE = replace(
     TODAY,
-    name="bias gradients summed in kernels that read the data anyway",
-    block=_ADALN + _GELU + _STACK + _ATTENTION,
-    launches=_LAUNCHES | {"sums": 0},
+    name="before: bias gradients by passes of their own",
+    block=_ADALN_ALONE + _GELU_ALONE + _SUMS + _STACK + _ATTENTION,
+    vectors=3,
 )
 _IN_PLACE = replace(
-    _FOLDED,
+    TODAY,
     name="+ dq, dk and dv written in place, gradients not flattened",
-    block=_ADALN + _GELU + _ATTENTION,
+    block=_ADALN + _GELU + _PARTIAL_SUMS + _ATTENTION,
     weight=_LEAN,
-    launches=_FOLDED.launches | {"copies": 0},
+    launches=TODAY.launches | {"copies": 0},
 )
 # The epilogue of fc1 also writes its input to the GELU (4 units), that of fc2's dgrad reads it (4 units).
 _EPILOGUES = replace(
@@ -206,4 +220,4 @@ _FP8 = replace(
     gemm="fp8",
     gemm_target=None,
 )
-SCENARIOS = (TODAY, _FOLDED, _IN_PLACE, _EPILOGUES, _FAST_GEMMS, _FP8)
+SCENARIOS = (_BEFORE, TODAY, _IN_PLACE, _EPILOGUES, _FAST_GEMMS, _FP8)

@@ -9,7 +9,8 @@ from .adamw_ema import AdamWEMA, describe_optimizer
 from .apex_adam import ApexAdamEMA
 from .attention import attention, attention_backends, describe_attention
 from .denoise import DenoiseCoefficients, affine_denoise_loss
-from .linear import gelu_linear, modulated_linear
+from .linear import gelu_linear, modulated_linear, sums_biases
+from .packed import split_qkv
 from .prototypes import PrototypeLoss, prototype_loss
 from .rotary import norm_rotate, rope_table
 from .structure import StructureLoss, structure_loss
@@ -37,7 +38,9 @@ __all__ = [
     "prototype_loss",
     "rope_table",
     "scatter_tokens",
+    "split_qkv",
     "split_tokens",
     "structure_loss",
+    "sums_biases",
     "visible_tokens",
 ]

@@ -172,12 +172,17 @@ def _cpp_forward(x, y, gate, scale, shift, rows, eps, rms, r, h, stats) -> None:
     load_native("cpu")[0].adaln(*views, *outputs, *x.shape, eps, rms, torch.get_num_threads())
 
 
-def _cpp_backward(dr, dh, residual, y, gate, scale, shift, rows, stats, rms, from_x, *outputs) -> None:
+def _cpp_backward(
+    dr, dh, residual, y, gate, scale, shift, rows, stats, rms, from_x, dx, dy, dgate, dscale, dshift, h, dy_bias
+) -> None:
+    outputs = dx, dy, dgate, dscale, dshift, h
     views = map(_view, (dr, dh, residual, y, gate, scale, shift))
     shape = (dr if dh is None else dh).shape
     load_native("cpu")[0].adaln_backward(
         *views, _address(stats), *map(_address, outputs), *shape, rms, from_x, torch.get_num_threads()
     )
+    if dy_bias is not None:
+        dy_bias.copy_(dy.flatten(0, 1).sum(0))
 
 
 # Custom operators. They cannot return None, so an empty tensor stands for an absent result.
@@ -212,16 +217,16 @@ def _forward_outputs(x, y, gate, scale, shift, rows, eps, rms, keep_r, implement
 @operator("fastdit::adaln_backward")
 def adaln_backward(
     dr: Tensor | None, dh: Tensor | None, residual: Tensor | None, y: Tensor | None, gate: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, rows: Tensor | None, stats: Tensor | None,
+    scale: Tensor | None, shift: Tensor | None, rows: Tensor | None, stats: Tensor | None, y_bias: Tensor | None,
     tokens: int, rms: bool, from_x: bool, need_h: bool, implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return (dx, dy, dgate, dscale, dshift, h), with h only if `need_h`.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return (dx, dy, dgate, dscale, dshift, h, dy_bias), with h only if `need_h`.
 
     `residual` is x if `from_x`, else r. `tokens` is the number of tokens of x. Without dh and rows, dx equals dr and is
-    empty here.
+    empty here. dy_bias holds the column sums (D,) of dy in the dtype of `y_bias`, and is empty without it.
     """
     outputs = _backward_outputs(
-        dr, dh, residual, y, gate, scale, shift, rows, stats, tokens, rms, from_x, need_h, implementation
+        dr, dh, residual, y, gate, scale, shift, rows, stats, y_bias, tokens, rms, from_x, need_h, implementation
     )
     run = adaln_triton.backward if implementation == "triton" else _cpp_backward
     inputs = map(_readable, (dr, dh, residual, y, gate, scale, shift, rows, stats))
@@ -231,7 +236,7 @@ def adaln_backward(
 
 @adaln_backward.register_fake
 def _backward_outputs(
-    dr, dh, residual, y, gate, scale, shift, rows, stats, tokens, rms, from_x, need_h, implementation
+    dr, dh, residual, y, gate, scale, shift, rows, stats, y_bias, tokens, rms, from_x, need_h, implementation
 ):
     """Allocate the results of `adaln_backward`."""
     upstream, normed = dr if dh is None else dh, dh is not None
@@ -244,14 +249,17 @@ def _backward_outputs(
 
     dx = gradient(upstream, normed) if rows is None else upstream.new_zeros(len(upstream), tokens, upstream.shape[2])
     vectors = gradient(gate), gradient(scale, normed), gradient(shift, normed)
-    return dx, gradient(y), *vectors, gradient(dh, need_h)
+    dy_bias = upstream.new_empty(0) if y_bias is None else torch.empty_like(y_bias)
+    return dx, gradient(y), *vectors, gradient(dh, need_h), dy_bias
 
 
-def adaln_gradients(dr, dh, residual, y, gate, scale, shift, rows, stats, tokens, rms, from_x, need_h, implementation):
+def adaln_gradients(
+    dr, dh, residual, y, gate, scale, shift, rows, stats, y_bias, tokens, rms, from_x, need_h, implementation
+):
     """Return `adaln_backward` as autograd expects it: None for absent gradients, and dr itself where dx equals it."""
     if dr is None and dh is None:
-        return (None,) * 6
-    saved = residual, y, gate, scale, shift, rows, stats
+        return (None,) * 7
+    saved = residual, y, gate, scale, shift, rows, stats, y_bias
     dx, *others = adaln_backward(dr, dh, *saved, tokens, rms, from_x, need_h, implementation)
     return dr if dh is None and rows is None else dx, *map(_or_none, others)
 
@@ -269,7 +277,8 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dr, dh, _):
-    gradients = adaln_gradients(dr, dh, *ctx.saved_tensors, ctx.tokens, ctx.rms, ctx.from_x, False, ctx.implementation)
+    options = ctx.tokens, ctx.rms, ctx.from_x, False, ctx.implementation
+    gradients = adaln_gradients(dr, dh, *ctx.saved_tensors, None, *options)
     return *gradients[:5], *[None] * 5
 
 

@@ -1,7 +1,8 @@
 """Triton kernels of the adaLN operations; `adaln.py` has the public functions and defines what they compute.
 
 A forward program owns a few rows of one sample. A backward program owns a chunk of a sample's rows and keeps the
-chunk's sums for gate, scale and shift in registers; a second kernel adds up the chunks in order, without atomics.
+chunk's sums for gate, scale and shift in registers; a second kernel adds up the chunks in order, without atomics. The
+bias of the layer that made y takes a fourth sum, which a third kernel adds up over the samples.
 
 Kernels take matrices as tuples (tensor, stride of a sample, stride of a token) with inner stride 1. A vector per sample
 has None as its token stride. An absent matrix is three Nones, because Triton 3.6 cannot compare a tuple with None.
@@ -14,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .column_sums import column_sums
 
 MAX_WIDTH = 8192  # a program holds whole rows in registers
 
@@ -81,13 +84,14 @@ def _adaln_forward_kernel(
 def _adaln_backward_kernel(
     dr, dh, residual, y, gate, scale, shift, rows, stats, dx, dy, dgate, dscale, dshift, h, partials,
     tokens, all_tokens, chunks, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
-    STAGES: tl.constexpr, RMS: tl.constexpr, FROM_X: tl.constexpr,
+    STAGES: tl.constexpr, RMS: tl.constexpr, FROM_X: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of CHUNK rows of one sample, which a program owns, TILE rows at a time.
 
     It reads dr, dh, the saved stream and y once, and writes dx, dy and, for the next GEMM's weight gradient, h once.
     The sample's vectors and the chunk's sums for dgate, dscale and dshift stay in registers through the loop; the
-    program stores the sums to its own (3, D) of `partials`. Vectors per token get their gradients row by row instead.
+    program stores the sums to its own (SUMS, D) of `partials`. Vectors per token get their gradients row by row
+    instead. With SUMS = 4, the sum of dy is the fourth.
     """
     b = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
@@ -96,12 +100,13 @@ def _adaln_backward_kernel(
     gate_sum = tl.zeros([BLOCK], tl.float32)
     scale_sum = tl.zeros([BLOCK], tl.float32)
     shift_sum = tl.zeros([BLOCK], tl.float32)
+    dy_sum = tl.zeros([BLOCK], tl.float32)
     # Load the vectors that all rows of the sample share.
     if y[0] is not None and gate[2] is None:
         open = _load(gate, b, cols, live, live, cols)
     if dh[0] is not None and scale[2] is None:
         factor = 1 + _load(scale, b, cols, live, live, cols)
-    if h is not None and shift[2] is None:
+    if h is not None and shift[2] is None and SUMS == 3:
         offset = _load(shift, b, cols, live, live, cols)
     for first in tl.range(chunk * CHUNK, chunk * CHUNK + CHUNK, TILE, num_stages=STAGES):
         n = first + tl.arange(0, TILE)
@@ -129,7 +134,8 @@ def _adaln_backward_kernel(
             dnormed = _load(dh, b, n, ok, live, cols)
             if scale[2] is not None:
                 factor = 1 + _load(scale, b, source, ok, live, cols)
-            if h is not None and shift[2] is not None:
+            # The fourth sum takes the registers of the shift, which is then read again (from the cache) for each tile.
+            if h is not None and (shift[2] is not None or SUMS == 4):
                 offset = _load(shift, b, source, ok, live, cols)
 
             if FROM_X and y[0] is not None:
@@ -160,23 +166,29 @@ def _adaln_backward_kernel(
             tl.store(dx + at, grad, mask=mask)
         if y[0] is not None:
             tl.store(dy + at, grad * open, mask=mask)
+            if SUMS == 4:
+                dy_sum += tl.sum(grad * open, 0)
             if gate[2] is None:
                 gate_sum += tl.sum(grad * update, 0)
             else:
                 tl.store(dgate + at, grad * update, mask=mask)
-    at = partials + (b * chunks + chunk) * 3 * D + cols
+    at = partials + (b * chunks + chunk) * SUMS * D + cols
     tl.store(at, gate_sum, mask=live)
     tl.store(at + D, scale_sum, mask=live)
     tl.store(at + 2 * D, shift_sum, mask=live)
+    if SUMS == 4:
+        tl.store(at + 3 * D, dy_sum, mask=live)
 
 
 @triton.jit
 def _adaln_sum_kernel(
-    partials, dgate, dscale, dshift, chunks, blocks, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
-):
+    partials, dgate, dscale, dshift, dy_sums, chunks, blocks,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
     """Add up the chunks' partial sums of one sample: a program owns BLOCK columns and loops over the chunks in order.
 
-    It reads its columns of `partials` once, holds three sums in registers, and writes dgate, dscale and dshift once.
+    It reads its columns of `partials` once, holds up to four sums in registers, and writes dgate, dscale, dshift and
+    the sample's sum of dy once.
     """
     b = (tl.program_id(0) // blocks).to(tl.int64)
     cols = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -184,9 +196,10 @@ def _adaln_sum_kernel(
     gate_sum = tl.zeros([BLOCK], tl.float32)
     scale_sum = tl.zeros([BLOCK], tl.float32)
     shift_sum = tl.zeros([BLOCK], tl.float32)
+    dy_sum = tl.zeros([BLOCK], tl.float32)
     for first in range(0, chunks, ROWS):  # ROWS chunks at once share one wait for memory
         chunk = first + tl.arange(0, ROWS)
-        at = partials + ((b * chunks + chunk) * 3 * D)[:, None] + cols[None, :]
+        at = partials + ((b * chunks + chunk) * SUMS * D)[:, None] + cols[None, :]
         mask = (chunk < chunks)[:, None] & live[None, :]
         if dgate is not None:
             gate_sum += tl.sum(tl.load(at, mask=mask, other=0.0), 0)
@@ -194,12 +207,16 @@ def _adaln_sum_kernel(
             scale_sum += tl.sum(tl.load(at + D, mask=mask, other=0.0), 0)
         if dshift is not None:
             shift_sum += tl.sum(tl.load(at + 2 * D, mask=mask, other=0.0), 0)
+        if SUMS == 4:
+            dy_sum += tl.sum(tl.load(at + 3 * D, mask=mask, other=0.0), 0)
     if dgate is not None:
         tl.store(dgate + b * D + cols, gate_sum, mask=live)
     if dscale is not None:
         tl.store(dscale + b * D + cols, scale_sum, mask=live)
     if dshift is not None:
         tl.store(dshift + b * D + cols, shift_sum, mask=live)
+    if SUMS == 4:
+        tl.store(dy_sums + b * D + cols, dy_sum, mask=live)
 
 
 # Launch options. benchmarks/tune_adaln.py times others. They change no result except for the order of sums.
@@ -251,21 +268,28 @@ def forward(x, y, gate, scale, shift, rows, eps, rms, r, h, stats, options=None)
 
 
 def backward(
-    dr, dh, residual, y, gate, scale, shift, rows, stats, rms, from_x, dx, dy, dgate, dscale, dshift, h, options=None
-) -> None:
-    """Launch the backward kernel and the kernel that adds up its partial sums. Absent results are None."""
+    dr, dh, residual, y, gate, scale, shift, rows, stats, rms, from_x, dx, dy, dgate, dscale, dshift, h, dy_bias,
+    options=None,
+) -> None:  # fmt: skip
+    """Launch the backward kernel and the kernels that add up its partial sums. Absent results are None."""
     upstream = dr if dh is None else dh
     batch, tokens, width = upstream.shape
     all_tokens = tokens if dx is None else dx.shape[1]
     options = options or backward_options(width, tokens)
     chunks = -(-tokens // options["CHUNK"])
-    partials = upstream.new_empty(batch, chunks, 3, width, dtype=torch.float32)
+    count = 3 if dy_bias is None else 4
+    partials = upstream.new_empty(batch, chunks, count, width, dtype=torch.float32)
     matrices = map(_matrix, (dr, dh, residual, y, gate, scale, shift))
     _adaln_backward_kernel[(batch * chunks,)](
         *matrices, rows, stats, dx, dy, dgate, dscale, dshift, h, partials, tokens, all_tokens, chunks,
-        D=width, RMS=rms, FROM_X=from_x, **options,
+        D=width, RMS=rms, FROM_X=from_x, SUMS=count, **options,
     )  # fmt: skip
     # Only vectors per sample have sums over tokens.
     sums = [grad if grad is not None and grad.dim() == 2 else None for grad in (dgate, dscale, dshift)]
+    dy_sums = None if dy_bias is None else upstream.new_empty(batch, width, dtype=torch.float32)
     blocks = -(-width // 128)
-    _adaln_sum_kernel[(batch * blocks,)](partials, *sums, chunks, blocks, D=width, BLOCK=128, ROWS=16, num_warps=1)
+    _adaln_sum_kernel[(batch * blocks,)](
+        partials, *sums, dy_sums, chunks, blocks, D=width, BLOCK=128, ROWS=16, SUMS=count, num_warps=1
+    )
+    if dy_bias is not None:
+        column_sums(dy_sums, dy_bias)

@@ -9,6 +9,16 @@ weight's gradient needs. A transformer block saves the residual stream, q, k and
 branches, and the MLP's hidden layer before the GELU, and nothing else. The matrix products are PyTorch's. The scheme
 is ours.
 
+A bias's gradient is the column sums of the gradient of its layer's output. Both functions write that gradient for the
+layer before them, y's or u's, so they can sum up its columns without another pass over memory. The layer before them
+then takes `bias.detach()`, and the bias itself is passed on as `y_bias` or `input_bias`:
+
+    y = F.linear(a, proj.weight, proj.bias.detach())
+    r, u = modulated_linear(x, y, gate, scale, shift, fc1.weight, fc1.bias.detach(), y_bias=proj.bias)
+    out = gelu_linear(u, fc2.weight, fc2.bias, input_bias=fc1.bias)
+
+This is right only where y and u have no other use, because the gradients of other uses would not be in the sums.
+
 The reference implementations save the input. GELU has only the reference on CPUs: a C++ kernel was no faster.
 """
 
@@ -21,6 +31,18 @@ from torch import Tensor
 from ._dispatch import choose
 from ._operator import operator
 from .adaln import EPS, adaln, adaln_gradients, check, choose_adaln, gate_residual_modulate_reference
+from .column_sums import bias_of, check_bias, column_sums
+
+_TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def sums_biases(x: Tensor) -> bool:
+    """Return whether Triton kernels serve a network whose layers get inputs like x.
+
+    Their backward passes sum up bias gradients while they write the layers' gradients. The other implementations would
+    read those gradients once more, as a linear layer itself does.
+    """
+    return choose(x.device, triton=x.dtype in _TRITON_TYPES and x.numel() > 0) == "triton"
 
 
 def modulated_linear(
@@ -36,6 +58,7 @@ def modulated_linear(
     norm: str = "layer",
     rows: Tensor | None = None,
     keep_x: bool = False,
+    y_bias: Tensor | None = None,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (r, linear(LN(r) * (1 + scale) + shift)) with r = x + gate * y, or r = x where y and gate are None.
@@ -45,73 +68,93 @@ def modulated_linear(
         weight, bias: (O, D) and (O,). The modulated norm is cast to their dtype, or under autocast to autocast's.
         keep_x: save x instead of r for the backward pass, which forms r again at no cost. Either is free where another
             layer saves that tensor too, as the previous layer does if x is its r and it saves r.
+        y_bias: (D,), the bias of the layer that made y, if that layer took it detached. Its value is not read, but it
+            gets its gradient here. y must have no other use.
 
     Returns r (B, N or M, D) in x's dtype, and (B, N or M, O) in the weight's. Raises ValueError for other shapes,
-    dtypes and devices, and for an `implementation` that cannot run here.
+    dtypes and devices, for a y_bias without y, and for an `implementation` that cannot run here.
     """
     check(x, y, gate, scale, shift, rows, norm)
+    check_bias("y_bias", y_bias, x)
+    if y is None and y_bias is not None:
+        raise ValueError("y_bias is the bias of the layer that made y; give y too")
     weight, bias = _prepare(x, weight, bias)
     chosen = choose_adaln(x, y, gate, scale, shift, rows, implementation)
     if chosen == "reference":
+        y = bias_of(y, y_bias)
         r, h = gate_residual_modulate_reference(x, y, gate, scale, shift, eps, norm=norm, rows=rows)
         return r, F.linear(h.to(weight.dtype), weight, bias)
-    return _ModulatedLinear.apply(x, y, gate, scale, shift, rows, weight, bias, eps, norm == "rms", keep_x, chosen)
+    options = eps, norm == "rms", keep_x, chosen
+    return _ModulatedLinear.apply(x, y, gate, scale, shift, rows, weight, bias, y_bias, *options)
 
 
-def gelu_linear(u: Tensor, weight: Tensor, bias: Tensor | None = None, *, implementation: str | None = None) -> Tensor:
+def gelu_linear(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    input_bias: Tensor | None = None,
+    implementation: str | None = None,
+) -> Tensor:
     """Return linear(gelu(u)) with the tanh approximation of GELU (arXiv 1606.08415, section 2).
 
     u: (..., D) of any floating dtype.
     weight, bias: (O, D) and (O,) or None. gelu(u) is cast to their dtype, or under autocast to autocast's.
+    input_bias: (D,), the bias of the layer that made u, if that layer took it detached. Its value is not read, but it
+        gets its gradient here. u must have no other use.
     implementation: see `fastdit.kernels._dispatch`. There is a Triton kernel for fp32, bf16 and fp16.
 
     Returns (..., O) in the weight's dtype. Raises ValueError for other shapes, and for an `implementation` that cannot
     run here.
     """
     weight, bias = _prepare(u, weight, bias)
-    takes = u.dtype in (torch.float32, torch.bfloat16, torch.float16) and u.numel() > 0
+    check_bias("input_bias", input_bias, u)
+    takes = u.dtype in _TRITON_TYPES and u.numel() > 0
     if choose(u.device, implementation=implementation, triton=takes) == "reference":
+        u = bias_of(u, input_bias)
         return F.linear(F.gelu(u, approximate="tanh").to(weight.dtype), weight, bias)
-    return _GeluLinear.apply(u, weight, bias)
+    return _GeluLinear.apply(u, weight, bias, input_bias)
 
 
 class _ModulatedLinear(torch.autograd.Function):
     """Differentiate `modulated_linear`; the adaLN backward pass recomputes the input h for the weight's gradient."""
 
     @staticmethod
-    def forward(ctx, x, y, gate, scale, shift, rows, weight, bias, eps, rms, keep_x, implementation):
+    def forward(ctx, x, y, gate, scale, shift, rows, weight, bias, y_bias, eps, rms, keep_x, implementation):
         new_r = y is not None or rows is not None
         r, h, stats = adaln(x, y, gate, scale, shift, rows, eps, rms, new_r, implementation)
         from_x = keep_x or not new_r
         ctx.options, ctx.implementation = (x.shape[1], rms, from_x), implementation
-        ctx.save_for_backward(x if from_x else r, y, gate, scale, shift, rows, stats, weight)
+        ctx.save_for_backward(x if from_x else r, y, gate, scale, shift, rows, stats, y_bias, weight)
         ctx.set_materialize_grads(False)
         return r if new_r else x, F.linear(h.to(weight.dtype), weight, bias)
 
     @staticmethod
     def backward(ctx, dr, dout):
         *saved, weight = ctx.saved_tensors
-        need_weight, need_bias = ctx.needs_input_grad[6:8]
+        need_weight, need_bias, need_y_bias = ctx.needs_input_grad[6:9]
+        if not need_y_bias:
+            saved[-1] = None
         dh = None if dout is None else (dout @ weight).to(saved[0].dtype)
         need_h = need_weight and dout is not None
-        *gradients, h = adaln_gradients(dr, dh, *saved, *ctx.options, need_h, ctx.implementation)
-        return *gradients, None, *_linear_gradients(dout, h, need_weight, need_bias), None, None, None, None
+        *gradients, h, dy_bias = adaln_gradients(dr, dh, *saved, *ctx.options, need_h, ctx.implementation)
+        return *gradients, None, *_linear_gradients(dout, h, need_weight, need_bias), dy_bias, None, None, None, None
 
 
 class _GeluLinear(torch.autograd.Function):
     """Differentiate `gelu_linear`; the GELU's backward pass recomputes gelu(u) for the weight's gradient."""
 
     @staticmethod
-    def forward(ctx, u, weight, bias):
-        ctx.save_for_backward(u, weight)
+    def forward(ctx, u, weight, bias, input_bias):
+        ctx.save_for_backward(u, weight, input_bias)
         return F.linear(gelu(u).to(weight.dtype), weight, bias)
 
     @staticmethod
     def backward(ctx, dout):
-        u, weight = ctx.saved_tensors
-        _, need_weight, need_bias = ctx.needs_input_grad
-        du, g = gelu_backward((dout @ weight).to(u.dtype), u)
-        return du, *_linear_gradients(dout, g, need_weight, need_bias)
+        u, weight, input_bias = ctx.saved_tensors
+        _, need_weight, need_bias, need_input_bias = ctx.needs_input_grad
+        du, g, sums = gelu_backward((dout @ weight).to(u.dtype), u, input_bias if need_input_bias else None)
+        return du, *_linear_gradients(dout, g, need_weight, need_bias), sums if need_input_bias else None
 
 
 def _linear_gradients(dout, inputs, need_weight, need_bias):
@@ -141,18 +184,41 @@ def _gelu_kernel(u, g, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _gelu_backward_kernel(dg, u, du, g, size, BLOCK: tl.constexpr):
-    """Store du and g = gelu(u). A program owns BLOCK elements: it reads dg and u, and writes du and g, once each."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(u + at, mask=at < size).to(tl.float32)
-    grad = tl.load(dg + at, mask=at < size).to(tl.float32)
-    sigmoid = _sigmoid(value)
-    slope = 1.5957691216057308 * (1 + 3 * 0.044715 * value * value)
-    tl.store(g + at, value * sigmoid, mask=at < size)
-    tl.store(du + at, grad * sigmoid * (1 + value * (1 - sigmoid) * slope), mask=at < size)
+def _gelu_backward_kernel(
+    dg, u, du, g, partials, rows, blocks,
+    D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Store du and g = gelu(u) of CHUNK rows by BLOCK columns, which a program owns, TILE rows at a time.
+
+    It reads dg and u, and writes du and g, once each. With `partials`, the column sums of du stay in registers through
+    the loop, one for each place of a tile. The program adds up the tile's rows at the end, and stores the sums to its
+    own place of `partials`, whose row is that of the chunk. Program ids count the blocks of columns first.
+    """
+    chunk = (tl.program_id(0) // blocks).to(tl.int64)
+    cols = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    live = cols < D
+    total = tl.zeros([TILE, BLOCK], tl.float32)
+    for first in tl.range(0, CHUNK, TILE, num_stages=1):
+        row = chunk * CHUNK + first + tl.arange(0, TILE)
+        at = row[:, None] * D + cols[None, :]
+        mask = (row < rows)[:, None] & live[None, :]
+        # Masked places have the gradient 0, which adds nothing to the sums.
+        value = tl.load(u + at, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(dg + at, mask=mask, other=0.0).to(tl.float32)
+        sigmoid = _sigmoid(value)
+        slope = 1.5957691216057308 * (1 + 3 * 0.044715 * value * value)
+        grad *= sigmoid * (1 + value * (1 - sigmoid) * slope)
+        tl.store(g + at, value * sigmoid, mask=mask)
+        tl.store(du + at, grad, mask=mask)
+        if partials is not None:
+            total += grad
+    if partials is not None:
+        tl.store(partials + chunk * D + cols, tl.sum(total, 0), mask=live)
 
 
 _BLOCK = 1024  # with 4 warps, a thread holds 8 values, which are 16 bytes of bf16
+_COLUMNS = 512  # of a tile of the backward kernel; they divide the hidden widths of all model sizes
+_CHUNK = 64  # rows that a program sums up: writing and reading the sums adds 1.6 % to the bytes of bf16 gradients
 
 
 @operator("fastdit::gelu")
@@ -165,12 +231,28 @@ def gelu(u: Tensor) -> Tensor:
 
 
 @operator("fastdit::gelu_backward")
-def gelu_backward(dg: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (du, gelu(u)), contiguous, from one pass."""
+def gelu_backward(dg: Tensor, u: Tensor, input_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (du, gelu(u), sums) from one pass: du and gelu(u) contiguous, and the column sums of du.
+
+    The sums (D,) are the gradient of `input_bias` and have its dtype. Without it they are empty.
+    """
     dg, u = dg.contiguous(), u.contiguous()
     du, g = torch.empty_like(u), torch.empty_like(u)
-    _gelu_backward_kernel[(triton.cdiv(u.numel(), _BLOCK),)](dg, u, du, g, u.numel(), BLOCK=_BLOCK)
-    return du, g
+    width = u.shape[-1]
+    rows = u.numel() // width
+    # Without sums, a program owns a single tile.
+    block = min(triton.next_power_of_2(width), _COLUMNS)
+    tile = _BLOCK // block
+    chunk = tile if input_bias is None else max(tile, min(_CHUNK, triton.next_power_of_2(rows)))
+    chunks, blocks = triton.cdiv(rows, chunk), triton.cdiv(width, block)
+    partials = None if input_bias is None else u.new_empty(chunks, width, dtype=torch.float32)
+    _gelu_backward_kernel[(chunks * blocks,)](
+        dg, u, du, g, partials, rows, blocks, D=width, BLOCK=block, TILE=tile, CHUNK=chunk
+    )
+    sums = u.new_empty(0) if input_bias is None else torch.empty_like(input_bias)
+    if partials is not None:
+        column_sums(partials, sums)
+    return du, g, sums
 
 
 @gelu.register_fake
@@ -179,8 +261,8 @@ def _(u):
 
 
 @gelu_backward.register_fake
-def _(dg, u):
-    return gelu(u), gelu(u)
+def _(dg, u, input_bias):
+    return gelu(u), gelu(u), u.new_empty(0) if input_bias is None else torch.empty_like(input_bias)
 
 
 def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

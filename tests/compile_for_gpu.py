@@ -19,6 +19,7 @@ from fastdit.kernels import (
     prototype_loss,
     rope_table,
     scatter_tokens,
+    split_qkv,
     structure_loss,
 )
 
@@ -44,13 +45,29 @@ def adaln():
     for width in (384, 768, 1152):
         x, y, weight = leaf(2, 40, width), leaf(2, 40, width), leaf(8, width)
         gate, scale, shift = leaf(2, 3 * width).unflatten(1, (3, width)).unbind(1)
-        for choices in ({}, {"keep_x": True}, {"rows": torch.arange(9).expand(2, 9)}):
+        rows, y_bias = torch.arange(9).expand(2, 9), leaf(width)
+        for choices in (
+            {}, {"keep_x": True}, {"rows": rows},
+            {"y_bias": y_bias}, {"y_bias": y_bias, "keep_x": True}, {"y_bias": y_bias, "rows": rows},
+        ):  # fmt: skip
             r, out = modulated_linear(x, y, gate, scale, shift, weight, implementation="triton", **choices)
             (r.sum() + out.sum()).backward()
 
 
 def gelu():
-    gelu_linear(leaf(2, 40, 1536), leaf(384, 1536), implementation="triton").sum().backward()
+    for bias in (None, leaf(1536), leaf(1536, dtype=torch.float32)):
+        out = gelu_linear(leaf(2, 40, 1536), leaf(384, 1536), input_bias=bias, implementation="triton")
+        out.sum().backward()
+
+
+def qkv():
+    """The gradients as backends return them: a token's heads next to each other, and a head's tokens."""
+    for heads, dim in ((6, 64), (16, 72)):
+        q, k, v = split_qkv(leaf(2, 40, 3 * heads * dim), heads, leaf(3 * heads * dim), implementation="triton")
+        together = torch.randn(2, 40, heads, dim).bfloat16()
+        apart = torch.randn(2, heads, 40, dim).bfloat16().transpose(1, 2)
+        for gradient in (together, apart):
+            torch.autograd.backward((q, k, v), [gradient] * 3, retain_graph=True)
 
 
 def structure():
@@ -99,5 +116,5 @@ def rotary():
 
 if __name__ == "__main__":
     with compile_only(print_once):
-        for operation in (adaln, gelu, structure, prototypes, tokens, denoise, rotary):
+        for operation in (adaln, gelu, qkv, structure, prototypes, tokens, denoise, rotary):
             operation()

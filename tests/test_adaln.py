@@ -110,9 +110,9 @@ def test_values_and_every_gradient(case, implementation):
 
 def test_sums_of_more_chunks_than_are_read_at_once():
     """As long samples have: 37 chunks, which are read in sixteens, of a width that is not a multiple of the blocks'."""
-    partials = normal(2, 37, 3, 200, seed=1)
-    sums = [torch.empty(2, 200, device=DEVICE) for _ in range(3)]
-    _adaln_sum_kernel[(4,)](partials, *sums, 37, 2, D=200, BLOCK=128, ROWS=16, num_warps=1)
+    partials = normal(2, 37, 4, 200, seed=1)
+    sums = [torch.empty(2, 200, device=DEVICE) for _ in range(4)]
+    _adaln_sum_kernel[(4,)](partials, *sums, 37, 2, D=200, BLOCK=128, ROWS=16, SUMS=4, num_warps=1)
     for got, want in zip(sums, partials.double().sum(1).unbind(1)):
         assert_exact(got, want)
 
@@ -324,12 +324,12 @@ def test_operators(implementation):
     opcheck(adaln.op, (x, y, gate, None, None, None, *options))
     opcheck(adaln.op, (x, None, None, scale, shift, rows, 1e-6, True, False, implementation))
     r, h, stats = (t.detach() for t in adaln(x, y, gate, scale, shift, rows, *options))
-    saved = [t.detach() for t in (y, gate, scale, shift)]
-    opcheck(adaln_backward.op, (r, h, r, *saved, rows, stats, 7, False, False, True, implementation))
-    opcheck(adaln_backward.op, (None, h, x.detach(), *saved, rows, stats, 7, False, True, False, implementation))
-    opcheck(
-        adaln_backward.op, (r, None, None, *saved[:2], None, None, rows, None, 7, False, False, False, implementation)
-    )
+    saved, y_bias = [t.detach() for t in (y, gate, scale, shift)], normal(72, seed=9)
+    opcheck(adaln_backward.op, (r, h, r, *saved, rows, stats, y_bias, 7, False, False, True, implementation))
+    opcheck(adaln_backward.op, (None, h, x.detach(), *saved, rows, stats, None, 7, False, True, False, implementation))
+    without_norm = (r, None, None, *saved[:2], None, None, rows, None)
+    for bias in (None, y_bias.bfloat16()):
+        opcheck(adaln_backward.op, (*without_norm, bias, 7, False, False, False, implementation))
 
 
 @pytest.mark.parametrize("implementation", KERNELS)

@@ -48,11 +48,13 @@ def test_counts_repeat_and_grow_linearly_with_depth(counts):
 
 
 def test_counts_of_a_block_are_those_of_the_model(counts):
-    """A block has two adaLN sites, one GELU and four linear layers, each with three products."""
+    """A block has two adaLN sites, one GELU, one qkv and four linear layers, each with three products and one bias."""
     one, two = counts[0][:2]
     block = {name: two["triton"][name] - one["triton"].get(name, 0) for name in two["triton"]}
     assert block["adaln_triton._adaln_forward_kernel"] == block["adaln_triton._adaln_backward_kernel"] == 2
     assert block["linear._gelu_kernel"] == block["linear._gelu_backward_kernel"] == 1
+    assert block["packed._pack_gradients_kernel"] == 1
+    assert block["column_sums._column_sums_kernel"] == 4
     products = {name: two["torch"].get(name, 0) - one["torch"].get(name, 0) for name in ("mm", "addmm")}
     assert sum(products.values()) == 12
 
@@ -97,6 +99,7 @@ def test_code_of_adaln_has_no_spills_and_wide_accesses(tmp_path):
         "forward_kernel",
         "backward_kernel",
         "sum_kernel",
+        "column_sums._column_sums_kernel",
     }
     for row in rows:
         assert row["spilled"] == 0

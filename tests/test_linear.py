@@ -196,7 +196,8 @@ def test_operators():
     u, dg = normal(2, 3, 7, 72, seed=0)
     opcheck(gelu.op, (u,))
     opcheck(gelu.op, (u.transpose(1, 2),))
-    opcheck(gelu_backward.op, (dg.transpose(1, 2), u.transpose(1, 2)))
+    opcheck(gelu_backward.op, (dg.transpose(1, 2), u.transpose(1, 2), None))
+    opcheck(gelu_backward.op, (dg, u, normal(72, seed=1).bfloat16()))
 
 
 def test_contracts():

@@ -97,7 +97,8 @@ def test_every_piece_runs_but_those_that_need_a_gpu(measured):
         "S 2 norm_rotate forward", "S 2 norm_rotate backward",
         "2 denoise loss forward", "2 denoise loss backward", "2 prototype loss forward+backward",
         "structure loss forward+backward", "S 2 adaLN forward", "S 2 adaLN backward from r",
-        "S 2 adaLN backward from x", "S 2 GELU forward", "S 2 GELU backward",
+        "S 2 adaLN backward from x", "S 2 GELU forward", "S 2 GELU backward", "S 2 GELU backward, bias",
+        "S 2 adaLN backward from r, bias", "S 2 adaLN backward from x, bias", "S 2 qkv gradient, bias",
         "S 2 scatter tokens forward", "S 2 scatter tokens backward", "S 2 column sums of the fc1 gradient",
         "S 2 stack of dq, dk and dv", "S 2 attention sdpa forward", "S 2 attention flash forward",
     }  # fmt: skip
@@ -146,7 +147,7 @@ def test_step_model_takes_the_measured_rates(measured, tmp_path):
     origins = {name: rate.origin for name, rate in rates.used.items()}
     assert origins["copy, bytes/s"] == "measured"
     assert origins["S GEMM bf16 fc1 wgrad, FLOP/s"] == "measured"
-    assert origins["S adaLN backward from x, bytes/s"] == "measured"
+    assert origins["S adaLN backward from x, bias, bytes/s"] == "measured"
     assert origins["AdamW + EMA, bf16 copy, bytes/s"] == "measured"
     assert "guess" not in {origin for name, origin in origins.items() if "GEMM" in name or "attention" in name}
     assert step.total > 1000  # milliseconds: a CPU is no H100

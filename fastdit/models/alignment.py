@@ -11,7 +11,8 @@ costs nothing, because it is fused with the sum of the stream.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dit import DiT, init_weights, run_blocks, uninitialized, unpatchify
+from .dit import DiT, init_weights, run_blocks, unpatchify
+from .layers import uninitialized
 from .streams import GradientRatio, Stream
 from .structure_encoders import LatentResNet
 

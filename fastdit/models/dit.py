@@ -10,6 +10,11 @@ A modulated linear layer fuses four operations: add the previous branch (gated) 
 modulate, matmul. A block therefore leaves its MLP's output to the next block's qkv, and the last block leaves it to the
 head. The modulation vectors depend on (t, y) only: one Linear computes them for the whole network, and each block reads
 its six in place.
+
+On GPUs, a layer of a block does not compute its bias's gradient. It takes the bias detached, and the bias is passed to
+the operation that reads the layer's output, whose backward pass writes the output's gradient and sums up its columns:
+
+    qkv.bias -> split_qkv      proj.bias -> modulated fc1      fc1.bias -> GELU fc2      fc2.bias -> next block's qkv
 """
 
 import math
@@ -23,7 +28,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdit.errors import UserError
-from fastdit.kernels import attention, embed_tokens, gelu_linear, modulated_linear
+from fastdit.kernels import attention, embed_tokens, split_qkv, sums_biases
+
+from .layers import GeluLinear, Linear, ModulatedLinear, uninitialized
 
 # Table 1 of the paper. A model's name adds the patch size, as in "S/2".
 SIZES: dict[str, dict[str, int]] = {
@@ -192,14 +199,29 @@ def run_blocks(
 
     Each block takes the next six of `vectors`. branch and gate are None if x is the whole stream.
     """
+    bias = None  # of the layer that made the branch, if its gradient is left to the block that adds the branch
     for i, block in enumerate(blocks):
         six = vectors[6 * i : 6 * i + 6]
+        # The caller may use the last block's branch twice, so that block computes its bias's gradient itself.
+        passes_on = i + 1 < len(blocks) and block.passes_biases(x)
+        biases = {"y_bias": bias, "passes_on": passes_on}
         if grad_checkpoint and torch.is_grad_enabled():
-            x, branch = checkpoint(block, x, branch, gate, *six, use_reentrant=False, preserve_rng_state=False)
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            x, branch = checkpoint(block, x, branch, gate, *six, **options, **biases)
         else:
-            x, branch = block(x, branch, gate, *six)
-        gate = six[-1]
+            x, branch = block(x, branch, gate, *six, **biases)
+        gate, bias = six[-1], block.fc2.bias if passes_on else None
     return x, branch, gate
+
+
+def keep_biases(network: nn.Module) -> None:
+    """Let each layer of each block of `network` compute its bias's gradient itself, as ZeRO-3 requires.
+
+    ZeRO-3 gathers a weight for its own module's forward pass only.
+    """
+    for module in network.modules():
+        if isinstance(module, Block):
+            module.keeps_biases = True
 
 
 def check_heads(width: int, heads: int, prefix: str = "") -> None:
@@ -256,8 +278,9 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, mlp_width: int, attention_backend: str) -> None:
         super().__init__()
         self.heads, self.attention_backend = heads, attention_backend
+        self.keeps_biases = False  # see `keep_biases`
         self.qkv = uninitialized(ModulatedLinear, width, 3 * width)
-        self.proj = uninitialized(nn.Linear, width, width)
+        self.proj = uninitialized(Linear, width, width)
         # qkv keeps the input of fc1 already, so that keeping it again costs nothing.
         self.fc1 = uninitialized(ModulatedLinear, width, mlp_width, keep_x=True)
         self.fc2 = uninitialized(GeluLinear, mlp_width, width)
@@ -273,45 +296,32 @@ class Block(nn.Module):
         mlp_shift: Tensor,
         mlp_scale: Tensor,
         mlp_gate: Tensor,
+        y_bias: Tensor | None = None,
+        passes_on: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Return the residual stream before the MLP is added, and the MLP's output before mlp_gate, (B, N, width) each.
 
         x (B, N, width) is the stream to which the previous block's gate * y is still to be added; y and gate are None
         if there is no such branch. The vectors are (B, width).
+
+        y_bias: the bias of the layer that made y, if its gradient is to be computed here.
+        passes_on: leave the gradient of `fc2.bias` to the caller, who passes it to the next block as `y_bias`.
         """
-        x, qkv = self.qkv(x, y, gate, attn_scale, attn_shift)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
-        y = self.proj(attention(q, k, v, backend=self.attention_backend).flatten(2))
-        x, hidden = self.fc1(x, y, attn_gate, mlp_scale, mlp_shift)
-        return x, self.fc2(hidden)
+        # Pass each layer's bias on to the operation that computes its gradient.
+        qkv_bias = proj_bias = fc1_bias = None
+        passes = self.passes_biases(x)
+        if passes:
+            qkv_bias, proj_bias, fc1_bias = self.qkv.bias, self.proj.bias, self.fc1.bias
 
+        x, qkv = self.qkv(x, y, gate, attn_scale, attn_shift, y_bias, passes)
+        q, k, v = split_qkv(qkv, self.heads, qkv_bias)
+        y = self.proj(attention(q, k, v, backend=self.attention_backend).flatten(2), passes)
+        x, hidden = self.fc1(x, y, attn_gate, mlp_scale, mlp_shift, proj_bias, passes)
+        return x, self.fc2(hidden, fc1_bias, passes_on)
 
-# Each of these modules calls its kernel from its own forward, because ZeRO-3 gathers a module's weights there.
-
-
-class ModulatedLinear(nn.Linear):
-    """Apply a linear layer to a modulated LayerNorm: see `fastdit.kernels.modulated_linear`."""
-
-    def __init__(self, *sizes: int, keep_x: bool = False, device: torch.device | None = None) -> None:
-        super().__init__(*sizes, device=device)
-        self.keep_x = keep_x
-
-    def forward(
-        self, x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return (x + gate * y, linear(LN(x + gate * y) * (1 + scale) + shift)).
-
-        x and y are (B, N, width), and the vectors (B, width). y and gate are None for no branch.
-        """
-        return modulated_linear(x, y, gate, scale, shift, self.weight, self.bias, keep_x=self.keep_x)
-
-
-class GeluLinear(nn.Linear):
-    """Apply a linear layer to a GELU: see `fastdit.kernels.gelu_linear`."""
-
-    def forward(self, u: Tensor) -> Tensor:
-        """Return linear(gelu(u)), with the tanh form of GELU."""
-        return gelu_linear(u, self.weight, self.bias)
+    def passes_biases(self, x: Tensor) -> bool:
+        """Return whether the block's layers leave their bias gradients to the operations that read their outputs."""
+        return not self.keeps_biases and sums_biases(x)
 
 
 class PatchEmbed(nn.Module):
@@ -422,8 +432,3 @@ def encoder_products(encoder: Encoder, tokens: int) -> int:
 def block_products(tokens: int, width: int, mlp_width: int) -> int:
     """Return the multiply-adds of a block's forward pass for one image: linear layers, q k^T and the product with v."""
     return tokens * (4 * width * width + 2 * width * mlp_width + 2 * tokens * width)
-
-
-def uninitialized(kind: type[nn.Module], *sizes: int, **options: bool) -> nn.Module:
-    """Build a module without initial values, which would take time and global random numbers; see `init_weights`."""
-    return nn.utils.skip_init(kind, *sizes, device=torch.get_default_device(), **options)

@@ -23,16 +23,15 @@ from .dit import (
     Block,
     Encoded,
     Encoder,
-    ModulatedLinear,
     Token,
     block_products,
     check_heads,
     init_weights,
     run_blocks,
     sincos_positions,
-    uninitialized,
     unpatchify,
 )
+from .layers import ModulatedLinear, uninitialized
 from .streams import GradientRatio, Stream
 
 HiddenTokens = Literal["noised_patch", "mask_token", "zeros"]

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from fastdit.kernels import PrototypeLoss, prototype_loss
 
-from .dit import Encoder, GeluLinear, copy_blocks, uninitialized
+from .dit import Encoder, copy_blocks
 from .encoder_decoder import EncoderDecoder
+from .layers import GeluLinear, uninitialized
 from .split_dit import SplitDiT
 from .streams import Stream
 

@@ -15,7 +15,7 @@ from fastdit.distributed import Runtime
 from fastdit.errors import UserError
 from fastdit.kernels import AdamWEMA, ApexAdamEMA, describe_attention, describe_native, describe_optimizer
 from fastdit.methods.registry import methods_of
-from fastdit.models.dit import Block
+from fastdit.models.dit import Block, keep_biases
 from fastdit.parser import dump
 from fastdit.rundir.checkpoint_files import newest_good
 from fastdit.rundir.metrics_log import Recorder, versions
@@ -68,6 +68,8 @@ class Session:
         module, method = run_parts.build_training(config, self.shape, self.decoder)
         if self.decoder:
             self.decoder.to(runtime.device)
+        if settings.stage == 3:
+            keep_biases(module)
         network = method.sampled_network(module)
         self.parameters = sum(p.numel() for p in module.parameters())
         self.attention = _attention(config.model.attention, runtime.device, settings.precision, network)
