@@ -224,29 +224,34 @@ def _adaln_sum_kernel(
 
 @lru_cache
 def forward_options(width: int) -> dict[str, int]:
-    """Return the forward kernel's launch options."""
-    return _blocks(width, rows=4)
+    """Return the forward kernel's launch options.
+
+    A thread holds 16 values of a row. On an H200 a tile of 2 rows reaches 87, 93 and 90 % of a copy's rate at the
+    widths of S, B and XL. With 8 values a thread and 4 rows the kernel is slower at the width of XL (79 %).
+    """
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "TILE": 2 if block <= 4096 else 1, "num_warps": _warps(block, values=16)}
 
 
 @lru_cache
 def backward_options(width: int, tokens: int) -> dict[str, int]:
-    """Return the backward kernel's launch options: a program sums over 1/16 of a sample's tokens, from 8 to 64.
+    """Return the backward kernel's launch options: a program sums over 1/8 of a sample's tokens, from 8 to 64.
 
-    With 128 registers a thread, 16 warps fit on a multiprocessor. STAGES above 1 prefetch rows into shared memory.
+    A thread holds 8 values of a row, which are 16 bytes of bf16. With 128 registers a thread, 16 warps fit on a
+    multiprocessor, and 3 stages prefetch two rows into shared memory. On an H200 this makes the kernel 1.1 to 1.2 times
+    as fast as tiles of 2 rows without prefetch, and is the fastest of 18 choices for S, B and XL.
     """
-    chunk = min(max(triton.next_power_of_2(tokens) // 16, 8), 64)
-    return _blocks(width, rows=2) | {"CHUNK": chunk, "STAGES": 1, "maxnreg": 128}
+    block, chunk = triton.next_power_of_2(width), min(max(triton.next_power_of_2(tokens) // 8, 8), 64)
+    options = {"BLOCK": block, "TILE": 1, "num_warps": _warps(block, values=8)}
+    return options | {"CHUNK": chunk, "STAGES": 3, "maxnreg": 128}
 
 
-def _blocks(width: int, rows: int) -> dict[str, int]:
-    """Return block sizes for tiles of `rows` rows, fewer where rows are wider than 2048.
+def _warps(block: int, values: int) -> int:
+    """Return the number of warps whose threads hold `values` neighboring values each, at most 16.
 
-    A thread of the 1 to 16 warps holds 8 neighboring values of each row, which are 16 bytes of bf16. A column of a tile
-    thus lies within one thread, and warps exchange only the statistics of rows.
+    A column of a tile thus lies within one thread, and warps exchange only the statistics of rows.
     """
-    block = triton.next_power_of_2(width)
-    tile = max(1, min(rows, rows * 2048 // block))
-    return {"BLOCK": block, "TILE": tile, "num_warps": min(max(block // 256, 1), 16)}
+    return min(max(block // (32 * values), 1), 16)
 
 
 def _matrix(tensor: Tensor | None) -> tuple[Tensor | None, int | None, int | None]:

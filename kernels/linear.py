@@ -162,8 +162,19 @@ def _linear_gradients(dout, inputs, need_weight, need_bias):
     if dout is None:
         return None, None
     dout = dout.flatten(0, -2)
-    weight = dout.t() @ inputs.flatten(0, -2).to(dout.dtype) if need_weight else None
+    weight = _weight_gradient(dout, inputs.flatten(0, -2).to(dout.dtype)) if need_weight else None
     return weight, dout.sum(0) if need_bias else None
+
+
+def _weight_gradient(dout: Tensor, inputs: Tensor) -> Tensor:
+    """Return dout^T @ inputs (O, D) for rows dout (M, O) and inputs (M, D).
+
+    On GPUs the product of a layer with fewer outputs than inputs is computed transposed. cuBLAS takes 1.07 ms for
+    (1152, 65536) @ (65536, 4608) on an H200, and 0.88 ms for (4608, 65536) @ (65536, 1152).
+    """
+    if dout.is_cuda and dout.shape[1] < inputs.shape[1]:
+        return (inputs.t() @ dout).t().contiguous()
+    return dout.t() @ inputs
 
 
 # The kernels use u * sigmoid(2 z), which equals u / 2 * (1 + tanh z), with z = sqrt(2 / pi) * (u + 0.044715 u^3).
