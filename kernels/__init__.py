@@ -9,7 +9,7 @@ from .adamw_ema import AdamWEMA, describe_optimizer
 from .apex_adam import ApexAdamEMA
 from .attention import attention, attention_backends, describe_attention
 from .denoise import DenoiseCoefficients, affine_denoise_loss
-from .linear import gelu_linear, modulated_linear
+from .linear import fp8_linear, gelu_linear, modulated_linear
 from .prototypes import PrototypeLoss, prototype_loss
 from .rotary import norm_rotate, rope_table
 from .structure import StructureLoss, structure_loss
@@ -28,6 +28,7 @@ __all__ = [
     "describe_native",
     "describe_optimizer",
     "embed_tokens",
+    "fp8_linear",
     "gate_residual",
     "gate_residual_modulate",
     "gelu_linear",

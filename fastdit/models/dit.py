@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdit.errors import UserError
-from fastdit.kernels import attention, embed_tokens, gelu_linear, modulated_linear
+from fastdit.kernels import attention, embed_tokens, fp8_linear, gelu_linear, modulated_linear
 
 # Table 1 of the paper. A model's name adds the patch size, as in "S/2".
 SIZES: dict[str, dict[str, int]] = {
@@ -257,7 +257,7 @@ class Block(nn.Module):
         super().__init__()
         self.heads, self.attention_backend = heads, attention_backend
         self.qkv = uninitialized(ModulatedLinear, width, 3 * width)
-        self.proj = uninitialized(nn.Linear, width, width)
+        self.proj = uninitialized(Linear, width, width)
         # qkv keeps the input of fc1 already, so that keeping it again costs nothing.
         self.fc1 = uninitialized(ModulatedLinear, width, mlp_width, keep_x=True)
         self.fc2 = uninitialized(GeluLinear, mlp_width, width)
@@ -289,7 +289,17 @@ class Block(nn.Module):
 # Each of these modules calls its kernel from its own forward, because ZeRO-3 gathers a module's weights there.
 
 
-class ModulatedLinear(nn.Linear):
+class Linear(nn.Linear):
+    """Apply a linear layer, with fp8 products if `use_fp8` chose them."""
+
+    fp8 = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return linear(x)."""
+        return fp8_linear(x, self.weight, self.bias) if self.fp8 else super().forward(x)
+
+
+class ModulatedLinear(Linear):
     """Apply a linear layer to a modulated LayerNorm: see `fastdit.kernels.modulated_linear`."""
 
     def __init__(self, *sizes: int, keep_x: bool = False, device: torch.device | None = None) -> None:
@@ -303,15 +313,15 @@ class ModulatedLinear(nn.Linear):
 
         x and y are (B, N, width), and the vectors (B, width). y and gate are None for no branch.
         """
-        return modulated_linear(x, y, gate, scale, shift, self.weight, self.bias, keep_x=self.keep_x)
+        return modulated_linear(x, y, gate, scale, shift, self.weight, self.bias, keep_x=self.keep_x, fp8=self.fp8)
 
 
-class GeluLinear(nn.Linear):
+class GeluLinear(Linear):
     """Apply a linear layer to a GELU: see `fastdit.kernels.gelu_linear`."""
 
     def forward(self, u: Tensor) -> Tensor:
         """Return linear(gelu(u)), with the tanh form of GELU."""
-        return gelu_linear(u, self.weight, self.bias)
+        return gelu_linear(u, self.weight, self.bias, fp8=self.fp8)
 
 
 class PatchEmbed(nn.Module):
