@@ -31,7 +31,7 @@ from fastdit.training.loop import Run, train_step
 from fastdit.training.session import Session
 
 PRODUCT = {"cuda": 8192, "cpu": 2048}  # rows and columns
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}  # of weights and activations
 
 
 class _Silent(Runtime):
@@ -51,7 +51,8 @@ class Engine(Contender):
         self.session = Session(config, silent)
         self.run, self.done = self.session.run, 0
         graphs = ", CUDA graphs" if config.cuda_graphs else ""
-        self.ran = f"ZeRO-{self.run.deepspeed.stage}, {self.session.attention}{graphs}"
+        fp8 = ", fp8 products" if config.precision == "fp8" else ""
+        self.ran = f"ZeRO-{self.run.deepspeed.stage}, {self.session.attention}{fp8}{graphs}"
         self.flops = self.run.method.flops(self.run.engine.module)
         self.names = {"backward": "backward/network", "followers": "extras", "method": "extras"}
         for name, method in layers(self.run.method):
@@ -257,7 +258,7 @@ class Plain(Contender):
     autocast over fp32 weights, for several ranks DistributedDataParallel. fastdit's operations run as their references.
 
     Args:
-        config: of method dit.
+        config: of method dit. fp8 is taken as bf16.
         peer: makes a peer's model, called as `fastdit.models.DiT`, of a `Shape` and a number of output channels; None:
             that DiT itself, with torch's own attention.
         compiled: run it through `torch.compile`.
@@ -275,7 +276,8 @@ class Plain(Contender):
         self.ran = "torch.compile" if compiled else "torch"
         source = run_parts.open_data(config)
         shape = run_parts.shape_of(config, source.classes)
-        config = replace(config, model=replace(config.model, attention="sdpa"))
+        precision = "bf16" if config.precision == "fp8" else config.precision
+        config = replace(config, precision=precision, model=replace(config.model, attention="sdpa"))
         own, self.method = run_parts.build_training(config, shape)
         self.flops = self.method.flops(own)
         self.network = (peer(shape, own.out_channels) if peer else own).to(runtime.device).train()

@@ -85,7 +85,7 @@ def _parser() -> OneLineParser:
     add("--model", type=str | None, default=None, help="S, B, L or XL; default: the preset's, else S")
     add("--patch", type=int | None, default=None, help="side of a patch; default: the preset's, else 2")
     add("--batch", type=int | None, default=None, help="samples of a step; default: the preset's, else 256")
-    add("--precision", type=str, default="auto", help="bf16, fp32, or auto (bf16 on a GPU)")
+    add("--precision", type=str, default="auto", help="bf16, fp8, fp32, or auto (bf16 on a GPU)")
     add("--common", type=str, default="", help="more flags of fastdit/train.py for all runs")
     add("--warmup", type=float, default=0.05, help="share of each run's steps in which the learning rate rises")
     add("--unit", type=str, default="seconds", help="of the two budgets: seconds, or steps of plain DiT")

@@ -7,6 +7,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("adaLN", ("_adaln_", "fastdit::adaln", "layer_norm", "layernorm")),
     ("GELU", ("gelu",)),
     ("q and k norm, rotation", ("_norm_rotate_",)),
+    ("fp8 quantization", ("_quantize_", "_column_maxima_", "fastdit::quantize_")),
     ("loss", ("_denoise_", "_prototype_", "_structure_")),
     ("tokens", ("_scatter_tokens_",)),
     ("optimizer", ("adamw_ema", "squared_norm", "multi_tensor_apply", "fused_adam", "foreach", "lpnorm")),

@@ -6,6 +6,8 @@ A case is MODEL METHOD BATCH, then maybe `graphs` (CUDA graphs), then any dotted
     step       milliseconds, images/s, MFU, host time, peak memory, phases: as soon as the steps are timed
     profile    which kernels ran, how often and how long, by group: after two more steps under torch's profiler
 
+With `--precision fp8` among the settings, MFU is still relative to the datasheet's bf16 rate.
+
 A case that does not fit in memory is tried again with half its batch. A case that fails is a line too.
 """
 

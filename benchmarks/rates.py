@@ -208,6 +208,7 @@ def _benchmark(argv: list[str]) -> None:
     if device.type == "cpu":
         os.environ.update(TRITON_INTERPRET="1", FASTDIT_KERNELS="triton")
     import rate_pieces as pieces  # only now: this import decides for Triton's compiler or its interpreter
+    from rate_pieces_fp8 import fp8_kernels
 
     # Sections follow each other by what they tell; within one, the sizes.
     timer = Timer(device)
@@ -215,7 +216,9 @@ def _benchmark(argv: list[str]) -> None:
     _ceilings(runner, pieces, head["device"])
     shapes = [pieces.setting_of(size, batch, device) for size in sizes]
     sections = [
-        partial(section, s) for section in (pieces.gemms, pieces.attention, pieces.fused_kernels) for s in shapes
+        partial(section, s)
+        for section in (pieces.gemms, pieces.attention, pieces.fused_kernels, fp8_kernels)
+        for s in shapes
     ]
     sections += [partial(pieces.losses, shapes[0]), partial(pieces.optimizer, device)]
     sections += [partial(pieces.torch_operators, s) for s in shapes]

@@ -124,7 +124,10 @@ def step_lines(record: dict) -> list[str]:
     """Markdown: the steps of all contenders, their phases, and the method's components."""
     rows = record["rows"]
     steps = [row for row in rows if row["table"] == "step"]
-    lines = [f"Products of {_product(record)}.", "", *_steps(steps)]
+    lines = [f"Products of {_product(record)}.", ""]
+    if record["settings"].get("precision") == "fp8":
+        lines += ["fastdit's own steps use fp8 products. Both MFUs are relative to bf16 rates.", ""]
+    lines += _steps(steps)
     lines += ["", "Parts of a step, ms:", "", *_phases(rows)]
     components = [row for row in rows if row["table"] == "component"]
     for name in dict.fromkeys(row["contender"] for row in components):
@@ -200,12 +203,17 @@ def figures(records: list[dict]) -> list[str]:
             ours = by_name[name]
             others = [by_name.get(other) if name == PLAIN else None for other in ("eager", "compile")]
             cells.append((
-                record["device"], f"{name} {settings['model']}, batch {settings['batch']}, {settings['dtype']}",
+                record["device"], f"{name} {settings['model']}, batch {settings['batch']}, {_arithmetic(settings)}",
                 f"{ours['images_per_s']:.4g}", f"{ours['mfu_gemm']:.0%}",
                 *(f"{other['ms_p50'] / ours['ms_p50']:.2f}x" if other else "" for other in others),
                 record["versions"]["commit"],
             ))  # fmt: skip
     return aligned(cells)
+
+
+def _arithmetic(settings: dict) -> str:
+    """Return fp8 for steps with fp8 products, else the dtype; older records have no precision."""
+    return "fp8" if settings.get("precision") == "fp8" else settings["dtype"]
 
 
 def _spread(row: dict, what: str, shown: Callable[[float], str]) -> str:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from fastdit.errors import UserError, check_ranges
 from fastdit.methods.registry import METHODS, canonical_name, methods_of
-from fastdit.models import SIZES
+from fastdit.models import SIZES, check_fp8_width
 from fastdit.noise import PROCESSES, NoiseProcess
 
 CONFIG_FILE = "config.yaml"  # in a run's folder
@@ -233,7 +233,9 @@ class _RunConfig:
         finetune: carry `init_from` to other data: a new label table, and all weights trained, or diffit's subset
             (biases, label table, a factor on each block: below 1 % of a DiT). none: the same classes, all weights.
         device: hardware: cpu, cuda, or auto (a GPU when there is one).
-        precision: arithmetic: bf16 (fp32 master weights), fp32, or auto (bf16 on GPUs, fp32 on CPUs).
+        precision: arithmetic: bf16 (fp32 master weights), fp8, fp32, or auto (bf16 on GPUs, fp32 on CPUs). fp8 is bf16
+            with fp8 products in the blocks' linear layers, except for the weights' gradients. It needs a Hopper GPU or
+            a later one, and widths that are multiples of 16. On CPUs it is slow and serves tests.
         steps: optimizer steps of the whole run.
         batch: samples per optimizer step over all ranks; none reads it from the DeepSpeed file.
         micro_batch: samples per rank and forward pass; none takes batch / ranks.
@@ -270,7 +272,7 @@ class _RunConfig:
     init_from: str | None = None
     finetune: Literal["all", "diffit"] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp8", "fp32"] = "auto"
     steps: int = 400_000
     batch: int | None = None
     micro_batch: int | None = None
@@ -335,6 +337,10 @@ class Config(_MethodFields, _RunConfig):
             raise UserError("finetune: needs the weights to start from; give --init_from")
         self._check_size()
         self._check_sampling()
+        if self.precision == "fp8":
+            width = self.model.dims()["width"]
+            check_fp8_width("model.width", width)
+            check_fp8_width("model.mlp_ratio x model.width", int(width * self.model.mlp_ratio))
 
         # A method names what its settings leave open, then checks them against the others.
         object.__setattr__(self, "method", canonical_name(self.method))

@@ -14,7 +14,14 @@ from fastdit.distributed import ranks_here
 from fastdit.errors import UserError
 from fastdit.methods.denoising import Denoising, Shape
 from fastdit.methods.registry import methods_of
-from fastdit.models import LatentDecoder, add_block_scales, freeze_for_diffit, load_checkpoint, open_autoencoder
+from fastdit.models import (
+    LatentDecoder,
+    add_block_scales,
+    freeze_for_diffit,
+    load_checkpoint,
+    open_autoencoder,
+    use_fp8,
+)
 from fastdit.noise import NoiseProcess
 
 
@@ -68,8 +75,9 @@ def build_decoder(config: Config, shape: Shape) -> LatentDecoder | None:
 def build_training(config: Config, shape: Shape, decoder: LatentDecoder | None = None) -> tuple[nn.Module, Denoising]:
     """Return the module that is trained, on the CPU, and the method that trains it.
 
-    The module starts at the weights of `config.init_from`, if that is set. `decoder` comes from `build_decoder`. Raises
-    UserError if those weights cannot be read or do not fit.
+    The module starts at the weights of `config.init_from`, if that is set. With `config.precision` fp8, the blocks of
+    the sampled network use fp8 products in training; teachers and EMA networks do not. `decoder` comes from
+    `build_decoder`. Raises UserError if those weights cannot be read or do not fit.
     """
     # Build the sampled network, and load the weights that it starts from.
     network = build_network(config, shape)
@@ -77,6 +85,8 @@ def build_training(config: Config, shape: Shape, decoder: LatentDecoder | None =
         load_checkpoint(network, config.init_from, new_labels=config.finetune is not None)
     if config.finetune == "diffit":
         freeze_for_diffit(network)
+    if config.precision == "fp8":
+        use_fp8(network)
 
     # Let each method wrap the module and the method before it.
     module, method = network, Denoising(build_noise(config), shape.classes, config.label_drop)

@@ -9,7 +9,7 @@ from .adamw_ema import AdamWEMA, describe_optimizer
 from .apex_adam import ApexAdamEMA
 from .attention import attention, attention_backends, describe_attention
 from .denoise import DenoiseCoefficients, affine_denoise_loss
-from .linear import gelu_linear, modulated_linear, sums_biases
+from .linear import fp8_linear, gelu_linear, modulated_linear, sums_biases
 from .packed import split_qkv
 from .prototypes import PrototypeLoss, prototype_loss
 from .rotary import norm_rotate, rope_table
@@ -29,6 +29,7 @@ __all__ = [
     "describe_native",
     "describe_optimizer",
     "embed_tokens",
+    "fp8_linear",
     "gate_residual",
     "gate_residual_modulate",
     "gelu_linear",

@@ -23,6 +23,7 @@ from . import adaln_triton
 from ._dispatch import choose
 from ._native import load_native
 from ._operator import operator
+from .fp8 import FP8
 
 EPS = 1e-6
 NORMS = ("layer", "rms")
@@ -212,6 +213,26 @@ def _forward_outputs(x, y, gate, scale, shift, rows, eps, rms, keep_r, implement
     normed = scale is not None
     r, h = x.new_empty(shape if keep_r else 0), x.new_empty(shape if normed else 0)
     return r, h, x.new_empty((*shape[:2], 2) if normed else 0, dtype=torch.float32)
+
+
+@operator("fastdit::adaln_fp8")
+def adaln_fp8(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, rows: Tensor | None,
+    eps: float, rms: bool, keep_r: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return r, h in fp8 with a scale for each row (B, N, 1), and stats, by Triton: see `adaln` and `fp8.py`."""
+    r, h, h_scale, stats = outputs = _fp8_outputs(x, y, gate, scale, shift, rows, eps, rms, keep_r)
+    inputs = map(_readable, (x, y, gate, scale, shift, rows))
+    adaln_triton.forward(*inputs, eps, rms, _or_none(r), h, stats, h_scale=h_scale)
+    return outputs
+
+
+@adaln_fp8.register_fake
+def _fp8_outputs(x, y, gate, scale, shift, rows, eps, rms, keep_r):
+    """Allocate the results of `adaln_fp8`."""
+    shape = x.shape if rows is None else (*rows.shape, x.shape[2])
+    h, h_scale = x.new_empty(shape, dtype=FP8), x.new_empty((*shape[:2], 1), dtype=torch.float32)
+    return x.new_empty(shape if keep_r else 0), h, h_scale, x.new_empty((*shape[:2], 2), dtype=torch.float32)
 
 
 @operator("fastdit::adaln_backward")

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .column_sums import column_sums
+from .fp8 import quantized
 
 MAX_WIDTH = 8192  # a program holds whole rows in registers
 
@@ -40,13 +41,14 @@ def _add(x, y, gate, dtype: tl.constexpr):
 
 @triton.jit
 def _adaln_forward_kernel(
-    x, y, gate, scale, shift, rows, r, h, stats, tokens, all_tokens, tiles, eps,
+    x, y, gate, scale, shift, rows, r, h, h_scale, stats, tokens, all_tokens, tiles, eps,
     D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, RMS: tl.constexpr,
 ):  # fmt: skip
     """Compute r, h and stats of TILE rows of one sample, which a program owns.
 
     It reads x and y once, the sample's vectors once, and writes r, h and two statistics a row once. The rows stay in
-    registers from the load to the last store.
+    registers from the load to the last store. With h_scale, h is fp8: it is rounded to bf16 first, as the backward pass
+    recomputes it, and each row gets a scale.
     """
     # This program's rows, and the rows of x that they are.
     b = (tl.program_id(0) // tiles).to(tl.int64)
@@ -77,7 +79,11 @@ def _adaln_forward_kernel(
             value = tl.where(live[None, :], value - mean[:, None], 0.0)
         rstd = 1 / tl.sqrt(tl.sum(value * value, 1) / D + eps)
         tl.store(stats + 2 * out[:, None] + tl.arange(0, 2)[None, :], tl.join(mean, rstd), mask=ok[:, None])
-        tl.store(h + at, value * rstd[:, None] * factor + offset, mask=mask)
+        value = value * rstd[:, None] * factor + offset
+        if h_scale is not None:
+            value, row_scale = quantized(value.to(tl.bfloat16).to(tl.float32))  # zero where masked
+            tl.store(h_scale + out, row_scale, mask=ok)
+        tl.store(h + at, value, mask=mask)
 
 
 @triton.jit
@@ -223,14 +229,15 @@ def _adaln_sum_kernel(
 
 
 @lru_cache
-def forward_options(width: int) -> dict[str, int]:
-    """Return the forward kernel's launch options.
+def forward_options(width: int, fp8: bool = False) -> dict[str, int]:
+    """Return the forward kernel's launch options, with or without fp8 output.
 
     A thread holds 16 values of a row. On an H200 a tile of 2 rows reaches 87, 93 and 90 % of a copy's rate at the
-    widths of S, B and XL. With 8 values a thread and 4 rows the kernel is slower at the width of XL (79 %).
+    widths of S, B and XL. With 8 values a thread and 4 rows the kernel is slower at the width of XL (79 %). With fp8
+    output, which is not measured yet, a thread holds 8 values.
     """
     block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "TILE": 2 if block <= 4096 else 1, "num_warps": _warps(block, values=16)}
+    return {"BLOCK": block, "TILE": 2 if block <= 4096 else 1, "num_warps": _warps(block, values=8 if fp8 else 16)}
 
 
 @lru_cache
@@ -261,14 +268,14 @@ def _matrix(tensor: Tensor | None) -> tuple[Tensor | None, int | None, int | Non
     return tensor, tensor.stride(0), tensor.stride(1) if tensor.dim() == 3 else None
 
 
-def forward(x, y, gate, scale, shift, rows, eps, rms, r, h, stats, options=None) -> None:
-    """Launch the forward kernel, which fills r, h and stats; each may be None."""
+def forward(x, y, gate, scale, shift, rows, eps, rms, r, h, stats, options=None, h_scale=None) -> None:
+    """Launch the forward kernel, which fills r, h and stats; each may be None. With h_scale, h is fp8."""
     batch, tokens, width = (r if h is None else h).shape
-    options = options or forward_options(width)
+    options = options or forward_options(width, fp8=h_scale is not None)
     tiles = -(-tokens // options["TILE"])
     matrices = map(_matrix, (x, y, gate, scale, shift))
     _adaln_forward_kernel[(batch * tiles,)](
-        *matrices, rows, r, h, stats, tokens, x.shape[1], tiles, eps, D=width, RMS=rms, **options
+        *matrices, rows, r, h, h_scale, stats, tokens, x.shape[1], tiles, eps, D=width, RMS=rms, **options
     )
 
 

@@ -2,6 +2,7 @@
 
     modulated_linear    r = x + gate * y;  out = linear(LN(r) * (1 + scale) + shift)    saves x or r, and y
     gelu_linear         out = linear(gelu(u))                                           saves u
+    fp8_linear          out = linear(x), with fp8 products                              saves x
 
 The linear layer's input is a pointwise function (with two statistics a row) of tensors that are saved anyway, and
 which the backward pass reads for their gradients. Recomputation therefore costs one more write of the input, which the
@@ -19,6 +20,9 @@ then takes `bias.detach()`, and the bias itself is passed on as `y_bias` or `inp
 
 This is right only where y and u have no other use, because the gradients of other uses would not be in the sums.
 
+With `fp8`, the products of the forward pass and of the input's gradient have fp8 operands, and the weight's gradient
+does not: see `fp8.py`.
+
 The reference implementations save the input. GELU has only the reference on CPUs: a C++ kernel was no faster.
 """
 
@@ -30,8 +34,18 @@ from torch import Tensor
 
 from ._dispatch import choose
 from ._operator import operator
-from .adaln import EPS, adaln, adaln_gradients, check, choose_adaln, gate_residual_modulate_reference
+from .adaln import EPS, adaln, adaln_fp8, adaln_gradients, check, choose_adaln, gate_residual_modulate_reference
 from .column_sums import bias_of, check_bias, column_sums
+from .fp8 import (
+    FP8,
+    MAX_WIDTH,
+    check_fp8,
+    fp8_input_gradient,
+    fp8_product,
+    quantized,
+    quantized_product,
+    row_options,
+)
 
 _TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -59,6 +73,7 @@ def modulated_linear(
     rows: Tensor | None = None,
     keep_x: bool = False,
     y_bias: Tensor | None = None,
+    fp8: bool = False,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (r, linear(LN(r) * (1 + scale) + shift)) with r = x + gate * y, or r = x where y and gate are None.
@@ -70,6 +85,7 @@ def modulated_linear(
             layer saves that tensor too, as the previous layer does if x is its r and it saves r.
         y_bias: (D,), the bias of the layer that made y, if that layer took it detached. Its value is not read, but it
             gets its gradient here. y must have no other use.
+        fp8: use fp8 products, as `fp8.py` describes. The weight must be bf16, and D and O multiples of 16.
 
     Returns r (B, N or M, D) in x's dtype, and (B, N or M, O) in the weight's. Raises ValueError for other shapes,
     dtypes and devices, for a y_bias without y, and for an `implementation` that cannot run here.
@@ -78,13 +94,13 @@ def modulated_linear(
     check_bias("y_bias", y_bias, x)
     if y is None and y_bias is not None:
         raise ValueError("y_bias is the bias of the layer that made y; give y too")
-    weight, bias = _prepare(x, weight, bias)
+    weight, bias = _prepare(x, weight, bias, fp8)
     chosen = choose_adaln(x, y, gate, scale, shift, rows, implementation)
     if chosen == "reference":
         y = bias_of(y, y_bias)
         r, h = gate_residual_modulate_reference(x, y, gate, scale, shift, eps, norm=norm, rows=rows)
-        return r, F.linear(h.to(weight.dtype), weight, bias)
-    options = eps, norm == "rms", keep_x, chosen
+        return r, _linear(h.to(weight.dtype), weight, bias, fp8)
+    options = eps, norm == "rms", keep_x, chosen, fp8
     return _ModulatedLinear.apply(x, y, gate, scale, shift, rows, weight, bias, y_bias, *options)
 
 
@@ -94,6 +110,7 @@ def gelu_linear(
     bias: Tensor | None = None,
     *,
     input_bias: Tensor | None = None,
+    fp8: bool = False,
     implementation: str | None = None,
 ) -> Tensor:
     """Return linear(gelu(u)) with the tanh approximation of GELU (arXiv 1606.08415, section 2).
@@ -102,32 +119,50 @@ def gelu_linear(
     weight, bias: (O, D) and (O,) or None. gelu(u) is cast to their dtype, or under autocast to autocast's.
     input_bias: (D,), the bias of the layer that made u, if that layer took it detached. Its value is not read, but it
         gets its gradient here. u must have no other use.
+    fp8: as in `modulated_linear`.
     implementation: see `fastdit.kernels._dispatch`. There is a Triton kernel for fp32, bf16 and fp16.
 
     Returns (..., O) in the weight's dtype. Raises ValueError for other shapes, and for an `implementation` that cannot
     run here.
     """
-    weight, bias = _prepare(u, weight, bias)
+    weight, bias = _prepare(u, weight, bias, fp8)
     check_bias("input_bias", input_bias, u)
     takes = u.dtype in _TRITON_TYPES and u.numel() > 0
     if choose(u.device, implementation=implementation, triton=takes) == "reference":
         u = bias_of(u, input_bias)
-        return F.linear(F.gelu(u, approximate="tanh").to(weight.dtype), weight, bias)
-    return _GeluLinear.apply(u, weight, bias, input_bias)
+        return _linear(F.gelu(u, approximate="tanh").to(weight.dtype), weight, bias, fp8)
+    return _GeluLinear.apply(u, weight, bias, input_bias, fp8)
+
+
+def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return linear(x) from fp8 products, as `fp8.py` describes.
+
+    x: (..., D). It is cast to the weight's dtype, or under autocast to autocast's.
+    weight, bias: (O, D) and (O,) or None, bf16. D and O are multiples of 16.
+
+    Returns (..., O) in bf16. Raises ValueError for other shapes and dtypes.
+    """
+    weight, bias = _prepare(x, weight, bias, True)
+    return _Fp8Linear.apply(x.to(weight.dtype), weight, bias)
 
 
 class _ModulatedLinear(torch.autograd.Function):
     """Differentiate `modulated_linear`; the adaLN backward pass recomputes the input h for the weight's gradient."""
 
     @staticmethod
-    def forward(ctx, x, y, gate, scale, shift, rows, weight, bias, y_bias, eps, rms, keep_x, implementation):
+    def forward(ctx, x, y, gate, scale, shift, rows, weight, bias, y_bias, eps, rms, keep_x, implementation, fp8):
         new_r = y is not None or rows is not None
-        r, h, stats = adaln(x, y, gate, scale, shift, rows, eps, rms, new_r, implementation)
+        if fp8 and implementation == "triton":
+            r, *h, stats = adaln_fp8(x, y, gate, scale, shift, rows, eps, rms, new_r)
+            out = quantized_product(*h, weight, bias)
+        else:
+            r, h, stats = adaln(x, y, gate, scale, shift, rows, eps, rms, new_r, implementation)
+            out = _product(h.to(weight.dtype), weight, bias, fp8)
         from_x = keep_x or not new_r
-        ctx.options, ctx.implementation = (x.shape[1], rms, from_x), implementation
+        ctx.options, ctx.implementation, ctx.fp8 = (x.shape[1], rms, from_x), implementation, fp8
         ctx.save_for_backward(x if from_x else r, y, gate, scale, shift, rows, stats, y_bias, weight)
         ctx.set_materialize_grads(False)
-        return r if new_r else x, F.linear(h.to(weight.dtype), weight, bias)
+        return r if new_r else x, out
 
     @staticmethod
     def backward(ctx, dr, dout):
@@ -135,26 +170,61 @@ class _ModulatedLinear(torch.autograd.Function):
         need_weight, need_bias, need_y_bias = ctx.needs_input_grad[6:9]
         if not need_y_bias:
             saved[-1] = None
-        dh = None if dout is None else (dout @ weight).to(saved[0].dtype)
+        dh = None if dout is None else _input_gradient(dout, weight, ctx.fp8).to(saved[0].dtype)
         need_h = need_weight and dout is not None
         *gradients, h, dy_bias = adaln_gradients(dr, dh, *saved, *ctx.options, need_h, ctx.implementation)
-        return *gradients, None, *_linear_gradients(dout, h, need_weight, need_bias), dy_bias, None, None, None, None
+        return *gradients, None, *_linear_gradients(dout, h, need_weight, need_bias), dy_bias, *[None] * 5
 
 
 class _GeluLinear(torch.autograd.Function):
     """Differentiate `gelu_linear`; the GELU's backward pass recomputes gelu(u) for the weight's gradient."""
 
     @staticmethod
-    def forward(ctx, u, weight, bias, input_bias):
+    def forward(ctx, u, weight, bias, input_bias, fp8):
         ctx.save_for_backward(u, weight, input_bias)
-        return F.linear(gelu(u).to(weight.dtype), weight, bias)
+        ctx.fp8 = fp8
+        if fp8 and u.shape[-1] <= MAX_WIDTH:
+            return quantized_product(*gelu_fp8(u), weight, bias)
+        return _product(gelu(u).to(weight.dtype), weight, bias, fp8)
 
     @staticmethod
     def backward(ctx, dout):
         u, weight, input_bias = ctx.saved_tensors
-        _, need_weight, need_bias, need_input_bias = ctx.needs_input_grad
-        du, g, sums = gelu_backward((dout @ weight).to(u.dtype), u, input_bias if need_input_bias else None)
-        return du, *_linear_gradients(dout, g, need_weight, need_bias), sums if need_input_bias else None
+        need_weight, need_bias, need_input_bias = ctx.needs_input_grad[1:4]
+        dg = _input_gradient(dout, weight, ctx.fp8).to(u.dtype)
+        du, g, sums = gelu_backward(dg, u, input_bias if need_input_bias else None)
+        return du, *_linear_gradients(dout, g, need_weight, need_bias), sums if need_input_bias else None, None
+
+
+class _Fp8Linear(torch.autograd.Function):
+    """Differentiate `fp8_linear`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias, True)
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        dx = _input_gradient(dout, weight, True) if need_x else None
+        return dx, *_linear_gradients(dout, x, need_weight, need_bias)
+
+
+def _linear(h, weight, bias, fp8):
+    """Return linear(h) with autograd's graph."""
+    return _Fp8Linear.apply(h, weight, bias) if fp8 else F.linear(h, weight, bias)
+
+
+def _product(h, weight, bias, fp8):
+    """Return linear(h) without a graph."""
+    return fp8_product(h, weight, bias) if fp8 else F.linear(h, weight, bias)
+
+
+def _input_gradient(dout, weight, fp8):
+    """Return the gradient of a linear layer's input."""
+    return fp8_input_gradient(dout, weight) if fp8 else dout @ weight
 
 
 def _linear_gradients(dout, inputs, need_weight, need_bias):
@@ -192,6 +262,22 @@ def _gelu_kernel(u, g, size, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(u + at, mask=at < size).to(tl.float32)
     tl.store(g + at, value * _sigmoid(value), mask=at < size)
+
+
+@triton.jit
+def _gelu_fp8_kernel(u, g, g_scale, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Store TILE rows of g = gelu(u), which a program owns, in fp8, and their scales.
+
+    It reads each row once and holds it in registers. g is rounded to bf16 first, as the backward pass recomputes it.
+    """
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    cols = tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (cols < WIDTH)[None, :]
+    at = row[:, None] * WIDTH + cols[None, :]
+    value = tl.load(u + at, mask=mask, other=0.0).to(tl.float32)
+    value, scale = quantized((value * _sigmoid(value)).to(tl.bfloat16).to(tl.float32))
+    tl.store(g + at, value, mask=mask)
+    tl.store(g_scale + row, scale, mask=row < rows)
 
 
 @triton.jit
@@ -241,6 +327,23 @@ def gelu(u: Tensor) -> Tensor:
     return g
 
 
+@operator("fastdit::gelu_fp8")
+def gelu_fp8(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Return gelu(u) in fp8, contiguous, and the scales (..., 1) of its rows."""
+    u = u.contiguous()
+    g, scale = _gelu_fp8_outputs(u)
+    rows, options = scale.numel(), row_options(u.shape[-1])
+    _gelu_fp8_kernel[(triton.cdiv(rows, options["TILE"]),)](u, g, scale, rows, WIDTH=u.shape[-1], **options)
+    return g, scale
+
+
+@gelu_fp8.register_fake
+def _gelu_fp8_outputs(u):
+    """Allocate the results of `gelu_fp8`."""
+    g = torch.empty(u.shape, dtype=FP8, device=u.device)
+    return g, u.new_empty((*u.shape[:-1], 1), dtype=torch.float32)
+
+
 @operator("fastdit::gelu_backward")
 def gelu_backward(dg: Tensor, u: Tensor, input_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return (du, gelu(u), sums) from one pass: du and gelu(u) contiguous, and the column sums of du.
@@ -276,8 +379,8 @@ def _(dg, u, input_bias):
     return gelu(u), gelu(u), u.new_empty(0) if input_bias is None else torch.empty_like(input_bias)
 
 
-def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return weight and bias in the product's dtype. Raises ValueError for shapes that do not fit x."""
+def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None, fp8: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias in the product's dtype. Raises ValueError for shapes that fit neither x nor `fp8`."""
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight must be (O, {x.shape[-1]}), got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -285,4 +388,6 @@ def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    if fp8:
+        check_fp8(weight)
     return weight, bias

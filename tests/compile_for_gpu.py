@@ -13,6 +13,7 @@ import torch
 from fastdit.kernels import (
     DenoiseCoefficients,
     affine_denoise_loss,
+    fp8_linear,
     gelu_linear,
     modulated_linear,
     norm_rotate,
@@ -70,6 +71,17 @@ def qkv():
             torch.autograd.backward((q, k, v), [gradient] * 3, retain_graph=True)
 
 
+def fp8():
+    """A block's four layers at the widths of S, B and XL, and visible tokens only; all gradients."""
+    for width in (384, 768, 1152):
+        x, y, weight, weight2 = leaf(2, 40, width), leaf(2, 40, width), leaf(4 * width, width), leaf(width, 4 * width)
+        gate, scale, shift = leaf(2, 3 * width).unflatten(1, (3, width)).unbind(1)
+        for choices in ({}, {"rows": torch.arange(9).expand(2, 9)}):
+            r, u = modulated_linear(x, y, gate, scale, shift, weight, implementation="triton", fp8=True, **choices)
+            out = fp8_linear(gelu_linear(u, weight2, implementation="triton", fp8=True), weight)
+            (r.sum() + out.sum()).backward()
+
+
 def structure():
     for distance, penalty in (("euclidean", "l2"), ("cosine", "huber")):
         f, g = leaf(48, 32), leaf(48, 32)
@@ -116,5 +128,5 @@ def rotary():
 
 if __name__ == "__main__":
     with compile_only(print_once):
-        for operation in (adaln, gelu, qkv, structure, prototypes, tokens, denoise, rotary):
+        for operation in (adaln, gelu, qkv, fp8, structure, prototypes, tokens, denoise, rotary):
             operation()

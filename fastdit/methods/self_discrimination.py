@@ -45,6 +45,7 @@ from fastdit.models import (
     Student,
     Target,
     Teacher,
+    check_fp8_width,
     check_heads,
     decoder_products,
     encoder_products,
@@ -95,6 +96,8 @@ class SelfDiscrimination(Denoising):
             return
         sizes = settings.sizes_for(dims["width"], dims["depth"])
         check_heads(sizes.decoder_width, sizes.decoder_heads, "sd_dit.decoder_")
+        if config.precision == "fp8":
+            check_fp8_width("sd_dit.decoder_width", sizes.decoder_width)
 
     @classmethod
     def build_network(cls, config, sizes: dict, out_channels: int) -> EncoderDecoder | SplitDiT:

@@ -5,6 +5,7 @@ from .autoencoders import Autoencoder, open_autoencoder
 from .dit import SIZES, DiT, Encoder, check_heads, encoder_products, flops_per_image
 from .encoder_decoder import EncoderDecoder, HiddenTokens, decoder_products
 from .finetune import add_block_scales, fold_block_scales, freeze_for_diffit
+from .fp8 import check_fp8_width, use_fp8
 from .image_resnet import ImageResNet
 from .latent_decoder import LatentDecoder
 from .pretrained import load_checkpoint, save_official
@@ -31,6 +32,7 @@ __all__ = [
     "Teacher",
     "TokenTargets",
     "add_block_scales",
+    "check_fp8_width",
     "check_heads",
     "decoder_products",
     "encoder_products",
@@ -43,4 +45,5 @@ __all__ = [
     "open_autoencoder",
     "save_official",
     "split_products",
+    "use_fp8",
 ]

@@ -9,18 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdit.kernels import gelu_linear, modulated_linear
+from fastdit.kernels import fp8_linear, gelu_linear, modulated_linear
 
 
 class Linear(nn.Linear):
-    """Apply a linear layer."""
+    """Apply a linear layer, with fp8 products if `fastdit.models.use_fp8` chose them."""
+
+    fp8 = False
 
     def forward(self, x: Tensor, passes_on: bool = False) -> Tensor:
         """Return linear(x)."""
-        return F.linear(x, self.weight, _bias_of(self, passes_on))
+        return (fp8_linear if self.fp8 else F.linear)(x, self.weight, _bias_of(self, passes_on))
 
 
-class ModulatedLinear(nn.Linear):
+class ModulatedLinear(Linear):
     """Apply a linear layer to a modulated LayerNorm: see `fastdit.kernels.modulated_linear`."""
 
     def __init__(self, *sizes: int, keep_x: bool = False, device: torch.device | None = None) -> None:
@@ -42,11 +44,11 @@ class ModulatedLinear(nn.Linear):
         x and y are (B, N, width), and the vectors (B, width). y and gate are None for no branch. y_bias gets its
         gradient here: see `fastdit.kernels.modulated_linear`.
         """
-        bias = _bias_of(self, passes_on)
-        return modulated_linear(x, y, gate, scale, shift, self.weight, bias, keep_x=self.keep_x, y_bias=y_bias)
+        bias, options = _bias_of(self, passes_on), {"keep_x": self.keep_x, "y_bias": y_bias, "fp8": self.fp8}
+        return modulated_linear(x, y, gate, scale, shift, self.weight, bias, **options)
 
 
-class GeluLinear(nn.Linear):
+class GeluLinear(Linear):
     """Apply a linear layer to a GELU: see `fastdit.kernels.gelu_linear`."""
 
     def forward(self, u: Tensor, input_bias: Tensor | None = None, passes_on: bool = False) -> Tensor:
@@ -54,7 +56,7 @@ class GeluLinear(nn.Linear):
 
         input_bias gets its gradient here: see `fastdit.kernels.gelu_linear`.
         """
-        return gelu_linear(u, self.weight, _bias_of(self, passes_on), input_bias=input_bias)
+        return gelu_linear(u, self.weight, _bias_of(self, passes_on), input_bias=input_bias, fp8=self.fp8)
 
 
 def _bias_of(layer: nn.Linear, passes_on: bool) -> Tensor:

@@ -26,7 +26,7 @@ class DeepSpeedConfig:
         batch: global batch, in samples.
         micro_batch: samples of one rank's forward pass.
         accumulation: micro-batches that a rank accumulates in a step.
-        precision: bf16 or fp32.
+        precision: dtype of weights and activations, bf16 or fp32. It is bf16 where the setting is fp8.
         stage: ZeRO stage.
         clip: gradient norm to which the optimizer clips; 0 is off. None leaves norm and clipping to DeepSpeed.
     """
@@ -192,9 +192,10 @@ def _solve(batch, micro, accumulation, world) -> tuple[int, int, int]:
 
 def _precision(path: str, bf16: bool | str, setting: str, on_gpu: bool) -> str:
     """Return bf16 or fp32, from `bf16.enabled` of the file and the setting. Raises UserError if they contradict."""
+    asked = "bf16" if setting == "fp8" else setting
     if bf16 == "auto":
-        return setting if setting != "auto" else ("bf16" if on_gpu else "fp32")
+        return asked if asked != "auto" else ("bf16" if on_gpu else "fp32")
     precision = "bf16" if bf16 else "fp32"
-    if setting not in ("auto", precision):
+    if asked not in ("auto", precision):
         raise UserError(f"{path}: bf16.enabled is {str(bf16).lower()}, but --precision is {setting}; change one")
     return precision

@@ -48,6 +48,8 @@ class Session:
         self.runtime = runtime
 
         # Complete the settings by the DeepSpeed file and the data.
+        if config.precision == "fp8":
+            _check_fp8(runtime.device)
         settings = make_deepspeed_config(config, runtime.world, runtime.device.type == "cuda")
         if config.cuda_graphs:
             cuda_graphs.check(settings, runtime.device)
@@ -152,11 +154,18 @@ class Session:
         )
         return (
             f"{config.method} on {source}, {shape.classes} classes\n"
-            f"{self.parameters / 1e6:.1f} M parameters, {settings.precision}, {self.process.name}; "
+            f"{self.parameters / 1e6:.1f} M parameters, {self._arithmetic()}, {self.process.name}; "
             f"{self.attention}; {describe_native(runtime.device)}; {optimizer}\n"
             f"{versions()['device']}, ZeRO-{settings.stage}, batch {batch}\n"
             f"steps {self.first_step} to {config.steps} into {self.run.folder}"
         )
+
+    def _arithmetic(self) -> str:
+        """Return a description of the run's arithmetic."""
+        if self.config.precision != "fp8":
+            return self.run.deepspeed.precision
+        slow = " (computed in fp32 on this CPU, slowly)" if self.runtime.device.type == "cpu" else ""
+        return f"fp8 products in blocks{slow}, else bf16"
 
     def ema_network(self) -> nn.Module:
         """Return the sampled network with the EMA weights: unsharded, in eval mode, on the device. A collective."""
@@ -202,6 +211,18 @@ def make_optimizer(
     if device.type != "cuda" or offload.get("device", "none") != "none":
         raise UserError("optimizer: apex works on GPUs only, without offload_optimizer; take --optimizer fastdit")
     return optimizer
+
+
+def _check_fp8(device: torch.device) -> None:
+    """Raise UserError if the device has no fp8 products with a scale for each row. A CPU computes them in fp32."""
+    if device.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 9:
+        raise UserError(
+            f"precision: fp8 needs a GPU of compute capability 9.0 (Hopper) or later, and {device} has "
+            f"{major}.{minor}; take --precision bf16"
+        )
 
 
 def _attention(backend: str, device: torch.device, precision: str, network: nn.Module) -> str:
