@@ -86,6 +86,7 @@ def test_any_sufficient_part_of_the_batch_gives_the_rest(agree, batch, micro, ac
             ["bf16.enabled is true", "--precision is fp32"],
         ),
         ({"bf16": {"enabled": False}}, {"batch": 8, "precision": "bf16"}, ["bf16.enabled is false", "is bf16"]),
+        ({"bf16": {"enabled": False}}, {"batch": 8, "precision": "fp8"}, ["bf16.enabled is false", "is fp8"]),
     ],
 )
 def test_contradictions_name_both_sides(agree, values, settings, words):
@@ -225,6 +226,8 @@ def test_norms_that_deepspeed_cannot_do_without(agree, zero, precision):
         ({}, "auto", False, "fp32"),
         ({}, "fp32", True, "fp32"),
         ({}, "bf16", False, "bf16"),
+        ({}, "fp8", True, "bf16"),
+        ({"bf16": {"enabled": True}}, "fp8", True, "bf16"),
         ({"bf16": {"enabled": False}}, "auto", True, "fp32"),
         ({"bf16": {"enabled": True}}, "auto", False, "bf16"),
         ({"bf16": {"enabled": True}}, "bf16", True, "bf16"),

@@ -346,7 +346,7 @@ def test_fused_quantization_equals_that_of_the_stored_input(norm, rows):
         slack = 2**-8 * stored.flatten(0, 1).double().abs()
         error = (dequantized(got, got_scale) - stored.flatten(0, 1).double()).abs()
         assert (error <= allowed(stored.flatten(0, 1), got_scale) + slack).all()
-        if DEVICE == "cpu" or stored.shape == u.shape:
+        if DEVICE == "cpu":
             assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
             assert torch.equal(got_scale, expected_scale)
 

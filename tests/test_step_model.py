@@ -46,7 +46,7 @@ def test_units_and_bytes_of_the_scenarios():
 
     units = [code.units(Architecture.of("XL")) for code in SCENARIOS]
     chunks = 32 / 64  # the partial sums of the scenarios with chunks of 64 rows
-    assert units[0] - units[1] == pytest.approx(9 - 8 / 16 - 28 / 64)  # bias gradients, less their partial sums
+    assert units[0] - units[1] == pytest.approx(9 - 8 / 32 - 28 / 64)  # bias gradients, less their partial sums
     assert units[1] - units[2] == pytest.approx(6)  # the stack of dq, dk and dv
     assert units[3:] == pytest.approx([37 + chunks, 37 + chunks, 41 + chunks])
     assert [code.bytes_a_weight for code in SCENARIOS] == [42, 42, 38, 38, 38, 38]
