@@ -166,10 +166,9 @@ class _ModulatedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dr, dout):
-        *saved, weight = ctx.saved_tensors
+        *saved, y_bias, weight = ctx.saved_tensors
         need_weight, need_bias, need_y_bias = ctx.needs_input_grad[6:9]
-        if not need_y_bias:
-            saved[-1] = None
+        saved = *saved, y_bias if need_y_bias else None
         dh = None if dout is None else _input_gradient(dout, weight, ctx.fp8).to(saved[0].dtype)
         need_h = need_weight and dout is not None
         *gradients, h, dy_bias = adaln_gradients(dr, dh, *saved, *ctx.options, need_h, ctx.implementation)
