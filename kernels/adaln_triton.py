@@ -20,6 +20,7 @@ from .column_sums import column_sums
 from .fp8 import quantized
 
 MAX_WIDTH = 8192  # a program holds whole rows in registers
+PREFETCHED = 90 * 1024  # bytes of shared memory; a block has 99 KiB on GPUs of compute capability 8.6 and 8.9
 
 
 @triton.jit
@@ -241,16 +242,20 @@ def forward_options(width: int, fp8: bool = False) -> dict[str, int]:
 
 
 @lru_cache
-def backward_options(width: int, tokens: int) -> dict[str, int]:
+def backward_options(width: int, tokens: int, itemsizes: int = 8) -> dict[str, int]:
     """Return the backward kernel's launch options: a program sums over 1/8 of a sample's tokens, from 8 to 64.
 
     A thread holds 8 values of a row, which are 16 bytes of bf16. With 128 registers a thread, 16 warps fit on a
-    multiprocessor, and 3 stages prefetch two rows into shared memory. On an H200 this makes the kernel 1.1 to 1.2 times
-    as fast as tiles of 2 rows without prefetch, and is the fastest of 18 choices for S, B and XL.
+    multiprocessor, and 3 stages prefetch two rows into shared memory, unless they need more than every GPU has. On an
+    H200 this makes the kernel 1.1 to 1.2 times as fast as tiles of 2 rows without prefetch, and is the fastest of 18
+    choices for S, B and XL.
+
+    itemsizes: bytes that a program loads for each place of a row, of all matrices.
     """
     block, chunk = triton.next_power_of_2(width), min(max(triton.next_power_of_2(tokens) // 8, 8), 64)
+    stages = 3 if 2 * block * itemsizes <= PREFETCHED else 1
     options = {"BLOCK": block, "TILE": 1, "num_warps": _warps(block, values=8)}
-    return options | {"CHUNK": chunk, "STAGES": 3, "maxnreg": 128}
+    return options | {"CHUNK": chunk, "STAGES": stages, "maxnreg": 128}
 
 
 def _warps(block: int, values: int) -> int:
@@ -287,9 +292,12 @@ def backward(
     upstream = dr if dh is None else dh
     batch, tokens, width = upstream.shape
     all_tokens = tokens if dx is None else dx.shape[1]
-    options = options or backward_options(width, tokens)
-    chunks = -(-tokens // options["CHUNK"])
     count = 3 if dy_bias is None else 4
+    # With four sums, the kernel loads a sample's shift anew for each row.
+    by_row = [dr, dh, residual, y, *(v for v in (gate, scale, shift) if v is not None and v.dim() == 3)]
+    loaded = [x for x in (*by_row, shift if count == 4 else None) if x is not None]
+    options = options or backward_options(width, tokens, sum(x.element_size() for x in loaded))
+    chunks = -(-tokens // options["CHUNK"])
     partials = upstream.new_empty(batch, chunks, count, width, dtype=torch.float32)
     matrices = map(_matrix, (dr, dh, residual, y, gate, scale, shift))
     _adaln_backward_kernel[(batch * chunks,)](

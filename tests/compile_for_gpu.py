@@ -2,7 +2,8 @@
 
 The interpreter runs code that the compiler refuses. Here public functions are called with CPU tensors, forward and
 backward, while each launch only compiles (benchmarks/compile_only.py). The program prints one line for each compiled
-kernel: its module and name, the registers of a thread, and the bytes of local memory, which are spilled registers.
+kernel: the function below that calls it, its module and name, the registers of a thread, the bytes of a block's shared
+memory, and the bytes of local memory, which are spilled registers.
 """
 
 import sys
@@ -34,7 +35,7 @@ def print_once(name, kernel):
     if kernel.hash not in seen:
         seen.add(kernel.hash)
         needs = resources(kernel)
-        print(*name.split("."), needs.registers, needs.spilled)
+        print(operation.__name__, *name.split("."), needs.registers, needs.shared, needs.spilled)
 
 
 def leaf(*shape, dtype=torch.bfloat16):
@@ -52,6 +53,17 @@ def adaln():
             {"y_bias": y_bias}, {"y_bias": y_bias, "keep_x": True}, {"y_bias": y_bias, "rows": rows},
         ):  # fmt: skip
             r, out = modulated_linear(x, y, gate, scale, shift, weight, implementation="triton", **choices)
+            (r.sum() + out.sum()).backward()
+
+
+def wide_adaln():
+    """fp32 up to the largest width, with vectors per sample and per token: the most that a program holds of a row."""
+    for width in (2048, 4104, 8192):
+        shape, y_bias = (2, 12, width), leaf(width, dtype=torch.float32)
+        x, y, weight = leaf(*shape, dtype=torch.float32), leaf(*shape, dtype=torch.float32), leaf(8, width)
+        for vectors in ((2, width), shape):
+            gate, scale, shift = (leaf(*vectors, dtype=torch.float32) for _ in range(3))
+            r, out = modulated_linear(x, y, gate, scale, shift, weight.float(), y_bias=y_bias, implementation="triton")
             (r.sum() + out.sum()).backward()
 
 
@@ -128,5 +140,5 @@ def rotary():
 
 if __name__ == "__main__":
     with compile_only(print_once):
-        for operation in (adaln, gelu, qkv, fp8, structure, prototypes, tokens, denoise, rotary):
+        for operation in (adaln, wide_adaln, gelu, qkv, fp8, structure, prototypes, tokens, denoise, rotary):
             operation()
