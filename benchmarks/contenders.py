@@ -44,13 +44,14 @@ class Engine(Contender):
     """Train as fastdit does: a `Session`, and the steps of `fastdit.training.loop.train`."""
 
     def __init__(self, config: Config, runtime: Runtime, watch: Stopwatch):
+        """Build the session. `config.cuda_graphs` is True or False, so that the parts of a step are known."""
         super().__init__(watch)
         # Every step measured has all parts of the method, although a run's first steps may not.
         config = replace(config, sadm=replace(config.sadm, start=0.0))
         silent = _Silent(runtime.rank, runtime.world, runtime.local_rank, runtime.device, runtime.hosts)
         self.session = Session(config, silent)
         self.run, self.done = self.session.run, 0
-        graphs = ", CUDA graphs" if config.cuda_graphs else ""
+        graphs = f", {self.session.graphs}" if self.session.graphs else ""
         fp8 = ", fp8 products" if config.precision == "fp8" else ""
         self.ran = f"ZeRO-{self.run.deepspeed.stage}, {self.session.attention}{fp8}{graphs}"
         self.flops = self.run.method.flops(self.run.engine.module)

@@ -279,6 +279,7 @@ def _config(args, dotted: list[str]) -> Config:
         "data.size": args.size,
         "data.channels": args.channels,
         "ds_config": f"zero{args.zero}",
+        "cuda_graphs": "false",
         **{name: getattr(args, name) for name in ("method", "batch", "precision", "device", "threads")},
     }
     if classes:

@@ -250,7 +250,8 @@ class _RunConfig:
         label_drop: probability of training a sample without its label (classifier-free guidance).
         seed: seed of weights, data order and noise.
         cuda_graphs: replay the networks' passes as CUDA graphs. This helps when launching the kernels takes longer than
-            running them, with small networks or batches. ZeRO-3 and accumulation exclude it.
+            running them, with small networks or batches. ZeRO-3 and accumulation exclude it. auto: on a GPU, for
+            networks of up to 200 million parameters.
         threads: CPU threads per rank; 0 shares the cores evenly.
         log_every: steps between records; scalars leave the device only then.
         save_every: steps between checkpoints; the last step always has one.
@@ -286,7 +287,7 @@ class _RunConfig:
     grad_clip: float | None = None
     label_drop: float = 0.1
     seed: int = 0
-    cuda_graphs: bool = False
+    cuda_graphs: bool | Literal["auto"] = "auto"
     threads: int = 0
     log_every: int = 50
     save_every: int = 10_000

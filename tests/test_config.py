@@ -316,7 +316,7 @@ def test_help_fits_two_screens_and_leads_to_the_rest(capsys, monkeypatch):
 def test_help_of_a_group(capsys):
     assert "--noise.flow.mean (default: 0.0)" in shown_help(capsys, "--help", "noise.flow")
     assert "--noise.edm" not in shown_help(capsys, "--help", "noise.flow")
-    assert "--precision {auto,bf16,fp32} (default: auto)" in shown_help(capsys, "--help", "run")
+    assert "--precision {auto,bf16,fp8,fp32} (default: auto)" in shown_help(capsys, "--help", "run")
     with pytest.raises(UserError, match=r"^--help nois: no such group; choose one of all, run, data"):
         parse(["--help", "nois"])
 

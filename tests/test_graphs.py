@@ -132,6 +132,51 @@ def test_where_graphs_cannot_serve(device, changes, words):
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("choice", "device", "changes", "parameters", "wanted"),
+    [
+        ("auto", "cuda", {}, 200_000_000, True),
+        ("auto", "cuda", {}, 200_000_001, False),
+        (True, "cuda", {}, 200_000_001, True),
+        (False, "cuda", {}, 1, False),
+        ("auto", "cpu", {}, 1, False),
+        ("auto", "cuda", {"stage": 3}, 1, False),
+        ("auto", "cuda", {"accumulation": 2}, 1, False),
+    ],
+)
+def test_where_graphs_are_wanted(choice, device, changes, parameters, wanted):
+    plan = SimpleNamespace(**{"stage": 1, "accumulation": 1} | changes)
+    assert cuda_graphs.wanted(choice, plan, torch.device(device), parameters) is wanted
+
+
+def test_a_failed_capture_ends_a_run_only_if_graphs_were_asked_for(monkeypatch):
+    """A capture that runs out of memory may be reported by the error that ends it."""
+    network = DiT(input_size=8, patch=4, channels=1, width=32, depth=1, heads=2, classes=3)
+    samples = torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.int64)
+
+    def fail_with(error, cause):
+        def make(*args, **options):
+            try:
+                raise cause or error
+            finally:
+                if cause:
+                    raise error
+
+        monkeypatch.setattr(torch.cuda, "make_graphed_callables", make)
+
+    memory = torch.OutOfMemoryError("CUDA out of memory.")
+    for error, cause, words in (
+        (memory, None, "not enough memory"),
+        (RuntimeError("capture ended"), memory, "not enough memory"),
+        (RuntimeError("an operation cannot be captured\nand more"), None, "an operation cannot be captured)"),
+    ):
+        fail_with(error, cause)
+        assert words in cuda_graphs.record_all([(network, samples)], required=False)
+        with pytest.raises(UserError if words == "not enough memory" else RuntimeError):
+            cuda_graphs.record_all([(network, samples)], required=True)
+    assert network(*samples).shape == (2, 1, 8, 8)  # it runs as before
+
+
 def test_a_run_without_a_gpu_says_so_in_one_line(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has one")

@@ -12,7 +12,8 @@ A replay overwrites the outputs of the replay before. A network must therefore h
 must have been used, before it is called again. A step calls each network of `Denoising.graphed` once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from torch.func import functional_call
 
 from fastdit.errors import UserError
 from fastdit.training.deepspeed_config import DeepSpeedConfig
+
+AUTO_PARAMETERS = 200_000_000  # a step of DiT-B/2 at batch 256 gains 3 % from graphs on an H200, and of S/2 30 %
 
 
 def check(settings: DeepSpeedConfig, device: torch.device) -> None:
@@ -33,6 +36,36 @@ def check(settings: DeepSpeedConfig, device: torch.device) -> None:
             f"cuda_graphs: each of the {settings.accumulation} accumulated micro-batches would overwrite the gradients "
             "of the one before; take a micro_batch of the batch's whole share for a rank"
         )
+
+
+def wanted(choice: bool | Literal["auto"], settings: DeepSpeedConfig, device: torch.device, parameters: int) -> bool:
+    """Return whether to record graphs. auto does where `check` allows it, for up to AUTO_PARAMETERS parameters."""
+    if choice == "auto":
+        allowed = device.type == "cuda" and settings.stage < 3 and settings.accumulation == 1
+        return allowed and parameters <= AUTO_PARAMETERS
+    return choice
+
+
+def record_all(parts: Iterable[tuple[nn.Module, tuple[Tensor, ...]]], required: bool) -> str:
+    """Capture the passes of all `parts`, pairs of a module and samples. Return a description of the outcome.
+
+    Where a capture fails, this part and those after it run without a graph. Raises UserError instead where graphs are
+    `required` and memory is short: a graph keeps the memory of its passes to itself.
+    """
+    try:
+        for part, samples in parts:
+            record(part, samples)
+    except RuntimeError as error:
+        short = isinstance(error, torch.OutOfMemoryError) or isinstance(error.__context__, torch.OutOfMemoryError)
+        if required and not short:
+            raise
+        if required:
+            raise UserError(
+                "cuda_graphs: not enough memory, since a graph keeps that of its passes to itself; take a smaller "
+                "batch, or --cuda_graphs false"
+            ) from None
+        return f"no CUDA graphs ({'not enough memory' if short else str(error).splitlines()[0]})"
+    return "CUDA graphs"
 
 
 def record(module: nn.Module, samples: tuple[Tensor, ...]) -> None:

@@ -39,6 +39,7 @@ class Session:
         decoder: the decoder of latents on the device, or None.
         parameters: the number of parameters.
         attention: a description of the attention backend.
+        graphs: a description of the CUDA graphs, empty where none were wanted.
         run: the run that the loop trains.
         first_step: the number of finished steps.
     """
@@ -51,7 +52,7 @@ class Session:
         if config.precision == "fp8":
             _check_fp8(runtime.device)
         settings = make_deepspeed_config(config, runtime.world, runtime.device.type == "cuda")
-        if config.cuda_graphs:
+        if config.cuda_graphs is True:
             cuda_graphs.check(settings, runtime.device)
         for kind in methods_of(config.method):
             kind.check_batch(settings.micro_batch * runtime.world)
@@ -81,9 +82,11 @@ class Session:
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings.merged)
         shorten_step_on_one_rank(engine, optimizer.update if config.optimizer == "fastdit" else None)
         method.to(runtime.device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
-        if config.cuda_graphs:  # before the loader's threads start, since no thread may allocate during a capture
-            for part, samples in method.graphed(engine.module, settings.micro_batch):
-                cuda_graphs.record(part, samples)
+        # Record before the loader's threads start, since no thread may allocate during a capture.
+        self.graphs = ""
+        if cuda_graphs.wanted(config.cuda_graphs, settings, runtime.device, self.parameters):
+            parts = method.graphed(engine.module, settings.micro_batch)
+            self.graphs = cuda_graphs.record_all(parts, required=config.cuda_graphs is True)
 
         # Open the data, seed the random numbers, and assemble the run.
         loader = run_parts.build_loader(
@@ -155,7 +158,7 @@ class Session:
         return (
             f"{config.method} on {source}, {shape.classes} classes\n"
             f"{self.parameters / 1e6:.1f} M parameters, {self._arithmetic()}, {self.process.name}; "
-            f"{self.attention}; {describe_native(runtime.device)}; {optimizer}\n"
+            f"{'; '.join(filter(None, (self.attention, self.graphs, describe_native(runtime.device), optimizer)))}\n"
             f"{versions()['device']}, ZeRO-{settings.stage}, batch {batch}\n"
             f"steps {self.first_step} to {config.steps} into {self.run.folder}"
         )
