@@ -16,6 +16,7 @@ kernels in its interpreter, and shows only that every piece works.
 import gc
 import itertools
 import os
+import re
 import shlex
 import time
 from collections import Counter
@@ -361,7 +362,8 @@ def rates_lines(lines: list[dict]) -> list[str]:
     if others := [line for line in good if not line["size"]]:
         text += [*records.aligned([("any size", "ms, rate"), *((_title(line), _cell(line)) for line in others)]), ""]
     if profiled := [line for line in good if line.get("kernel") and "attention" in line["operation"]]:
-        text += [*records.aligned([("kernels that ran", ""), *((x["piece"], x["kernel"]) for x in profiled)]), ""]
+        names = [(x["piece"], _short(x["kernel"])) for x in profiled]
+        text += [*records.aligned([("kernel that took longest", ""), *names]), ""]
     if failed := [line for line in measured.values() if "failed" in line]:
         text += records.aligned([("failed", ""), *((line["piece"], line["failed"][:200]) for line in failed)])
     return text
@@ -370,6 +372,11 @@ def rates_lines(lines: list[dict]) -> list[str]:
 RATES = records.Section(
     COMMAND, ("<!-- rates: begin -->\n", "<!-- rates: end -->\n"), lambda record: rates_lines(record["rows"])
 )
+
+
+def _short(kernels: str) -> str:
+    """Return the first of the kernels' names, without its template's arguments. The record has all of them."""
+    return re.split(r"[<(]", kernels.removeprefix("void ").partition(" + ")[0])[0][:90]
 
 
 def _title(line: dict) -> str:

@@ -153,7 +153,7 @@ def _steps(steps: list[dict]) -> list[str]:
               "MFU, datasheet", "MFU, GEMM", "peak MiB", "held MiB", *host)]  # fmt: skip
     for row in steps:
         if row["ms_p50"] is None:
-            cells.append((row["contender"], row["ran"], *[""] * (8 + len(host))))
+            cells.append((row["contender"], row["ran"][:100], *[""] * (8 + len(host))))
             continue
         sheet = row["mfu_datasheet"]
         cells.append((
