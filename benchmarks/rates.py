@@ -5,8 +5,8 @@
 
 The most telling pieces come first: the two ceilings (the rates of a large copy and of a large GEMM), a block's GEMMs
 in bf16 and fp8, attention by backend with the kernels that ran, fastdit's kernels, the optimizer's pass, and PyTorch's
-operators in the step. `--sweep` adds launch options of the adaLN kernels, which takes a minute of compiling for each
-size. `rate_pieces.py` defines the pieces.
+operators in the step. `--sweep` adds launch options of the kernels, which takes minutes of compiling for each size.
+`rate_pieces.py` defines the pieces.
 
 Each measurement is one line of the journal, written at once. A killed run continues: pieces that the journal holds are
 not measured again. A piece that raises is a line with its error. On a CPU the same code runs at tiny shapes, Triton's
@@ -14,7 +14,6 @@ kernels in its interpreter, and shows only that every piece works.
 """
 
 import gc
-import itertools
 import os
 import re
 import shlex
@@ -22,7 +21,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from types import SimpleNamespace
 
 import record as records
 import torch
@@ -180,7 +178,9 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(prog="rates.py", description="Measure GEMMs, attention and kernels at a DiT step's shapes.")
     parser.add_argument("--batch", type=int | None, default=None, help="images; default: 256, in the dry run 2")
     parser.add_argument("--sizes", type=str, default=",".join(SIZES), help="model sizes, with commas between")
-    parser.add_argument("--sweep", type=bool, default=False, nargs="?", const=True, help="adaLN launch options too")
+    parser.add_argument(
+        "--sweep", type=bool, default=False, nargs="?", const=True, help="race launch options of the kernels too"
+    )
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu (a dry run) or cuda")
     parser.add_argument("--journal", type=str | None, default=None, help="append to this file, and continue from it")
     parser.add_argument("--json", type=str | None, default=None, help="write the record")
@@ -228,7 +228,7 @@ def _benchmark(argv: list[str]) -> None:
             runner.take(piece)
         timer.free()
     for s in reversed(shapes) if args.sweep else ():  # the largest model first
-        _sweep(runner, s)
+        _sweep(runner, [*pieces.fused_kernels(s), *fp8_kernels(s)])
         timer.free()
 
     lines = journal.lines
@@ -257,29 +257,11 @@ def _ceilings(runner: Runner, pieces, device_name: str) -> None:
     runner.timer.free()
 
 
-def _sweep(runner: Runner, s) -> None:
-    """Time the launch options that tune_adaln.py races. Each is a piece; a second grid starts from the first's best."""
-    import tune_adaln
-    from rate_pieces import Piece
+def _sweep(runner: Runner, pieces: list) -> None:
+    """Race launch options of the kernels among `pieces`."""
+    import launch_options  # imports Triton, as rate_pieces does
 
-    quick = s.device.type == "cpu"
-    for kind in (tune_adaln.Forward, tune_adaln.Backward):
-        site = kind(SimpleNamespace(batch=s.batch, tokens=s.tokens, quick=quick), s.width, s.device)
-        best = site.default
-        for grid in site.grids:
-            lines = []
-            for options in tune_adaln.choices(best, grid, quick):
-                operation = f"sweep adaLN {kind.__name__.lower()} {tune_adaln.named(options)}"
-                turns = itertools.cycle(range(len(site.sets)))  # the site has made its sets already
-                make = partial(_one_turn, site.run, options, turns)
-                lines.append((runner.take(Piece(operation, make, site.bytes, size=s.size, batch=s.batch)), options))
-            timed = [(line["ms_p50"], options) for line, options in lines if "failed" not in line]
-            best = min(timed, key=lambda pair: pair[0])[1] if timed else best
-
-
-def _one_turn(run: Callable, options: dict[str, int], turns: Iterator[int]) -> Callable[[], object]:
-    """Return a call of a site with these options on its next set of inputs."""
-    return partial(run, options, next(turns))
+    launch_options.race(runner.take, pieces, quick=not runner.timer.gpu)
 
 
 def _device(name: str) -> torch.device:

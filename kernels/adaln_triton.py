@@ -226,7 +226,7 @@ def _adaln_sum_kernel(
         tl.store(dy_sums + b * D + cols, dy_sum, mask=live)
 
 
-# Launch options. benchmarks/tune_adaln.py times others. They change no result except for the order of sums.
+# Launch options. `benchmarks/rates.py --sweep` times others. They change no result except for the order of sums.
 
 
 @lru_cache

@@ -26,6 +26,8 @@ does not: see `fp8.py`.
 The reference implementations save the input. GELU has only the reference on CPUs: a C++ kernel was no faster.
 """
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -282,7 +284,7 @@ def _gelu_fp8_kernel(u, g, g_scale, rows, WIDTH: tl.constexpr, BLOCK: tl.constex
 @triton.jit
 def _gelu_backward_kernel(
     dg, u, du, g, partials, rows, blocks,
-    D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Store du and g = gelu(u) of CHUNK rows by BLOCK columns, which a program owns, TILE rows at a time.
 
@@ -294,7 +296,7 @@ def _gelu_backward_kernel(
     cols = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     live = cols < D
     total = tl.zeros([TILE, BLOCK], tl.float32)
-    for first in tl.range(0, CHUNK, TILE, num_stages=1):
+    for first in tl.range(0, CHUNK, TILE, num_stages=STAGES):
         row = chunk * CHUNK + first + tl.arange(0, TILE)
         at = row[:, None] * D + cols[None, :]
         mask = (row < rows)[:, None] & live[None, :]
@@ -313,8 +315,19 @@ def _gelu_backward_kernel(
 
 
 _BLOCK = 1024  # with 4 warps, a thread holds 8 values, which are 16 bytes of bf16
-_COLUMNS = 512  # of a tile of the backward kernel; they divide the hidden widths of all model sizes
-_CHUNK = 64  # rows that a program sums up: writing and reading the sums adds 1.6 % to the bytes of bf16 gradients
+
+
+@lru_cache
+def gelu_backward_options(width: int, rows: int, sums: bool) -> dict[str, int]:
+    """Return the backward kernel's launch options, with or without column sums.
+
+    A tile has 512 columns, which divide the hidden widths of all model sizes. With sums, a program goes through 64
+    rows: writing and reading the sums adds 1.6 % to the bytes of bf16 gradients. Without, it owns a single tile.
+    """
+    block = min(triton.next_power_of_2(width), 512)
+    tile = _BLOCK // block
+    chunk = max(tile, min(64, triton.next_power_of_2(rows))) if sums else tile
+    return {"BLOCK": block, "TILE": tile, "CHUNK": chunk, "STAGES": 1, "num_warps": 4}
 
 
 @operator("fastdit::gelu")
@@ -353,15 +366,10 @@ def gelu_backward(dg: Tensor, u: Tensor, input_bias: Tensor | None) -> tuple[Ten
     du, g = torch.empty_like(u), torch.empty_like(u)
     width = u.shape[-1]
     rows = u.numel() // width
-    # Without sums, a program owns a single tile.
-    block = min(triton.next_power_of_2(width), _COLUMNS)
-    tile = _BLOCK // block
-    chunk = tile if input_bias is None else max(tile, min(_CHUNK, triton.next_power_of_2(rows)))
-    chunks, blocks = triton.cdiv(rows, chunk), triton.cdiv(width, block)
+    options = gelu_backward_options(width, rows, input_bias is not None)
+    chunks, blocks = triton.cdiv(rows, options["CHUNK"]), triton.cdiv(width, options["BLOCK"])
     partials = None if input_bias is None else u.new_empty(chunks, width, dtype=torch.float32)
-    _gelu_backward_kernel[(chunks * blocks,)](
-        dg, u, du, g, partials, rows, blocks, D=width, BLOCK=block, TILE=tile, CHUNK=chunk
-    )
+    _gelu_backward_kernel[(chunks * blocks,)](dg, u, du, g, partials, rows, blocks, D=width, **options)
     sums = u.new_empty(0) if input_bias is None else torch.empty_like(input_bias)
     if partials is not None:
         column_sums(partials, sums)

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -219,27 +218,3 @@ def test_readme_without_markers_or_a_bad_record_is_one_line(tmp_path):
     (tmp_path / "x.json").write_text('{"rows": []}')
     with pytest.raises(UserError, match=r"x\.json: is no record"):
         write_readme(tmp_path, readme)
-
-
-def test_launch_options_are_raced_and_checked():
-    """In the interpreter: every choice gives the default's results, else the command fails."""
-    flags = ["--quick", "--widths", "24", "--batch", "2", "--tokens", "20"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks/tune_adaln.py", *flags], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("backward, width 24; default: BLOCK=32") == 2
-    assert "STAGES=2" in done.stdout
-    assert " ms " in done.stdout.split("forward, width 24")[1]
-
-
-def test_a_width_that_is_none_is_one_line():
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks/tune_adaln.py", "--quick", "--widths", "24,wide"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert "--widths 24,wide: must be whole numbers" in done.stderr
-    assert "Traceback" not in done.stderr

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,7 +104,45 @@ def test_every_piece_runs_but_those_that_need_a_gpu(measured):
         "S 2 stack of dq, dk and dv", "S 2 attention sdpa forward", "S 2 attention flash forward",
     }  # fmt: skip
     assert gemms | others <= names
-    assert sum("sweep adaLN backward" in name for name in names) >= 3
+    for site in (
+        "adaLN forward",
+        "adaLN backward from r, bias",
+        "GELU backward, bias",
+        "quantize rows of the fc1 gradient",
+    ):
+        assert {f"S 2 sweep {site} TILE={tile}" for tile in (1, 2)} <= names
+
+
+def test_a_choice_of_launch_options_with_other_results_is_an_error(monkeypatch):
+    import launch_options
+    from launch_options import Site, race
+    from rate_pieces import Piece
+
+    module = SimpleNamespace(options=lambda width: {"TILE": 1, "num_warps": 4})
+    seen, measured = [], []
+
+    def run():
+        seen.append(module.options(8))
+        return (torch.ones(3) * (1.5 if seen[-1]["TILE"] == 2 else 1), torch.empty(0))
+
+    def take(piece):
+        try:
+            piece.make()
+        except ValueError as error:
+            return {"failed": str(error)}
+        measured.append(piece.operation)
+        return {"ms_p50": 1.0 if "warps=2" in piece.operation else 2.0}
+
+    grids = {"TILE": (1, 2)}, {"num_warps": (2, 4)}, {"STAGES": (3,)}
+    monkeypatch.setattr(launch_options, "SITES", (Site("a kernel", module, "options", grids),))
+    race(take, [Piece("a kernel", lambda: run, 1), Piece("another", lambda: run, 1)], quick=False)
+    assert measured == [
+        "sweep a kernel TILE=1",
+        "sweep a kernel TILE=1 num_warps=2",
+        "sweep a kernel TILE=1 num_warps=4",
+        "sweep a kernel TILE=1 num_warps=2 STAGES=3",
+    ]
+    assert {"TILE": 2, "num_warps": 4} in seen and module.options(8) == {"TILE": 1, "num_warps": 4}
 
 
 def test_lines_hold_times_and_rates(measured):
