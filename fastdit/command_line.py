@@ -12,6 +12,16 @@ from jsonargparse import ArgumentParser, Namespace
 
 from fastdit.errors import UserError
 
+_TYPES = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "NoneType": "null"}
+
+
+def _any_of(match: re.Match) -> str:
+    """Return the types of a union in words."""
+    types = re.findall(r"typing\.Literal\[[^\]]*\]|[\w.]+(?:\[[^\]]*\])?", match[1])
+    literals = (re.sub(r"typing\.Literal\[(.*)\]", r"\1", name).replace("'", "") for name in types)
+    return f"expected {' or '.join(_TYPES.get(name, name) for name in literals)}, got "
+
+
 # Patterns of jsonargparse's messages, and what replaces them.
 _REWORDED = (
     (r"^unrecognized arguments: (--[^\s=]+).*", r"\1: no such setting"),
@@ -21,7 +31,7 @@ _REWORDED = (
     (r"^argument (\S+): expected one argument", r"\1: expected a value"),
     (r'^"([\w.]+)": ', r"\1: "),
     (r"Unable to load config '(.*?)'.*", r"expected settings as {name: value}, got \1"),
-    (r"Does not validate against any .* Subtypes: \[(.*)\] Errors: .* Given value: ", r"expected one of \1, got "),
+    (r"Does not validate against any .* Subtypes: \[(.*)\] Errors: .* Given value: ", _any_of),
     (r"Expected an? (.*)\. Got value: ", r"expected \1, got "),
     (r"typing\.Literal\[(.*?)\]", r"one of \1"),
     (r"expected tuple( with 2 elements)?", "expected a pair [a, b]"),

@@ -95,8 +95,11 @@ def _long(action: Action, width: int) -> str:
 def _choices(action: Action) -> str:
     """Return the values of a setting that has only a few, as `{a,b} `; "" for any other."""
     hint = getattr(action, "_typehint", None)
-    literals = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
-    return "".join(f"{{{','.join(map(str, get_args(literal)))}}} " for literal in literals)
+    parts = hint, *get_args(hint)
+    values = [str(value) for part in parts if get_origin(part) is Literal for value in get_args(part)]
+    if values and bool in parts:
+        values += ["true", "false"]
+    return f"{{{','.join(values)}}} " if values else ""
 
 
 def _plain(value: object) -> str:

@@ -119,7 +119,7 @@ def plain() -> tuple[Denoising, DiT]:
 @pytest.mark.parametrize(
     ("device", "changes", "words"),
     [
-        ("cpu", {}, ["cuda_graphs", "no GPU", "--device cuda"]),
+        ("cpu", {}, ["cuda_graphs", "no GPU", "leave it out"]),
         ("cuda", {"stage": 3}, ["cuda_graphs", "ZeRO-3", "zero1"]),
         ("cuda", {"accumulation": 2}, ["cuda_graphs", "the 2 accumulated", "micro_batch"]),
     ],

@@ -28,7 +28,7 @@ AUTO_PARAMETERS = 200_000_000  # a step of DiT-B/2 at batch 256 gains 3 % from g
 def check(settings: DeepSpeedConfig, device: torch.device) -> None:
     """Raise UserError if `settings` or `device` rule out CUDA graphs."""
     if device.type != "cuda":
-        raise UserError("cuda_graphs: there is no GPU to record on; leave it out, or train with --device cuda")
+        raise UserError("cuda_graphs: there is no GPU to record on; leave it out")
     if settings.stage == 3:
         raise UserError("cuda_graphs: ZeRO-3 gathers weights to other places each step; take zero1 or zero2")
     if settings.accumulation > 1:
