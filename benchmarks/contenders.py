@@ -114,6 +114,7 @@ def cut_step(run: Run, lap: Callable[[str], None]) -> None:
     cut(run.optimizer, "forget_nonfinite", "rest")
     run.loader = _CutLoader(run.loader, lap)
     cut(run.method, "loss", "forward")
+    cut(run.optimizer, "require_finite", "rest")
     cut(run.engine, "backward", "backward")
     cut(run.engine, "step", "optimizer")
     cut(run, "follow", "followers")

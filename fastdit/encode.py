@@ -14,6 +14,7 @@ from fastdit.command_line import OneLineParser
 from fastdit.commands import encoding
 from fastdit.data import open_source
 from fastdit.errors import UserError, run_command
+from fastdit.files import prepare_folder
 from fastdit.models import open_autoencoder
 
 
@@ -70,6 +71,8 @@ def _encode(argv: list[str]) -> None:
     size = (args.size, args.size) if isinstance(args.size, int) else args.size
     if min(size) < 1 or any(side % autoencoder.factor for side in size):
         raise UserError(f"--size {args.size}: must be a multiple of {autoencoder.factor}, as {args.autoencoder} asks")
+    out = Path(args.out)
+    prepare_folder(out, f"--out {out}")
 
     # Find out which shards this rank has to write.
     settings = encoding.Settings(
@@ -86,7 +89,6 @@ def _encode(argv: list[str]) -> None:
         mirrored=args.mirrored,
         per_shard=args.per_shard,
     )
-    out = Path(args.out)
     device = distributed.choose_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cpu":
         distributed.keep_memory()

@@ -13,6 +13,7 @@ from fastdit.command_line import OneLineParser
 from fastdit.config import EvalConfig
 from fastdit.errors import run_command
 from fastdit.evaluation.open_run import add_run_flags, add_sampler_flags, open_run, settings_of
+from fastdit.files import prepare_folder
 from fastdit.rundir import eval_log
 from fastdit.rundir.run_files import EVALUATIONS
 
@@ -63,8 +64,10 @@ def _evaluate(argv: list[str]) -> None:
     fields = ("n", "data", "n_real", "labels", "features", "weights", "seed")
     settings = EvalConfig(**{field: getattr(args, field) for field in fields})
     config = replace(settings_of(args), eval=settings, device=args.device, threads=args.threads)
-    eval_log.read(Path(args.run))  # raises now, rather than after the evaluation, if the file is damaged
+    run = Path(args.run)
+    eval_log.read(run)  # raises now, rather than after the evaluation, if the file is damaged
     ranks = distributed.start(config)
+    ranks.decide(lambda: prepare_folder(run, f"--run {run}"))
 
     from fastdit import run_parts
     from fastdit.evaluation.evaluator import Evaluator
@@ -78,7 +81,6 @@ def _evaluate(argv: list[str]) -> None:
 
     # Add the figures to the run's files, and print them.
     if record is not None:
-        run = Path(args.run)
         eval_log.append(run, record)
         eval_log.to_board(run, record)
         report = refresh_report(run)

@@ -5,11 +5,10 @@
 
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from fastdit import run_parts
 from fastdit.config import CONFIG_FILE
 from fastdit.errors import UserError, run_command
+from fastdit.files import prepare_file, save_tensors, write_atomically
 from fastdit.models import fold_block_scales, save_official
 from fastdit.parser import OneLineParser, load
 from fastdit.rundir.checkpoint_files import choose, classes_of, sampled_weights
@@ -41,15 +40,17 @@ def _export(argv: list[str]) -> None:
             f"--out {out}: the original DiT's layout has no place for an extra decoder; give a .safetensors file"
         )
 
+    prepare_file(out, f"--out {out}")
+
     # Write the EMA weights.
     checkpoint = choose(run, args.checkpoint)
     weights = fold_block_scales(sampled_weights(checkpoint))
-    out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".safetensors":
-        save_file(weights, out)
+        save_tensors(weights, out)
     else:
         network = run_parts.build_network(config, run_parts.shape_of(config, classes_of(checkpoint)))
-        save_official(weights, out, grid=network.grid)
+        with write_atomically(out) as temporary:
+            save_official(weights, temporary, grid=network.grid)
     print(f"EMA weights of {checkpoint} in {out}")
 
 

@@ -15,6 +15,7 @@ from fastdit.distributed import choose_device
 from fastdit.errors import UserError, run_command
 from fastdit.evaluation import draw_samples
 from fastdit.evaluation.open_run import add_run_flags, add_sampler_flags, open_run, settings_of
+from fastdit.files import prepare_file
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,6 +55,7 @@ def _sample(argv: list[str]) -> None:
 
     # Open the run.
     config, device = settings_of(args), choose_device(args.device)
+    prepare_file(out, f"--out {out}")
     opened = open_run(args, config)
     checkpoint, shape = opened.checkpoint, opened.shape
     decoder = run_parts.build_decoder(config, shape)
@@ -80,7 +82,6 @@ def _sample(argv: list[str]) -> None:
             progress=partial(tqdm, desc="sampling", unit="batch"),
         )
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npz":
         np.savez(out, images=images, labels=labels)
     else:

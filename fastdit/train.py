@@ -3,9 +3,11 @@
 from functools import partial
 from pathlib import Path
 
+from fastdit.config import Config
 from fastdit.errors import UserError, run_command
 from fastdit.parser import parse
 from fastdit.rundir.checkpoint_files import holds_run
+from fastdit.rundir.run_lock import RunLock
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -16,13 +18,15 @@ def main(argv: list[str] | None = None) -> None:
 def _train(argv: list[str]) -> None:
     """Train by the flags `argv`, a new run or a resumed one. Raises UserError."""
     config = parse(argv)
-    if not config.resume and holds_run(Path(config.out)):
-        raise UserError(f"--out {config.out}: already holds a run; go on with --resume, or choose another folder")
+    _refuse_finished(config)
 
     # `start` sets DeepSpeed's accelerator, so it runs before anything that imports DeepSpeed is imported.
     from fastdit import distributed
 
     ranks = distributed.start(config)
+    lock = RunLock(Path(config.out))
+    ranks.decide(lock.acquire)
+    ranks.decide(partial(_refuse_finished, config))  # once more: another run may have come first
     from fastdit.evaluation import evaluator, sample_grids
     from fastdit.training import loop
     from fastdit.training.session import Session
@@ -32,6 +36,13 @@ def _train(argv: list[str]) -> None:
     if loop.train(session.run, session.first_step, partial(sample_grids.write_grid, session), evaluate):
         sample_grids.finish(session)
     session.close()
+    lock.release()
+
+
+def _refuse_finished(config: Config) -> None:
+    """Raise UserError if a new run would write into a folder that holds one."""
+    if not config.resume and holds_run(Path(config.out)):
+        raise UserError(f"--out {config.out}: already holds a run; go on with --resume, or choose another folder")
 
 
 if __name__ == "__main__":

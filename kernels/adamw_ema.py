@@ -26,8 +26,9 @@ class AdamWEMA(torch.optim.Optimizer):
 
     An EMA follows `ema <- decay * ema + (1 - decay) * weight`.
 
-    A step with a NaN or infinite gradient on any rank changes nothing: no weight, moment, EMA or step count. The
-    decision stays on the device. `nonfinite` (0-dim float32) is 1 if any update since `forget_nonfinite` was skipped.
+    A step with a NaN or infinite gradient on any rank, or a loss that `require_finite` was given, changes nothing: no
+    weight, moment, EMA or step count. The decision stays on the device. `nonfinite` (0-dim float32) is 1 if any update
+    since `forget_nonfinite` was skipped.
     ZeRO calls `step` group by group, so one training step may be several updates.
 
     Args:
@@ -78,16 +79,27 @@ class AdamWEMA(torch.optim.Optimizer):
         self.forget_nonfinite()
 
     def forget_nonfinite(self) -> None:
-        """Reset `nonfinite` to zero."""
+        """Reset `nonfinite` to zero, and forget the losses of `require_finite`."""
         # A CPU scalar mixes with tensors on any device without a sync. ZeRO-3's groups are empty between steps, so the
         # parameters' device is not known here.
         self.nonfinite = torch.zeros(())
+        self._losses: Tensor | None = None
+
+    @torch.no_grad()
+    def require_finite(self, loss: Tensor) -> None:
+        """Skip the updates until `forget_nonfinite` if `loss`, a 0-dim tensor, is NaN or infinite on any rank.
+
+        A loss can be infinite although its gradients are finite, such as the square of a large error. Nothing waits for
+        the device.
+        """
+        zero_or_nan = loss * 0
+        self._losses = zero_or_nan if self._losses is None else self._losses + zero_or_nan
 
     @property
     def grad_norm(self) -> Tensor | None:
         """Return the L2 norm of all gradients of the last `step`, before clipping, or None before the first step.
 
-        It is a 0-dim float64 tensor on the gradients' device, and not finite if they were not.
+        It is a 0-dim float64 tensor on the gradients' device, and not finite if they or a required loss were not.
         """
         return None if self._squared_norm is None else self._squared_norm.sqrt()
 
@@ -120,10 +132,12 @@ class AdamWEMA(torch.optim.Optimizer):
     def _check_gradients(self, grads: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Return (skip, grad_scale), each 0-dim float32 on the gradients' device.
 
-        skip is 1 on all ranks if any rank's gradients hold a NaN or infinity. grad_scale is the clipping factor, or
-        None without `max_norm`.
+        skip is 1 on all ranks if any rank's gradients hold a NaN or infinity, or if a required loss is not finite.
+        grad_scale is the clipping factor, or None without `max_norm`.
         """
         of_rank = squared_norm(grads, implementation=self.implementation)
+        if self._losses is not None:  # a NaN then reaches all ranks with the sum below
+            of_rank = of_rank + self._losses.to(of_rank.device)  # elsewhere only if the optimizer is offloaded
         total = _sum_over_ranks(of_rank)
         self._squared_norm = total if self.sharded else of_rank
         skip = (~total.isfinite()).float()

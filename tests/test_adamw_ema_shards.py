@@ -28,6 +28,12 @@ def _sharded_rank(rank, folder):
         assert torch.equal(param, before)
         assert float(optimizer.nonfinite) == 1
         assert not optimizer.grad_norm.isfinite()
+        optimizer.forget_nonfinite()
+        param.grad = grad[mine]
+        optimizer.require_finite(torch.tensor(float("inf") if rank == 1 else 1.0))  # its gradients are finite
+        optimizer.step()
+        assert torch.equal(param, before)
+        assert float(optimizer.nonfinite) == 1
         found[implementation] = before, norm
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -17,8 +17,12 @@ from fastdit.rundir.checkpoint_files import (
     damage,
     manifest,
     newest_good,
+    prune,
+    publish,
+    remedy,
     sampled_weights,
     seal,
+    start_partial,
 )
 
 STATE = "deepspeed/zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -148,3 +152,56 @@ def test_choosing_for_a_command(tmp_path, capsys):
 def test_the_manifest_is_json_that_others_can_read(tmp_path):
     path = write(tmp_path, 20)
     assert json.loads((path / MANIFEST).read_text())["step"] == 20
+
+
+def test_names_that_are_not_ours_are_ignored(tmp_path):
+    for name in ("step-00000abc", "step-0000001", "step-00000003.bak", "step-latest!", "notes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-100000000").mkdir()
+    paths = [write(tmp_path, step) for step in (99999999, 7)]
+    assert checkpoints(tmp_path) == [tmp_path / "step-100000000", *paths]
+    newest = write(tmp_path, 99999999 + 5)
+    prune(newest, 1)
+    assert checkpoints(tmp_path) == [newest, tmp_path / "step-100000000"]
+    assert len(list(tmp_path.iterdir())) == 7
+
+
+def test_pruning_counts_complete_checkpoints_only_and_keeps_the_new_one(tmp_path):
+    """Case R9: an empty folder of a later step does not push out the only good checkpoint."""
+    paths = {step: write(tmp_path, step) for step in (10, 20, 30, 40, 60)}
+    (tmp_path / "step-00000099").mkdir()
+    (paths[30] / STATE).unlink()
+    prune(paths[40], 2)
+    left = [int(path.name[5:]) for path in checkpoints(tmp_path)]
+    assert left == [99, 60, 40, 30, 20], "30 lacks a file, so 20 counts; later ones are left"
+    prune(paths[40], 1)
+    assert [int(path.name[5:]) for path in checkpoints(tmp_path)] == [99, 60, 40, 30]
+    assert damage(paths[40]) is None
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_checkpoint_replaces_one_of_its_name(tmp_path):
+    for old in ("folder", "file"):
+        partial, final = tmp_path / ".step-00000005.partial", tmp_path / "step-00000005"
+        (tmp_path / ".step-00000004.partial").mkdir()
+        start_partial(partial)
+        (partial / "new").write_text(old)
+        if old == "file":
+            final.write_text("not a folder")
+        else:
+            final.mkdir()
+        publish(partial, final)
+        assert (final / "new").read_text() == old
+        assert list(tmp_path.iterdir()) == [final]
+        (final / "new").unlink()
+        final.rmdir()
+
+
+def test_the_remedy_names_a_checkpoint_from_before_the_trouble(tmp_path):
+    paths = {step: write(tmp_path, step) for step in (10, 20, 30)}
+    assert remedy(tmp_path, 32).startswith(f"last good checkpoint: {paths[30]}; go on with --resume")
+    assert f"{paths[20]}; remove those after it, then go on" in remedy(tmp_path, 31), "step 31 failed with 30's weights"
+    flip(paths[20] / STATE)
+    assert f"{paths[10]}; remove those after it" in remedy(tmp_path, 25)
+    assert remedy(tmp_path, 11).startswith("no checkpoint is from before; start a new run")
+    assert remedy(tmp_path / "nowhere", 5).startswith("no checkpoint is from before")

@@ -1,12 +1,16 @@
 """Files are whole or absent, whatever interrupts their writer, and checksums are those of hashlib."""
 
 import hashlib
+import os
 import threading
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from fastdit.files import sha256_of, write_atomically
+from fastdit.errors import UserError
+from fastdit.files import prepare_file, prepare_folder, save_tensors, sha256_of, write_atomically
 
 
 @pytest.mark.parametrize("many_writers", [False, True])
@@ -84,3 +88,30 @@ def test_sha256_of_files_one_after_the_other(tmp_path):
     assert sha256_of(*paths) == hashlib.sha256(b"".join(contents)).hexdigest()
     with pytest.raises(FileNotFoundError):
         sha256_of(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_tensors_are_written_with_the_users_umask(tmp_path, mask, mode):
+    path, before = tmp_path / "a.safetensors", os.umask(mask)
+    try:
+        save_tensors({"x": torch.arange(3.0)}, path, metadata={"a": "b"})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode
+    assert torch.equal(load_file(path)["x"], torch.arange(3.0))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_made_and_nothing_is_left_in_it(tmp_path):
+    prepare_file(tmp_path / "a" / "b" / "c.pt", "--out c.pt")
+    prepare_folder(tmp_path / "a" / "b", "--out b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_places_that_cannot_be_written_are_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "x", Path("/proc/nope/x")):
+        with pytest.raises(UserError, match=r"--out y: cannot write into .* \(.*\); choose another place"):
+            prepare_folder(folder, "--out y")
+    with pytest.raises(UserError, match="--out y: is a folder; name a file"):
+        prepare_file(tmp_path, "--out y")

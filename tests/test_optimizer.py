@@ -123,6 +123,30 @@ def test_a_bad_gradient_changes_nothing_and_the_next_step_goes_on(implementation
     assert optimizer.nonfinite.dtype == torch.float32
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_loss_with_good_gradients_changes_nothing(implementation, bad):
+    struck, calm = parameters(), parameters()
+    optimizer = AdamWEMA(groups(struck), **RULES, emas=EMAS, max_norm=1.0, implementation=implementation)
+    unstruck = AdamWEMA(groups(calm), **RULES, emas=EMAS, max_norm=1.0, implementation=implementation)
+    for step in range(2):
+        optimizer.require_finite(torch.tensor(3e38))
+        run(optimizer, struck, [step])
+        run(unstruck, calm, [step])
+    assert optimizer.nonfinite.item() == 0
+
+    for loss in (1.0, bad, 2.0):  # three micro-batches of one step
+        optimizer.require_finite(torch.tensor(loss, requires_grad=True))
+    run(optimizer, struck, [99])
+    assert optimizer.nonfinite.item() == 1
+    assert all(torch.equal(a, b) for a, b in zip(state_of(optimizer, struck), state_of(unstruck, calm)))
+
+    optimizer.forget_nonfinite()
+    run(optimizer, struck, [5])
+    run(unstruck, calm, [5])
+    assert optimizer.nonfinite.item() == 0
+    assert all(torch.equal(a, b) for a, b in zip(state_of(optimizer, struck), state_of(unstruck, calm)))
+
+
 def test_huge_but_finite_gradients_are_no_failure(implementation):
     params = parameters()
     optimizer = AdamWEMA(params, **RULES, implementation=implementation)

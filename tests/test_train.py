@@ -170,14 +170,14 @@ def test_losses_that_stay_nonfinite_stop_the_run(tmp_path, stage, precision):
     outcome = forked(*TINY, *flags, "--ds_config", f"zero{stage}", "--precision", precision)
     assert outcome.code == 2
     (error,) = [line for line in outcome.text.splitlines() if line.startswith("error: ")]
-    found = re.match(r"error: step (\d+): loss or gradient not finite.* for (\d+) steps in a row.*: (\S+);", error)
+    found = re.match(r"error: step (\d+): loss or gradient not finite.* for (\d+) steps in a row.*; (.*)", error)
     first, streak = int(found[1]), int(found[2])
     assert 2 <= first <= 3
     assert 4 <= streak <= 9
-    last = Path(found[3])
-    assert last == max((out / "checkpoints").glob("step-*"))
-    assert damage(last) is None
-    assert all(value.isfinite().all() for value in averages(out, int(last.name[5:])).values())
+    assert "no checkpoint is from before; start a new run with a lower --lr" in error
+    for saved in (out / "checkpoints").glob("step-*"):
+        assert damage(saved) is None
+        assert all(value.isfinite().all() for value in averages(out, int(saved.name[5:])).values())
     assert "Traceback" not in outcome.text
 
 
@@ -188,7 +188,7 @@ def test_a_run_that_never_sees_a_finite_loss_stops(tmp_path, stage):
     outcome = forked(*flags, "--steps", 9, "--out", out)
     assert outcome.code == 2, outcome.text
     assert "error: step 1: loss or gradient not finite" in outcome.text
-    assert f"last checkpoint: {checkpoint(out, 2)}" in outcome.text
+    assert "no checkpoint is from before" in outcome.text
     assert all(value.isfinite().all() for value in averages(out, 2).values())
     again = forked("--resume", "--out", out)
     assert again.code == 2
@@ -204,7 +204,7 @@ def test_two_ranks_stop_at_a_nonfinite_loss_of_one(tmp_path):
     lines = metrics(tmp_path / "run")
     (error,) = [line for line in outcome.text.splitlines() if line.startswith("error: ")]
     assert f"error: step {len(lines)}: loss or gradient not finite" in error
-    assert "last checkpoint: none" in error
+    assert "no checkpoint is from before" in error
     assert [line["loss"] is None for line in lines] == [False] * (len(lines) - 1) + [True]
     assert "Traceback" not in outcome.text, outcome.text
 

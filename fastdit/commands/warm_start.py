@@ -19,6 +19,7 @@ from fastdit import distributed, run_parts
 from fastdit.command_line import OneLineParser
 from fastdit.config import Config, DataConfig, ModelConfig
 from fastdit.errors import UserError, run_command
+from fastdit.files import prepare_file
 from fastdit.methods.encoder_warm_start import LR, WEIGHT_DECAY, WINDOW, Diverged, warm_start_encoder
 from fastdit.models.structure_encoders import LatentResNet, save_structure_encoder
 from fastdit.parser import parse, presets
@@ -63,7 +64,7 @@ def _warm_start(argv: list[str]) -> None:
     shared = ("steps", "batch", "lr", "weight_decay", "seed", "device", "data")
     config = Config(model=ModelConfig(patch=1), **{field: getattr(args, field) for field in shared})  # checks ranges
     device = distributed.choose_device(config.device)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    prepare_file(out, f"--out {out}")
 
     # Open the data and build the encoder.
     source = run_parts.open_data(config)

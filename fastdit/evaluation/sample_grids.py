@@ -51,6 +51,7 @@ def finish(session: Session) -> None:
     if session.runtime.first:
         report = write_report(run.folder, figures | _facts(session), versions())
         run.say(_farewell(session, report, figures))
+        run.say(run.describe_skipped(run.config.steps))
         if diverged(read_metrics(run.folder)):
             run.say("warning: the last loss is not finite, so the weights are of no use; train again with a lower --lr")
     session.runtime.barrier()
@@ -111,7 +112,8 @@ def _facts(session: Session) -> dict[str, str]:
     return {
         "method": f"{config.method}, noise {session.process.name}, {session.parameters / 1e6:.1f} M parameters",
         "data": f"{session.source.n:,} samples of {session.source.path}",
-        "trained": f"{config.steps:,} steps of {run.deepspeed.batch} in {run.seconds:.0f} s",
+        "trained": f"{config.steps:,} steps of {run.deepspeed.batch} in {run.seconds:.0f} s; "
+        + run.describe_skipped(config.steps),
         "last loss": f"{last['loss']:.4f}" if last.get("loss") is not None else "none",
         "speed": f"{last['images_per_sec']:.0f} images/s at the end" if last else "none",
         "sampled with": f"{sampler}, guidance {settings.guidance:g}, EMA {config.ema.kind}, seed 0",

@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from fastdit.errors import UserError
-from fastdit.files import write_atomically
+from fastdit.files import save_tensors
 
 from .pretrained import misfit
 
@@ -174,8 +173,7 @@ def _halved(x: Tensor) -> Tensor:
 def save_structure_encoder(module: LatentResNet, path: str | Path) -> None:
     """Write the weights as safetensors, with `module.settings()` in the header. The file appears once complete."""
     state = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-    with write_atomically(Path(path)) as temporary:
-        save_file(state, temporary, metadata=module.settings())
+    save_tensors(state, Path(path), metadata=module.settings())
 
 
 def load_structure_encoder(module: LatentResNet, path: str | Path) -> None:

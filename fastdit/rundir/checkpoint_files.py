@@ -14,6 +14,8 @@ All ranks must see one file system.
 
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -27,11 +29,79 @@ from fastdit.rundir.run_files import CHECKPOINTS, METRICS
 
 EMA_FILE = "ema.safetensors"
 MANIFEST = "manifest.json"
+NAME = r"step-\d{8,}"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the finished checkpoints in `folder`, newest step first."""
-    return sorted(folder.glob("step-????????"), reverse=True)
+    """Return the finished checkpoints in `folder`, newest step first. Other names are ignored."""
+    return sorted((path for path in folder.glob("step-*") if re.fullmatch(NAME, path.name)), key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Return whether a checkpoint has a manifest and every file in it. `damage` also reads the files."""
+    try:
+        return all((checkpoint / name).is_file() for name in json.loads((checkpoint / MANIFEST).read_text())["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def start_partial(partial: Path) -> None:
+    """Make the hidden folder that a checkpoint is written into, and remove those that a crash left behind."""
+    for unfinished in partial.parent.glob(".step-*.partial"):
+        shutil.rmtree(unfinished)
+    partial.mkdir(parents=True)
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a sealed checkpoint its name. One that has this name is moved aside first, and removed afterwards."""
+    replaced = _hide(final) if final.exists() else None
+    partial.rename(final)
+    sync(final.parent)
+    if replaced:
+        _remove(replaced)
+
+
+def prune(newest: Path, keep: int) -> None:
+    """Remove all but `keep` complete checkpoints: `newest`, which was just written, and those before it.
+
+    What is not complete is neither counted nor removed. Later steps are left too: a resumed run passes over them only
+    if they are damaged, and then writes them again.
+    """
+    earlier = [path for path in checkpoints(newest.parent) if step_of(path) < step_of(newest) and is_complete(path)]
+    for path in earlier[keep - 1 :]:
+        _remove(_hide(path))
+
+
+def _hide(path: Path) -> Path:
+    """Rename a checkpoint, so that a crash while it is removed leaves no half of it under its name."""
+    return path.rename(path.with_name(f".{path.name}.replaced.partial"))
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or a file that somebody put in its place."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def remedy(folder: Path, first_bad: int) -> str:
+    """Return what to do when training step `first_bad`, counted from 1, was the first to go wrong.
+
+    It recommends the newest undamaged checkpoint whose weights took one more step well, if there is one. The weights of
+    step `first_bad` - 1 did not: with them, the loss or its gradients were not finite.
+    """
+    saved = checkpoints(folder)
+    for path in saved:
+        if step_of(path) + 1 < first_bad and damage(path) is None:
+            later = "" if path == saved[0] else "remove those after it, then "
+            return f"last good checkpoint: {path}; {later}go on with --resume and a lower --lr, or check the data"
+    return "no checkpoint is from before; start a new run with a lower --lr, or check the data"
 
 
 def seal(folder: Path, meta: dict) -> None:

@@ -1,6 +1,7 @@
 """Name the files in a run's folder."""
 
 CHECKPOINTS = "checkpoints"
+LOCK = ".lock"  # names the process that trains
 METRICS = "metrics.jsonl"
 VERSIONS = "versions.json"
 GRID = "samples.png"

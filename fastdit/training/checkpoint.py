@@ -1,15 +1,14 @@
 """Save and resume a training run to the bit. `rundir/checkpoint_files.py` makes the files survive a crash."""
 
-import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from fastdit.distributed import Runtime
 from fastdit.errors import UserError
-from fastdit.rundir.checkpoint_files import EMA_FILE, checkpoints, manifest, seal, sync
+from fastdit.files import save_tensors
+from fastdit.rundir.checkpoint_files import EMA_FILE, manifest, prune, publish, seal, start_partial
 from fastdit.training.deepspeed_internals import preserve_clipping
 from fastdit.training.ema import ema_state
 
@@ -27,19 +26,18 @@ def save(
     rank_state: dict,
     method_state: dict,
     meta: dict,
-    keep: int,
+    keep: int | None,
 ) -> Path:
-    """Write the checkpoint of `step` into `folder`, remove all but the `keep` newest, and return the new one's folder.
+    """Write the checkpoint of `step` into `folder`, keep `keep` of those up to it, and return the new one's folder.
 
-    It is a collective. `network` is the part of the engine's module that is sampled. `rank_state` differs between
-    ranks, `method_state` does not. `meta` is what a run that resumes must agree with.
+    It is a collective. With `keep` None, no other checkpoint is removed. `network` is the part of the engine's module
+    that is sampled. `rank_state` differs between ranks, `method_state` does not. `meta` is what a run that resumes must
+    agree with.
     """
     # Make an empty folder under a temporary name.
     final, partial = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
     if runtime.first:
-        for unfinished in folder.glob(".step-*.partial"):  # left by a crash while saving
-            shutil.rmtree(unfinished)
-        partial.mkdir(parents=True)
+        start_partial(partial)
     runtime.barrier()
 
     # Write the state of the engine, of this rank and of the method, and the EMA weights.
@@ -48,7 +46,7 @@ def save(
     weights = ema_state(engine, network, "cpu")
     if runtime.first:
         torch.save(method_state, partial / METHOD_FILE)
-        save_file(weights, partial / EMA_FILE)
+        save_tensors(weights, partial / EMA_FILE)
     del weights
     runtime.barrier()
 
@@ -57,11 +55,9 @@ def save(
         for script in partial.glob("*.py"):  # DeepSpeed copies its converters beside every checkpoint
             script.unlink()
         seal(partial, {"step": step, "world": runtime.world, **meta})
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        sync(folder)
-        for old in checkpoints(folder)[keep:]:
-            shutil.rmtree(old)
+        publish(partial, final)
+        if keep is not None:
+            prune(final, keep)
     runtime.barrier()
     return final
 

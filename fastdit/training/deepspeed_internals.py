@@ -224,6 +224,11 @@ def is_sharded(param: nn.Parameter) -> bool:
     return hasattr(param, "ds_id")
 
 
+def local_part(param: nn.Parameter) -> Tensor:
+    """Return this rank's shard of a parameter that ZeRO-3 shards, and the whole value of any other parameter."""
+    return (param.ds_tensor if is_sharded(param) else param).detach()
+
+
 def gather_states(zero, name: str, needed: Sequence[nn.Parameter], like: Tensor) -> Iterator[Pairs]:
     """Yield the optimizer state `name` of parameters, whole, in the dtype and on the device of `like`. A collective.
 

@@ -19,6 +19,7 @@ from fastdit.training import checkpoint, schedules
 from fastdit.training.deepspeed_config import DeepSpeedConfig
 from fastdit.training.ema import EMA
 from fastdit.training.ema_replicas import EMAReplicas
+from fastdit.training.finite import find_nonfinite
 from fastdit.training.meter import Meter
 
 
@@ -67,7 +68,17 @@ class Run:
             torch.cuda.set_rng_state(state["cuda"], self.runtime.device)
 
     def save(self, step: int) -> Path:
-        """Write the checkpoint of `step` finished steps, a collective. Return its folder."""
+        """Write the checkpoint of `step` finished steps, a collective. Return its folder.
+
+        Raises UserError, and leaves the other checkpoints as they are, if a weight, EMA or moment is not finite.
+        """
+        # Refuse a state that is not finite. The trouble began with the steps that are being skipped, if there are any.
+        method_state, streak = self.method.state_dict(), int(self.meter.streak)
+        if fault := find_nonfinite(self.engine.module, self.optimizer, method_state, self.runtime):
+            remedy = self.remedy(step + 1 - streak)
+            raise UserError(f"step {step}: not finite: {fault}; no checkpoint of this step is kept; {remedy}")
+
+        # While steps are being skipped, no older checkpoint is removed, since it may be the last from before.
         return checkpoint.save(
             self.engine,
             self.sampled_network,
@@ -75,10 +86,14 @@ class Run:
             self.folder / CHECKPOINTS,
             step,
             rank_state=self.state(),
-            method_state=self.method.state_dict(),
+            method_state=method_state,
             meta=self.checkpoint_signature,
-            keep=self.config.keep_checkpoints,
+            keep=None if streak else self.config.keep_checkpoints,
         )
+
+    def remedy(self, first_bad: int) -> str:
+        """Return what to do when step `first_bad`, counted from 1, was the first to go wrong. A collective."""
+        return self.runtime.decide(lambda: checkpoint_files.remedy(self.folder / CHECKPOINTS, first_bad))
 
     @property
     def sampled_network(self) -> torch.nn.Module:
@@ -90,6 +105,10 @@ class Run:
         for replicas in self.ema_replicas:
             if names is None or replicas.name in names:
                 replicas.refresh()
+
+    def describe_skipped(self, step: int) -> str:
+        """Return how many of the first `step` steps were skipped, over all starts of the run."""
+        return f"skipped {int(self.meter.skipped)} of {step:,} steps, whose loss or gradient was not finite"
 
     def say(self, text: str) -> None:
         """Print a line, on rank 0 only."""
@@ -124,7 +143,8 @@ def train(run: Run, first_step: int, draw_samples, evaluate=lambda step: None) -
     `draw_samples(step)` and `evaluate(step)` are called at the intervals of `config`.
 
     Returns True at the end, or False after SIGTERM or Ctrl-C, when it has saved a checkpoint. Raises UserError when
-    `max_nonfinite` steps in a row had a non-finite loss or gradient.
+    `max_nonfinite` steps in a row had a non-finite loss or gradient, or when a weight, EMA or moment to save is not
+    finite.
     """
     config = run.config
     if first_step == 0:
@@ -152,6 +172,7 @@ def train(run: Run, first_step: int, draw_samples, evaluate=lambda step: None) -
         if done % stop_every == 0 and not last and stop.granted():
             path = run.save(done)
             run.say(f"stopped by {stop.name or 'a signal'} after step {done}; saved {path}; go on with --resume")
+            run.say(run.describe_skipped(done))
             return False
     return True
 
@@ -180,6 +201,7 @@ def train_step(run: Run, step: int) -> None:
     for _ in range(run.deepspeed.accumulation):
         x0, y = next(run.loader)
         outcome = run.method.loss(run.engine, x0, y, run.generator)
+        run.optimizer.require_finite(outcome.loss)
         run.engine.backward(outcome.loss)
         run.engine.step()
         meter.add(outcome.terms)
@@ -191,7 +213,7 @@ def train_step(run: Run, step: int) -> None:
 
 
 def _skipped(run: Run) -> torch.Tensor:
-    """Return 1 if the last update was skipped because a gradient is not finite, else 0, as a 0-dim float32 tensor."""
+    """Return 1 if the last update was skipped because a loss or gradient is not finite, else 0, 0-dim float32."""
     if not run.engine.was_step_applied():  # DeepSpeed checked the norm and did not call the optimizer
         return torch.ones(())
     return run.optimizer.nonfinite
@@ -236,9 +258,8 @@ def _record(run: Run, clock: Clock, step: int) -> int:
 
     # End the run if too many steps in a row were skipped.
     if worst >= run.config.max_nonfinite:
-        saved = checkpoint_files.checkpoints(run.folder / CHECKPOINTS)
         raise UserError(
             f"step {first_bad:.0f}: loss or gradient not finite, and so for {worst:.0f} steps in a row (all skipped); "
-            f"last checkpoint: {saved[0] if saved else 'none'}; resume it with a lower --lr, or check the data"
+            f"{run.remedy(int(first_bad))}"
         )
     return max(1, min(run.config.log_every, round(steps / seconds)))

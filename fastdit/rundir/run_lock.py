@@ -1,0 +1,105 @@
+"""Let one run at a time write into a run's folder.
+
+The lock is `flock` on the file `.lock`, which the system releases when the process ends, however it ends. The file
+names the process, for the message to another one.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+import psutil
+
+from fastdit.errors import UserError
+from fastdit.files import prepare_folder
+from fastdit.rundir.run_files import CHECKPOINTS, LOCK
+
+PATIENCE = 5.0  # seconds that a lock without a living owner is waited for
+
+
+class RunLock:
+    """Lock a run's folder until `release` or the end of the process. Only rank 0 takes it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.handle: int | None = None
+
+    def acquire(self) -> None:
+        """Make the folder if it is missing, and lock it.
+
+        Raises UserError if the folder cannot be written, or if another run holds the lock. The lock of a process that
+        has ended is taken over. Children that it leaves may hold it for a moment longer, so it is waited for.
+        """
+        # Check the folders that the run writes into, and open the file.
+        for folder in (self.folder, self.folder / CHECKPOINTS):
+            if folder == self.folder or folder.exists():
+                prepare_folder(folder, f"--out {self.folder}")
+        path = self.folder / LOCK
+        try:
+            self.handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be opened ({error.strerror}); remove it") from None
+
+        # Take the lock, and say whose it is.
+        end = time.monotonic() + PATIENCE
+        while not self._try():
+            owner = self._owner()
+            if _lives(owner) or time.monotonic() > end:
+                os.close(self.handle)
+                who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
+                raise UserError(
+                    f"--out {self.folder}: {who} is training into it; wait for it, stop it, or choose another folder"
+                )
+            time.sleep(0.1)
+        self._write(json.dumps(_this_process()).encode())
+
+    def release(self) -> None:
+        """Unlock the folder."""
+        if self.handle is not None:
+            self._write(b"")
+            os.close(self.handle)
+            self.handle = None
+
+    def _try(self) -> bool:
+        """Return whether the lock could be taken. Where a file system has no `flock`, the owner's life decides."""
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # ENOLCK or EOPNOTSUPP, as on some network file systems
+            return not _lives(self._owner())
+        return True
+
+    def _owner(self) -> dict | None:
+        """Return host, pid and start time of the process that the file names, or None."""
+        try:
+            owner = json.loads(os.pread(self.handle, 4096, 0))
+            return owner if owner.keys() >= {"host", "pid", "started"} else None
+        except (OSError, ValueError, AttributeError):
+            return None
+
+    def _write(self, content: bytes) -> None:
+        """Replace the file's content."""
+        os.ftruncate(self.handle, 0)
+        os.pwrite(self.handle, content, 0)
+
+
+def _this_process() -> dict:
+    """Return what the file says of this process. The start time tells it from a later process with its pid."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+
+
+def _lives(owner: dict | None) -> bool:
+    """Return whether a process lives, as far as this host can know: one on another host counts as living."""
+    if owner is None:
+        return False
+    if owner["host"] != socket.gethostname():
+        return True
+    try:
+        process = psutil.Process(owner["pid"])
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - owner["started"]) < 1
+    except psutil.NoSuchProcess:
+        return False
