@@ -226,3 +226,13 @@ def test_resuming_a_finished_run_changes_nothing(finished, tmp_path):
     forked("--resume", "--out", folder).succeeded()
     assert_same_run(folder, finished, 10)
     assert (folder / "samples.png").read_bytes() == (finished / "samples.png").read_bytes()
+
+
+@pytest.mark.parametrize(("written", "asked"), [("bf16", "fp32"), ("fp32", "bf16")])
+def test_a_checkpoint_of_another_precision_is_one_line(tmp_path, written, asked):
+    """As when a run of a GPU, where `auto` is bf16, is resumed on a CPU."""
+    forked(*TINY, "--precision", written, "--steps", 1, "--out", tmp_path / "run").succeeded()
+    outcome = forked("--resume", "--out", tmp_path / "run", "--steps", 2, "--precision", asked)
+    assert outcome.code == 2
+    assert f"was written in {written}, this run trains in {asked}; add --precision {written}" in outcome.text
+    assert "Traceback" not in outcome.text

@@ -9,7 +9,7 @@ from fastdit.distributed import Runtime
 from fastdit.errors import UserError
 from fastdit.files import save_tensors
 from fastdit.rundir.checkpoint_files import EMA_FILE, manifest, prune, publish, seal, start_partial
-from fastdit.training.deepspeed_internals import preserve_clipping
+from fastdit.training.deepspeed_internals import precision_written, preserve_clipping
 from fastdit.training.ema import ema_state
 
 STATE = "deepspeed"  # folder of the files that DeepSpeed writes
@@ -75,6 +75,12 @@ def restore(engine, runtime: Runtime, checkpoint: Path, meta: dict) -> tuple[int
             raise UserError(
                 f"{checkpoint}: was written with {field} {written.get(field)}, this run has {expected}; make them equal"
             )
+
+    precision = "bf16" if engine.bfloat16_enabled() else "fp32"
+    if (other := precision_written(checkpoint / STATE) or precision) != precision:
+        raise UserError(
+            f"{checkpoint}: was written in {other}, this run trains in {precision}; add --precision {other}"
+        )
 
     # Load the engine's state, then the states of this rank and of the method.
     with preserve_clipping(engine.optimizer):

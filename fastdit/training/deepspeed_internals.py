@@ -7,6 +7,7 @@ or drop any of them. This module imports nothing of fastdit, so that any other m
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -214,6 +215,15 @@ def _update_directly(zero, update: Update) -> None:
 
 def _do_nothing(*args, **kwargs) -> None:
     """Stand in for a method whose effect one rank does not need."""
+
+
+def precision_written(folder: Path) -> str | None:
+    """Return "bf16" or "fp32", in which the checkpoint in `folder` was written; None under ZeRO-0, which loads either.
+
+    0.19.8 puts bf16_ before the names of ZeRO's files (runtime/engine.py, `_get_zero_ckpt_prefix`).
+    """
+    names = [path.name for path in folder.glob("*zero_pp_rank_*_optim_states.pt")]
+    return None if not names else "bf16" if names[0].startswith("bf16_") else "fp32"
 
 
 def is_sharded(param: nn.Parameter) -> bool:
