@@ -207,6 +207,7 @@ def _benchmark(argv: list[str]) -> None:
     _check_same_device(journal, head["device"])
     journal.write("record", **head)
     if device.type == "cpu":
+        print("a dry run on the CPU at tiny shapes: it shows that every piece works, and its rates mean nothing")
         os.environ.update(TRITON_INTERPRET="1", FASTDIT_KERNELS="triton")
     import rate_pieces as pieces  # only now: this import decides for Triton's compiler or its interpreter
     from rate_pieces_fp8 import fp8_kernels

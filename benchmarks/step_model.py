@@ -11,6 +11,7 @@ target of a scenario. `step_counts.py` holds the counts. Under --measured, a rat
 that is wrong.
 """
 
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,11 +195,21 @@ def _model(argv: list[str]) -> None:
 
 
 def _lines_of(path: str, what: str, program: str) -> list[dict]:
-    """Return a journal's lines. Raises UserError when none is of the kind `what`."""
-    lines = read_journal(path) if Path(path).is_file() else []
+    """Return the lines of a journal or of a suite's record. Raises UserError when none is of the kind `what`."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; write it with benchmarks/{program} --journal {path}")
+    lines = _lines_of_record(path) if path.endswith(".json") else read_journal(path)
     if not any(line["what"] == what for line in lines):
         raise UserError(f"{path}: holds no lines of {program}; write some with benchmarks/{program} --journal {path}")
     return lines
+
+
+def _lines_of_record(path: str) -> list[dict]:
+    """Return the rows of a record's rates and profiles as the journal's lines from which they were built."""
+    parts = [row.get("record") or {} for row in json.loads(Path(path).read_text()).get("rows", [])]
+    rates = [row for part in parts if part.get("benchmark") == "rates" for row in part["rows"]]
+    profiles = [row for part in parts if part.get("benchmark") == "profile" for row in part["rows"]]
+    return rates + [row | {"what": what} for row in profiles if "groups" in row for what in ("step", "profile")]
 
 
 def scenario_lines(cases: list[tuple[str, int]], rates: Rates) -> list[str]:

@@ -201,7 +201,7 @@ def test_command_prints_tables_and_origins(tmp_path, capsys):
     [
         (["--sizes", "M"], "--sizes M: 'M' is unknown; choose of S,B,L,XL"),
         (["--batches", "256,many"], "--batches 256,many: must be whole numbers"),
-        (["--rates", "nowhere.jsonl"], "nowhere.jsonl: holds no lines of rates.py"),
+        (["--rates", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--measured", __file__], "holds no lines of profile_steps.py"),
     ],
 )
@@ -212,3 +212,14 @@ def test_bad_input_is_one_line(arguments, words):
         _model(arguments)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_suites_records_serve_as_rates_and_measurements(capsys):
+    from step_model import _model
+
+    first, last = sorted((BENCHMARKS / "records").glob("2026-11-27-nvidia-h200-*.json"), reverse=True)
+    _model(["--sizes", "XL", "--rates", str(first), "--measured", str(last)])
+    out = capsys.readouterr().out
+    rows = [[cell.strip() for cell in text.split("|")[1:-1]] for text in out.splitlines() if text.startswith("|")]
+    assert ["XL GEMM bf16 fc2 wgrad, FLOP/s", "647.7 T", "measured"] in rows
+    assert any(row[:3] == ["GEMM", "243.73", "260.29"] for row in rows)
