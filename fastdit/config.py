@@ -9,7 +9,7 @@ from typing import Literal
 
 from fastdit.errors import UserError, check_ranges
 from fastdit.methods.registry import METHODS, canonical_name, methods_of
-from fastdit.models import SIZES, check_fp8_width
+from fastdit.models import SIZES, check_fp8_width, check_head_dim
 from fastdit.noise import PROCESSES, NoiseProcess
 
 CONFIG_FILE = "config.yaml"  # in a run's folder
@@ -82,6 +82,11 @@ class ModelConfig:
         mlp_ratio: hidden width of the MLP over `width`.
         attention: kernel of `fastdit.kernels.attention`; auto: flash-attn where it can be used, products for short bf16
             sequences on CPUs, else torch's choice.
+        grad_checkpoint: what the backward pass recomputes to save memory: nothing (none), or each block from its input
+            (blocks). Results are the same. MFU does not count what is recomputed.
+        qk_norm: norm of each head's queries and keys, before the rotation: none, or rms (root mean square, with learned
+            weights that the heads of a block share).
+        rope: rotate queries and keys by the patches' rows and columns (RoPE). The table of positions stays.
     """
 
     size: Literal["S", "B", "L", "XL"] = "S"
@@ -91,6 +96,9 @@ class ModelConfig:
     heads: int | None = None
     mlp_ratio: float = 4.0
     attention: Literal["auto", "flash_attn", "sdpa", "cudnn", "flash", "efficient", "math", "products"] = "auto"
+    grad_checkpoint: Literal["none", "blocks"] = "none"
+    qk_norm: Literal["none", "rms"] = "none"
+    rope: bool = False
 
     def __post_init__(self) -> None:
         """Raise UserError for the first setting that cannot be."""
@@ -101,6 +109,11 @@ class ModelConfig:
             raise UserError(f"model.width: {width} must be a multiple of model.heads ({heads}) and of 4; change one")
         if width * self.mlp_ratio < 1:
             raise UserError(f"model.mlp_ratio: {self.mlp_ratio} of model.width ({width}) is no hidden unit; raise one")
+        self.check_head_dim(width, heads, "model.")
+
+    def check_head_dim(self, width: int, heads: int, prefix: str) -> None:
+        """Raise UserError unless `qk_norm` and `rope` can serve heads of these sizes; prefix: of the sizes' names."""
+        check_head_dim(width, heads, self.qk_norm == "rms", self.rope, prefix)
 
     def dims(self) -> dict[str, int]:
         """Return depth, width and heads after overrides."""

@@ -46,6 +46,9 @@ def build_network(config: Config, shape: Shape) -> nn.Module:
         "patch": config.model.patch,
         "mlp_ratio": config.model.mlp_ratio,
         "attention_backend": config.model.attention,
+        "grad_checkpoint": config.model.grad_checkpoint == "blocks",
+        "qk_norm": config.model.qk_norm == "rms",
+        "rope": config.model.rope,
         **config.model.dims(),
     }
     base = methods_of(config.method)[0]
@@ -184,6 +187,8 @@ def checkpoint_signature(config: Config, shape: Shape) -> dict:
         **{f"model.{key}": value for key, value in config.model.dims().items()},
         "model.patch": config.model.patch,
         "model.mlp_ratio": config.model.mlp_ratio,
+        "model.qk_norm": config.model.qk_norm,
+        "model.rope": config.model.rope,
         "noise.name": config.noise.name,
         "channels": shape.channels,
         "size": [shape.height, shape.width],

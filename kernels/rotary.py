@@ -297,9 +297,9 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dq_out, dk_out):
-    weights = ctx.saved_tensors[2:4]
-    dq, dk, *dw = _norm_rotate_backward(dq_out, dk_out, *ctx.saved_tensors, ctx.norm, ctx.eps)
-    dw = (None if w is None else d.to(w.dtype) for w, d in zip(weights, dw))
+    saved = ctx.saved_tensors  # read once: with gradient checkpointing a second read fails
+    dq, dk, *dw = _norm_rotate_backward(dq_out, dk_out, *saved, ctx.norm, ctx.eps)
+    dw = (None if w is None else d.to(w.dtype) for w, d in zip(saved[2:4], dw))
     return dq, dk, *dw, None, None, None, None
 
 

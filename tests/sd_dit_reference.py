@@ -56,16 +56,40 @@ def patches_of(x: Tensor, patch: int) -> Tensor:
     return torch.nn.functional.unfold(x, patch, stride=patch).transpose(1, 2)
 
 
+def places_of(network) -> Tensor | None:
+    """Return row and column of each patch (N, 2) fp64, if the network's blocks rotate by them."""
+    if network.rope is None:
+        return None
+    return torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in network.grid))
+
+
+def rotated(a: Tensor, places: Tensor) -> Tensor:
+    """Rotate a (B, heads, N, d) by places ([B,] N, 2): a complex number for each pair of channels d/2 apart."""
+    half = a.shape[-1] // 2
+    frequencies = 10000.0 ** -(torch.arange(half // 2, dtype=torch.float64) / (half // 2))
+    angles = (places[..., None] * frequencies).flatten(-2)  # rows turn the first half of the pairs
+    turned = torch.complex(a[..., :half], a[..., half:]) * torch.exp(1j * angles).unsqueeze(-3)
+    return torch.cat([turned.real, turned.imag], -1)
+
+
 def blocks(
-    w: State, x: Tensor, c: Tensor, heads: int, first: int = 0, last: int | None = None
+    w: State, x: Tensor, c: Tensor, heads: int, first: int = 0, last: int | None = None, places: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run adaLN-Zero blocks `first` to `last`; return the tokens, and the last shift and scale of all modulation."""
+    """Run adaLN-Zero blocks `first` to `last`; return the tokens, and the last shift and scale of all modulation.
+
+    places: rows and columns of the tokens ([B,] N, 2), if queries and keys are rotated by them.
+    """
     batch, tokens, width = x.shape
     vectors = linear(w, "adaln", c).split(width, dim=1)
     for i in range(first, len(vectors) // 6 if last is None else last):
         shift1, scale1, gate1, shift2, scale2, gate2 = vectors[6 * i : 6 * i + 6]
         qkv = linear(w, f"blocks.{i}.qkv", modulated(x, shift1, scale1)).reshape(batch, tokens, 3, heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if f"blocks.{i}.q_norm" in w:
+            norms = ((a, w[f"blocks.{i}.{name}_norm"]) for name, a in (("q", q), ("k", k)))
+            q, k = (a / torch.sqrt((a**2).mean(-1, keepdim=True) + 1e-6) * weight for a, weight in norms)
+        if places is not None:
+            q, k = rotated(q, places), rotated(k, places)
         weights = torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, -1)
         attended = (weights @ v).transpose(1, 2).reshape(batch, tokens, width)
         x = x + gate1[:, None] * linear(w, f"blocks.{i}.proj", attended)
@@ -95,11 +119,15 @@ def encode(w: State, encoder, x: Tensor, t: Tensor, y: Tensor, visible: Tensor |
     """Return (tokens, the class token first, shift, scale, condition) of weights w in the shape of `encoder`."""
     c = condition(w, t, y, x.dtype)
     tokens = embed(w, encoder, x)
+    places = places_of(encoder)
     if visible is not None:
         tokens = torch.stack([row[ids] for row, ids in zip(tokens, visible)])
+        places = None if places is None else places[visible]
+    if places is not None and "class_token.weight" in w:
+        places = torch.cat([torch.zeros_like(places[..., :1, :]), places], -2)
     if "class_token.weight" in w:
         tokens = torch.cat([w["class_token.weight"].expand(len(x), 1, -1), tokens], 1)
-    return *blocks(w, tokens, c, encoder.heads), c
+    return *blocks(w, tokens, c, encoder.heads, places=places), c
 
 
 def generate(w: State, network, x: Tensor, t: Tensor, y: Tensor, split=None) -> tuple[Tensor, Tensor]:
@@ -122,24 +150,27 @@ def generate(w: State, network, x: Tensor, t: Tensor, y: Tensor, split=None) -> 
             rows.append(row.index_put((visible,), full[i]))
         full = torch.stack(rows)
     grid, heads = network.grid, network.decoder.blocks[0].heads
-    out, shift, scale = blocks(decoder, full + positions(grid, full.shape[2]).to(x.dtype), c, heads)
+    full = full + positions(grid, full.shape[2]).to(x.dtype)
+    out, shift, scale = blocks(decoder, full, c, heads, places=places_of(network.encoder))
     return image_of(linear(decoder, "head", modulated(out, shift, scale)), grid, network.encoder.patch), tokens
 
 
 def generate_by_split(w: State, network, x: Tensor, t: Tensor, y: Tensor, split) -> tuple[Tensor, Tensor]:
     """Return the same for a `SplitDiT`: its first blocks see the visible tokens, the others see all."""
     c, everything = condition(w, t, y, x.dtype), embed(w, network, x)
-    seen = everything
+    seen, places = everything, places_of(network)
+    seen_places = places
     if split is not None:
         seen = torch.stack([row[ids] for row, ids in zip(everything, split[0])])
-    tokens, *_ = blocks(w, seen, c, network.heads, 0, network.split)
+        seen_places = None if places is None else places[split[0]]
+    tokens, *_ = blocks(w, seen, c, network.heads, 0, network.split, seen_places)
     full = tokens
     if split is not None:
         base = everything
         if network.hidden_tokens == "zeros":
             base = positions(network.grid, network.width).to(x.dtype).expand_as(everything)
         full = torch.stack([row.index_put((ids,), encoded) for row, ids, encoded in zip(base, split[0], tokens)])
-    out, shift, scale = blocks(w, full, c, network.heads, network.split)
+    out, shift, scale = blocks(w, full, c, network.heads, network.split, places=places)
     return image_of(linear(w, "head", modulated(out, shift, scale)), network.grid, network.patch), tokens
 
 

@@ -99,6 +99,7 @@ def test_contradictions_name_both_sides(agree, values, settings, words):
     [
         ({"optimizer": {"type": "AdamW"}}, ["'optimizer'", "--lr", "--weight_decay"]),
         ({"scheduler": {"type": "WarmupLR"}}, ["'scheduler'", "--warmup", "--schedule"]),
+        ({"activation_checkpointing": {"profile": False}}, ["'activation_checkpointing'", "--model.grad_checkpoint"]),
         ({"fp16": {"enabled": True}}, ["'fp16'", "bf16"]),
         ({"fp16": {"loss_scale": 1}}, ["'fp16'", "bf16"]),
         ({"fp16": True}, ["'fp16'", "object"]),

@@ -35,6 +35,8 @@ CASES = {  # flags, and networks that a step calls: those that learn, others
     "sd_dit, split": ("--method sd_dit", 1, 1),
     "sd_dit, split, nothing hidden": ("--method sd_dit --sd_dit.mask_ratio 0", 1, 1),
     "sd_dit+sadm": (f"--method sd_dit+sadm {SD_DIT} {SADM}", 2, 1),
+    "dit, recomputing": ("--model.grad_checkpoint blocks", 1, 0),
+    "sd_dit, split, recomputing": ("--method sd_dit --model.grad_checkpoint blocks", 1, 1),
     "psi_align, for a share of the run": (f"--method psi_align {PSI_ALIGN} --psi_align.until 0.5", 1, 0),
 }
 
@@ -82,13 +84,13 @@ def test_calls_unlike_the_recorded_run_as_before(monkeypatch):
     assert seen == [3 + len(list(network.parameters()))]
 
 
-@pytest.mark.parametrize("method", ["dit", "sd_dit"])
+@pytest.mark.parametrize("method", ["dit", "dit, recomputing", "sd_dit"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
 def test_losses_and_gradients_are_those_without_graphs(monkeypatch, device, method):
     """Step after step, while the weights change in place. On a GPU the graphs are real."""
     if device == "cpu":
         monkeypatch.setattr(torch.cuda, "make_graphed_callables", stand_in)
-    found = plain() if method == "dit" else make(cls="token")
+    found = make(cls="token") if method == "sd_dit" else plain(grad_checkpoint=method == "dit, recomputing")
     pair = [found, copy.deepcopy(found)]
     for method, module in pair:
         method.to(torch.device(device), torch.float32)
@@ -110,8 +112,9 @@ def test_losses_and_gradients_are_those_without_graphs(monkeypatch, device, meth
                 theirs.copy_(mine)
 
 
-def plain() -> tuple[Denoising, DiT]:
-    network = DiT(input_size=(6, 10), patch=2, channels=2, width=32, depth=2, heads=2, classes=CLASSES)
+def plain(grad_checkpoint: bool) -> tuple[Denoising, DiT]:
+    sizes = {"patch": 2, "channels": 2, "width": 32, "depth": 2, "heads": 2, "classes": CLASSES}
+    network = DiT(input_size=(6, 10), grad_checkpoint=grad_checkpoint, **sizes)
     randomise(network, seed=1)
     return Denoising(EDM(), CLASSES, 0.1), network
 

@@ -96,6 +96,7 @@ class SelfDiscrimination(Denoising):
             return
         sizes = settings.sizes_for(dims["width"], dims["depth"])
         check_heads(sizes.decoder_width, sizes.decoder_heads, "sd_dit.decoder_")
+        config.model.check_head_dim(sizes.decoder_width, sizes.decoder_heads, "sd_dit.decoder_")
         if config.precision == "fp8":
             check_fp8_width("sd_dit.decoder_width", sizes.decoder_width)
 

@@ -2,7 +2,7 @@
 
 from .alignment import AlignedDiT, TokenTargets
 from .autoencoders import Autoencoder, open_autoencoder
-from .dit import SIZES, DiT, Encoder, check_heads, encoder_products, flops_per_image
+from .dit import SIZES, DiT, Encoder, check_head_dim, check_heads, encoder_products, flops_per_image
 from .encoder_decoder import EncoderDecoder, HiddenTokens, decoder_products
 from .finetune import add_block_scales, fold_block_scales, freeze_for_diffit
 from .fp8 import check_fp8_width, use_fp8
@@ -33,6 +33,7 @@ __all__ = [
     "TokenTargets",
     "add_block_scales",
     "check_fp8_width",
+    "check_head_dim",
     "check_heads",
     "decoder_products",
     "encoder_products",

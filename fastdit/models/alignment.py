@@ -60,13 +60,14 @@ class AlignedDiT(nn.Module):
 
         # Run the blocks before the tokens, and fork the stream there.
         tokens = network.patch_embed(x, network.pos_embed)
-        tokens, branch, gate = run_blocks(blocks[: self.block], tokens, vectors, network.grad_checkpoint)
+        options = {"grad_checkpoint": network.grad_checkpoint, "rotation": network.rotation()}
+        tokens, branch, gate = run_blocks(blocks[: self.block], tokens, vectors, **options)
         tokens, compared = self.gradients.fork(tokens)
         stream = Stream(compared, branch, gate)
 
         # Run the other blocks and the head.
         tokens, branch, gate = run_blocks(
-            blocks[self.block :], tokens, vectors[before:], network.grad_checkpoint, branch=branch, gate=gate
+            blocks[self.block :], tokens, vectors[before:], branch=branch, gate=gate, **options
         )
         shift, scale = vectors[-2:]
         _, out = network.head(tokens, branch, gate, scale, shift)

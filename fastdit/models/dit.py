@@ -21,15 +21,15 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdit.errors import UserError
-from fastdit.kernels import attention, embed_tokens, split_qkv, sums_biases
+from fastdit.kernels import attention, split_qkv, sums_biases
 
+from .embeddings import TIME_FEATURES, PatchEmbed, RotaryTable, Rotation, TimeEmbed, Token, sincos_positions
 from .layers import GeluLinear, Linear, ModulatedLinear, uninitialized
 
 # Table 1 of the paper. A model's name adds the patch size, as in "S/2".
@@ -39,7 +39,6 @@ SIZES: dict[str, dict[str, int]] = {
     "L": {"depth": 24, "width": 1024, "heads": 16},
     "XL": {"depth": 28, "width": 1152, "heads": 16},
 }
-TIME_FEATURES = 256
 
 
 class Encoded(NamedTuple):
@@ -64,6 +63,8 @@ class Encoder(nn.Module):
         class_token: whether to put a learned token, without a position, in front of the patches.
         attention_backend: see `fastdit.kernels.attention`.
         grad_checkpoint: whether to keep only the blocks' inputs for the backward pass and recompute the rest.
+        qk_norm: whether blocks divide each head's queries and keys by their root mean square, with learned weights.
+        rope: whether blocks rotate queries and keys by their patches' positions: see `fastdit.kernels.norm_rotate`.
 
     Raises UserError if sizes do not fit together.
     """
@@ -83,6 +84,8 @@ class Encoder(nn.Module):
         class_token: bool = False,
         attention_backend: str = "auto",
         grad_checkpoint: bool = False,
+        qk_norm: bool = False,
+        rope: bool = False,
     ) -> None:
         super().__init__()
         # `copy_blocks` builds an encoder of another depth from these.
@@ -99,6 +102,8 @@ class Encoder(nn.Module):
             "class_token": class_token,
             "attention_backend": attention_backend,
             "grad_checkpoint": grad_checkpoint,
+            "qk_norm": qk_norm,
+            "rope": rope,
         }
 
         # Check the sizes.
@@ -110,20 +115,23 @@ class Encoder(nn.Module):
         if rows % patch or cols % patch:
             raise UserError(f"input_size: {rows}x{cols} is not a multiple of patch {patch}; change one of them")
         check_heads(width, heads)
+        check_head_dim(width, heads, qk_norm, rope)
         self.input_size, self.grid = (rows, cols), (rows // patch, cols // patch)
         self.patch, self.channels = patch, channels
         self.width, self.depth, self.heads, self.mlp_width = width, depth, heads, int(width * mlp_ratio)
         self.classes, self.null_class = classes, null_class
-        self.grad_checkpoint = grad_checkpoint
+        self.grad_checkpoint, self.qk_norm = grad_checkpoint, qk_norm
 
         # Build the layers without initial values.
         self.patch_embed = PatchEmbed(patch, channels, width)
         self.register_buffer("pos_embed", sincos_positions(self.grid, width), persistent=False)
+        self.rope = RotaryTable(self.grid, width // heads, class_token) if rope else None
         self.class_token = Token(width) if class_token else None
         self.time_embed = TimeEmbed(width)
         self.label_embed = uninitialized(nn.Embedding, classes + null_class, width)
         self.adaln = uninitialized(nn.Linear, width, (6 * depth + 2) * width)
-        self.blocks = nn.ModuleList(Block(width, heads, self.mlp_width, attention_backend) for _ in range(depth))
+        sizes = width, heads, self.mlp_width
+        self.blocks = nn.ModuleList(Block(*sizes, attention_backend, qk_norm) for _ in range(depth))
         self.gains: BlockScale | None = None  # see fastdit.models.finetune
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, visible: Tensor | None = None) -> Encoded:
@@ -137,9 +145,13 @@ class Encoder(nn.Module):
         x = self.patch_embed(x, self.pos_embed, visible)
         if self.class_token is not None:
             x = torch.cat([self.class_token(x.shape[0], 1), x], dim=1)
-        x, branch, gate = run_blocks(self.blocks, x, vectors, self.grad_checkpoint)
+        x, branch, gate = run_blocks(self.blocks, x, vectors, self.grad_checkpoint, rotation=self.rotation(visible))
         shift, scale = vectors[-2:]
         return Encoded(x, branch, gate, scale, shift, c)
+
+    def rotation(self, visible: Tensor | None = None) -> Rotation | None:
+        """Return the rotation of the patches `visible` (B, keep), None for all; it is None without `rope`."""
+        return None if self.rope is None else self.rope(visible)
 
     def condition(self, t: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return silu(time + label) (B, width), and six modulation vectors a block and two more, each (B, width)."""
@@ -194,22 +206,24 @@ def run_blocks(
     grad_checkpoint: bool = False,
     branch: Tensor | None = None,
     gate: Tensor | None = None,
+    rotation: Rotation | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the residual stream x + gate * branch (B, N, width) through all blocks, and return its three parts.
 
-    Each block takes the next six of `vectors`. branch and gate are None if x is the whole stream.
+    Each block takes the next six of `vectors`. branch and gate are None if x is the whole stream. rotation is that of
+    the tokens' queries and keys, if there is one.
     """
     bias = None  # of the layer that made the branch, if its gradient is left to the block that adds the branch
     for i, block in enumerate(blocks):
         six = vectors[6 * i : 6 * i + 6]
         # The caller may use the last block's branch twice, so that block computes its bias's gradient itself.
         passes_on = i + 1 < len(blocks) and block.passes_biases(x)
-        biases = {"y_bias": bias, "passes_on": passes_on}
+        others = {"y_bias": bias, "passes_on": passes_on, "rotation": rotation}
         if grad_checkpoint and torch.is_grad_enabled():
             options = {"use_reentrant": False, "preserve_rng_state": False}
-            x, branch = checkpoint(block, x, branch, gate, *six, **options, **biases)
+            x, branch = checkpoint(block, x, branch, gate, *six, **options, **others)
         else:
-            x, branch = block(x, branch, gate, *six, **biases)
+            x, branch = block(x, branch, gate, *six, **others)
         gate, bias = six[-1], block.fc2.bias if passes_on else None
     return x, branch, gate
 
@@ -235,14 +249,24 @@ def check_heads(width: int, heads: int, prefix: str = "") -> None:
         )
 
 
+def check_head_dim(width: int, heads: int, qk_norm: bool, rope: bool, prefix: str = "") -> None:
+    """Raise UserError unless a head's channels can be normalized and rotated; prefix: as in `check_heads`."""
+    step, setting = (4, "rope") if rope else (2 if qk_norm else 1, "qk_norm")
+    if width // heads % step:
+        raise UserError(
+            f"{prefix}heads: {heads} in {prefix}width {width} leave {width // heads} channels to a head, and "
+            f"model.{setting} needs a multiple of {step}; change one of them"
+        )
+
+
 @torch.no_grad()
 def copy_blocks(encoder: Encoder, count: int) -> Encoder:
-    """Return an encoder of the first `count` blocks, with a copy of their weights.
+    """Return an encoder of the first `count` blocks, with a copy of their weights and without gradient checkpointing.
 
     A weight that spans the blocks, such as `adaln`, is cut to its leading rows. The `Encoded.scale` and `shift` of the
     result are therefore those with which block `count` modulates its input.
     """
-    part = Encoder(**encoder.arguments | {"depth": count})
+    part = Encoder(**encoder.arguments | {"depth": count, "grad_checkpoint": False})
     if encoder.gains is not None:
         part.gains = BlockScale(count, part.width)
     whole = encoder.state_dict()
@@ -257,6 +281,7 @@ def init_weights(module: nn.Module, seed: int) -> None:
 
     Linear layers are Xavier-initialized, biases are zero, and the timestep MLP, the label table and learned tokens are
     N(0, 0.02). Modulation and output layers are zero, so every block starts as the identity and the output as zero.
+    The weights of norms are one.
     """
     parameters = list(module.named_parameters())
     if parameters[0][1].is_meta:
@@ -266,6 +291,8 @@ def init_weights(module: nn.Module, seed: int) -> None:
         parts = set(name.split("."))
         if "bias" in parts or parts & {"adaln", "head"}:
             weight.zero_()
+        elif parts & {"q_norm", "k_norm"}:
+            weight.fill_(1.0)
         elif parts & {"time_embed", "label_embed", "class_token", "mask_token"}:
             weight.normal_(std=0.02, generator=generator)
         else:
@@ -275,7 +302,7 @@ def init_weights(module: nn.Module, seed: int) -> None:
 class Block(nn.Module):
     """Apply attention, then an MLP, to any number of tokens."""
 
-    def __init__(self, width: int, heads: int, mlp_width: int, attention_backend: str) -> None:
+    def __init__(self, width: int, heads: int, mlp_width: int, attention_backend: str, qk_norm: bool = False) -> None:
         super().__init__()
         self.heads, self.attention_backend = heads, attention_backend
         self.keeps_biases = False  # see `keep_biases`
@@ -284,6 +311,9 @@ class Block(nn.Module):
         # qkv keeps the input of fc1 already, so that keeping it again costs nothing.
         self.fc1 = uninitialized(ModulatedLinear, width, mlp_width, keep_x=True)
         self.fc2 = uninitialized(GeluLinear, mlp_width, width)
+        # The heads share the weights. ZeRO-3 gathers them for the block's forward pass, which uses them.
+        self.q_norm = nn.Parameter(torch.empty(width // heads)) if qk_norm else None
+        self.k_norm = nn.Parameter(torch.empty(width // heads)) if qk_norm else None
 
     def forward(
         self,
@@ -298,6 +328,7 @@ class Block(nn.Module):
         mlp_gate: Tensor,
         y_bias: Tensor | None = None,
         passes_on: bool = False,
+        rotation: Rotation | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the residual stream before the MLP is added, and the MLP's output before mlp_gate, (B, N, width) each.
 
@@ -306,6 +337,7 @@ class Block(nn.Module):
 
         y_bias: the bias of the layer that made y, if its gradient is to be computed here.
         passes_on: leave the gradient of `fc2.bias` to the caller, who passes it to the next block as `y_bias`.
+        rotation: the rotation of queries and keys by position.
         """
         # Pass each layer's bias on to the operation that computes its gradient.
         qkv_bias = proj_bias = fc1_bias = None
@@ -315,47 +347,16 @@ class Block(nn.Module):
 
         x, qkv = self.qkv(x, y, gate, attn_scale, attn_shift, y_bias, passes)
         q, k, v = split_qkv(qkv, self.heads, qkv_bias)
-        y = self.proj(attention(q, k, v, backend=self.attention_backend).flatten(2), passes)
+        table, ids = rotation or (None, None)
+        qk_norm = False if self.q_norm is None else (self.q_norm, self.k_norm)
+        y = attention(q, k, v, backend=self.attention_backend, qk_norm=qk_norm, rope=table, rope_ids=ids)
+        y = self.proj(y.flatten(2), passes)
         x, hidden = self.fc1(x, y, attn_gate, mlp_scale, mlp_shift, proj_bias, passes)
         return x, self.fc2(hidden, fc1_bias, passes_on)
 
     def passes_biases(self, x: Tensor) -> bool:
         """Return whether the block's layers leave their bias gradients to the operations that read their outputs."""
         return not self.keeps_biases and sums_biases(x)
-
-
-class PatchEmbed(nn.Module):
-    """Embed patches as tokens by a GEMM over flattened patches. The weight has a convolution's layout."""
-
-    def __init__(self, patch: int, channels: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, channels, patch, patch))
-        self.bias = nn.Parameter(torch.empty(width))
-
-    def forward(self, x: Tensor, positions: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Return tokens (B, N, width) of x (B, C, H, W), N = H/p * W/p row by row, with positions (N, width) added.
-
-        ids (B, keep) int64 selects tokens, in this order; None takes all.
-        """
-        if ids is not None:
-            return embed_tokens(x, self.weight, self.bias, positions, ids)
-        p = self.weight.shape[-1]
-        x = x.to(self.weight.dtype).unflatten(3, (-1, p)).unflatten(2, (-1, p))  # B C h p w p
-        patches = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        embedded = F.linear(patches, self.weight.flatten(1), self.bias)
-        return embedded + positions.to(embedded.dtype)
-
-
-class Token(nn.Module):
-    """Hold one learned token."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-
-    def forward(self, batch: int, tokens: int) -> Tensor:
-        """Return the token as a view (batch, tokens, width)."""
-        return self.weight.expand(batch, tokens, -1)
 
 
 class BlockScale(nn.Module):
@@ -371,42 +372,6 @@ class BlockScale(nn.Module):
         attention, mlp = self.weight.unbind(1)
         factors = torch.stack([one, one, attention, one, one, mlp], dim=1).flatten(0, 1)
         return torch.cat([vectors[:, :-2] * factors, vectors[:, -2:]], dim=1)
-
-
-class TimeEmbed(nn.Module):
-    """Embed noise levels by sinusoidal features (fp32, first cosines, then sines) and an MLP.
-
-    Frequency i of n = 128 is 10000^(-i / (n - freq_shift)). The original DiT has freq_shift 0 and diffusers' class has
-    1. Weights that were trained with one are wrong with the other, so the state dict holds the shift. It is an integer,
-    which survives a cast of the model to bf16.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = uninitialized(nn.Linear, TIME_FEATURES, width)
-        self.fc2 = uninitialized(nn.Linear, width, width)
-        self.register_buffer("freq_shift", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, t: Tensor) -> Tensor:
-        """Return the embeddings (B, width) of noise levels t (B,)."""
-        n = TIME_FEATURES // 2
-        exponent = -math.log(10000) * torch.arange(n, dtype=torch.float32, device=t.device)
-        angles = t.float()[:, None] * torch.exp(exponent / (n - self.freq_shift))
-        features = torch.cat([angles.cos(), angles.sin()], dim=1)
-        return self.fc2(F.silu(self.fc1(features.to(self.fc1.weight.dtype))))
-
-
-def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
-    """Return the fixed 2-D position table (rows * cols, width) in fp32, computed in fp64 like the original DiT's.
-
-    The first half encodes the column and the second half the row, each as the sines, then the cosines, of
-    coordinate * 10000^(-i / (width / 4)).
-    """
-    rows, cols = np.indices(grid, dtype=np.float64).reshape(2, -1)
-    omega = 1.0 / 10000 ** (np.arange(width // 4, dtype=np.float64) / (width / 4))
-    angles = [np.outer(coordinate, omega) for coordinate in (cols, rows)]
-    table = np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1)
-    return torch.tensor(table, dtype=torch.float32)
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:

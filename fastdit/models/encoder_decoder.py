@@ -23,14 +23,14 @@ from .dit import (
     Block,
     Encoded,
     Encoder,
-    Token,
     block_products,
+    check_head_dim,
     check_heads,
     init_weights,
     run_blocks,
-    sincos_positions,
     unpatchify,
 )
+from .embeddings import RotaryTable, Token, sincos_positions
 from .layers import ModulatedLinear, uninitialized
 from .streams import GradientRatio, Stream
 
@@ -41,7 +41,8 @@ class EncoderDecoder(nn.Module):
     """Hold a class-conditional encoder and decoder, which together are called like a `DiT`.
 
     Args:
-        encoder: the encoder, with or without a class token.
+        encoder: the encoder, with or without a class token. The decoder has its `qk_norm`, `rope` and
+            `grad_checkpoint`.
         out_channels: channels of the output.
         width, depth, heads: sizes of the decoder.
         hidden_tokens: the decoder's input at hidden patches: their noised pixels, one learned token, or zeros.
@@ -65,6 +66,7 @@ class EncoderDecoder(nn.Module):
     ) -> None:
         super().__init__()
         check_heads(width, heads, "decoder_")
+        check_head_dim(width, heads, encoder.qk_norm, encoder.rope is not None, "decoder_")
         if hidden_tokens not in get_args(HiddenTokens):
             raise ValueError(f"hidden_tokens={hidden_tokens!r}: choose one of {', '.join(get_args(HiddenTokens))}")
         self.hidden_tokens, self.channels, self.out_channels = hidden_tokens, encoder.channels, out_channels
@@ -74,7 +76,17 @@ class EncoderDecoder(nn.Module):
         self.bridge = uninitialized(ModulatedLinear, encoder.width, width)
         self.mask_token = Token(width) if hidden_tokens == "mask_token" else None
         self.decoder = Decoder(
-            encoder.grid, encoder.patch, out_channels, encoder.width, width, depth, heads, attention_backend
+            encoder.grid,
+            encoder.patch,
+            out_channels,
+            encoder.width,
+            width,
+            depth,
+            heads,
+            attention_backend,
+            encoder.grad_checkpoint,
+            encoder.qk_norm,
+            encoder.rope is not None,
         )
         init_weights(self, seed)
 
@@ -127,18 +139,25 @@ class Decoder(nn.Module):
         depth: int,
         heads: int,
         attention_backend: str,
+        grad_checkpoint: bool,
+        qk_norm: bool,
+        rope: bool,
     ) -> None:
         super().__init__()
+        self.grad_checkpoint = grad_checkpoint
         self.grid, self.patch, self.width, self.depth = grid, patch, width, depth
         self.register_buffer("pos_embed", sincos_positions(grid, width), persistent=False)
         self.adaln = uninitialized(nn.Linear, condition_width, (6 * depth + 2) * width)
-        self.blocks = nn.ModuleList(Block(width, heads, 4 * width, attention_backend) for _ in range(depth))
+        self.rope = RotaryTable(grid, width // heads) if rope else None
+        self.blocks = nn.ModuleList(Block(width, heads, 4 * width, attention_backend, qk_norm) for _ in range(depth))
         self.head = uninitialized(ModulatedLinear, width, patch * patch * out_channels)
 
     def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
         """Return the image (B, out_channels, H, W) of tokens (B, N, width) and condition (B, condition_width)."""
         vectors = self.adaln(condition).unflatten(1, (-1, self.width)).unbind(1)
-        x, branch, gate = run_blocks(self.blocks, tokens + self.pos_embed.to(tokens.dtype), vectors)
+        tokens = tokens + self.pos_embed.to(tokens.dtype)
+        rotation = None if self.rope is None else self.rope()
+        x, branch, gate = run_blocks(self.blocks, tokens, vectors, self.grad_checkpoint, rotation=rotation)
         shift, scale = vectors[-2:]
         _, out = self.head(x, branch, gate, scale, shift)
         return unpatchify(out, self.grid, self.patch)

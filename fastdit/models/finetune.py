@@ -1,7 +1,8 @@
 """Choose the weights that fine-tuning trains: all, or DiffFit's small subset (Xie et al., arXiv 2304.06648).
 
-DiffFit trains biases, norms (a DiT's norms have no weights), the label table, and a new factor on what each block adds
-to the residual stream (`BlockScale`, whose factor for each channel is ours). For DiT-XL/2 this is 0.2 % of the weights.
+DiffFit trains biases, norms (only those of `qk_norm` have weights here), the label table, and a new factor on what each
+block adds to the residual stream (`BlockScale`, whose factor for each channel is ours). For DiT-XL/2 this is 0.2 % of
+the weights.
 Parts that a plain DiT does not have, such as a decoder or a class token, are new, so all of their weights are trained.
 """
 
@@ -21,7 +22,9 @@ def add_block_scales(network: DiT | EncoderDecoder) -> None:
 def freeze_for_diffit(network: DiT | EncoderDecoder) -> None:
     """Freeze all weights of the encoder except DiffFit's subset. Call `add_block_scales` first."""
     for name, parameter in _encoder(network).named_parameters():
-        trained = name.endswith("bias") or name.startswith(("label_embed", "gains", "class_token"))
+        trained = name.endswith(("bias", "q_norm", "k_norm")) or name.startswith(
+            ("label_embed", "gains", "class_token")
+        )
         parameter.requires_grad_(trained)
 
 

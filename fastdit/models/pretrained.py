@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from fastdit.errors import UserError
 
-from .dit import DiT, Encoder, sincos_positions
+from .dit import DiT, Encoder
+from .embeddings import sincos_positions
 from .encoder_decoder import EncoderDecoder
 
 State = dict[str, Tensor]
@@ -51,6 +52,8 @@ _FIELDS = (
     ("label_embed.weight", 0, "number of classes, the null class included,"),
     ("head.weight", 0, "number of outputs per token"),
 )
+# Our key that tells whether attention has an option of ours, and the setting.
+_ATTENTION = {"blocks.0.q_norm": "model.qk_norm rms", "rope.theta": "model.rope true"}
 # Settings of diffusers under which its block computes what ours does. Our norms have eps 1e-6 like the original's.
 # Diffusers' default, 1e-5 in the norm before the MLP, changes outputs by a few 1e-6.
 _DIFFUSERS_CONFIG = {
@@ -124,8 +127,11 @@ def to_official(state: State, grid: tuple[int, int]) -> State:
     """Convert ours to official, on the CPU, with the position table of a (rows, cols) grid.
 
     Raises KeyError for a missing key, and UserError for weights that came from diffusers, because the original layout
-    has no place for their time frequencies.
+    has no place for their time frequencies, or that were trained with QK-norm or RoPE.
     """
+    for key, setting in _ATTENTION.items():
+        if key in state:
+            raise UserError(f"{setting}: the original DiT's layout has no place for it; export safetensors instead")
     if int(state["time_embed.freq_shift"]):
         raise UserError(
             "time_embed.freq_shift: these weights use diffusers' time frequencies, which the original DiT "
@@ -304,6 +310,10 @@ def _check_fits(model: DiT | Encoder | EncoderDecoder, state: State) -> None:
         key = prefix + key
         if key in state and state[key].dim() == expected[key].dim():
             pairs.append((field, state[key].shape[dim], expected[key].shape[dim]))
+    for key, setting in _ATTENTION.items():
+        if (prefix + key in state) != (prefix + key in expected):
+            used = "with" if prefix + key in state else "without"
+            raise ValueError(f"its weights were trained {used} {setting}, unlike this model; build it to match")
     for field, stored, needed in pairs:
         if stored != needed:
             raise ValueError(f"{field} is {stored} in this file, {needed} in this model; build it to match")

@@ -59,7 +59,9 @@ class SplitDiT(DiT):
 
         # Encode the visible patches, and fork the stream for the discriminative loss.
         seen = self.patch_embed(x, self.pos_embed, visible if hides else None)
-        seen, branch, gate = run_blocks(list(self.blocks)[: self.split], seen, vectors, self.grad_checkpoint)
+        rotation = self.rotation(visible if hides else None)
+        blocks = list(self.blocks)
+        seen, branch, gate = run_blocks(blocks[: self.split], seen, vectors, self.grad_checkpoint, rotation=rotation)
         tokens, compared = self.gradients.fork(seen) if self.gradients else (seen, seen)
         stream = Stream(compared, branch, gate)
 
@@ -69,7 +71,7 @@ class SplitDiT(DiT):
             tokens = scatter_tokens(gate_residual(tokens, branch, gate), visible, self._base(x, tokens))
             branch = gate = None
         tokens, branch, gate = run_blocks(
-            list(self.blocks)[self.split :], tokens, rest, self.grad_checkpoint, branch=branch, gate=gate
+            blocks[self.split :], tokens, rest, self.grad_checkpoint, branch, gate, self.rotation()
         )
         shift, scale = rest[-2:]
         _, out = self.head(tokens, branch, gate, scale, shift)

@@ -30,6 +30,7 @@ from fastdit.rundir.run_files import CHECKPOINTS, METRICS
 EMA_FILE = "ema.safetensors"
 MANIFEST = "manifest.json"
 NAME = r"step-\d{8,}"
+OLDER_SIGNATURE = {"model.qk_norm": "none", "model.rope": False}  # of manifests that lack these fields
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -164,9 +165,9 @@ def newest_good(folder: Path, say=print) -> Path | None:
 def manifest(checkpoint: Path) -> dict:
     """Return the manifest of a checkpoint: step, number of ranks, signature, and hashes.
 
-    Fields that older versions of a method did not write get the values that they stood for.
+    Fields that older versions did not write get the values that they stood for.
     """
-    written = json.loads((checkpoint / MANIFEST).read_text())
+    written = OLDER_SIGNATURE | json.loads((checkpoint / MANIFEST).read_text())
     for name in written.get("method", "").split("+"):
         if name in METHODS:
             written = METHODS[name].older_signature | written

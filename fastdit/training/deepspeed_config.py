@@ -13,6 +13,7 @@ FASTDIT_SECTIONS = {
     "optimizer": "AdamW with EMAs is fastdit's own: remove it and use --lr, --betas, --eps, --weight_decay",
     "scheduler": "the schedule is fastdit's own: remove it and use --warmup, --schedule",
     "fp16": "fp16 is not supported: use bf16",
+    "activation_checkpointing": "checkpointing is fastdit's own: remove it and use --model.grad_checkpoint blocks",
 }
 FP32 = ("fp32", "float32", "float", "torch.float32")  # DeepSpeed accepts these spellings
 
