@@ -169,7 +169,7 @@ def test_resume_before_the_first_start_is_an_ordinary_start(tmp_path):
         ("--method psi_align+sd_dit", ["method:", "cannot be joined", "psi_align aligns the tokens of a plain DiT"]),
         ("--model.mlp_ratio -1", ["model.mlp_ratio:", "from 0.01 to 100", "-1"]),
         ("--model.mlp_ratio 0.01 --model.width 16 --model.heads 2", ["model.mlp_ratio:", "model.width (16)"]),
-        ("--data.size 28,30", ["data.size:", "int, [int, int]", "got 28,30"]),
+        ("--data.size 28,30", ["data.size:", "a whole number or [int, int]", "got 28,30"]),
         ("--betas [0.9]", ["betas:", "a pair [a, b]", "got [0.9]"]),
         ("--betas [0.9,1.1]", ["betas:", "from 0 to 0.999999", "1.1"]),
         ("--model nonsense", ["model:", "{name: value}", "nonsense"]),
