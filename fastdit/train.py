@@ -26,13 +26,17 @@ def _train(argv: list[str]) -> None:
     ranks = distributed.start(config)
     lock = RunLock(Path(config.out))
     ranks.decide(lock.acquire)
-    ranks.decide(partial(_refuse_finished, config))  # once more: another run may have come first
     from fastdit.evaluation import evaluator, sample_grids
     from fastdit.training import loop
     from fastdit.training.session import Session
 
-    session = Session(config, ranks)
-    evaluate = evaluator.during_training(session)
+    try:
+        ranks.decide(partial(_refuse_finished, config))  # once more: another run may have come first
+        session = Session(config, ranks)
+        evaluate = evaluator.during_training(session)
+    except UserError:
+        lock.withdraw()
+        raise
     if loop.train(session.run, session.first_step, partial(sample_grids.write_grid, session), evaluate):
         sample_grids.finish(session)
     session.close()

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from launching import TINY, Launched, deepspeed, forked, metrics, python
 
 from fastdit.errors import UserError
 from fastdit.rundir import run_lock
+from fastdit.rundir.run_files import LOCK
 from fastdit.rundir.run_lock import RunLock
 
 HOLD = "import os, time; from pathlib import Path; from fastdit.rundir.run_lock import RunLock\n"
@@ -90,17 +92,40 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 def test_a_second_run_ends_and_the_first_goes_on(tmp_path, ranks):
     """Case R3."""
     out = tmp_path / "run"
-    slow = ["--sample_every", 2, "--sample.steps", 400, "--save_every", 1]
+    slow = ["--sample_every", 1, "--sample.steps", 100, "--save_every", 1]
     command = deepspeed if ranks > 1 else lambda *flags: python("fastdit/train.py", *flags)
     with Launched(command(*TINY, *slow, "--steps", 3, "--out", out), tmp_path / "log") as launched:
-        launched.until(lambda: "step 2/" in launched.text, "step 2")
+        launched.until(lambda: "step 1/" in launched.text, "step 1")
+        process = psutil.Process(launched.process.pid)
+        first = [process, *process.children(recursive=True)]
+        for each in first:
+            each.suspend()
         second = forked(*TINY, "--steps", 9, "--resume", "--out", out, ranks=ranks)
-        running = launched.process.poll() is None
+        for each in first:
+            each.resume()
         text = launched.wait().succeeded().text
-    assert running, "the second run was not at the same time"
     assert second.code == 2
     assert "Traceback" not in second.text
     (error,) = {line.removesuffix(" (rank 1)") for line in second.text.splitlines() if line.startswith("error: ")}
     assert f"on {socket.gethostname()} is training into it" in error
     assert "report:" in text
     assert [line["step"] for line in metrics(out)] == [1, 2, 3]
+
+
+def test_a_refused_start_leaves_no_trace(tmp_path):
+    """And whoever waits for a lock that was withdrawn gets a new one, which excludes others."""
+    lock = RunLock(tmp_path / "new")
+    lock.acquire()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [LOCK]
+    waiting = RunLock(tmp_path / "new")
+    waiting._open()  # as one that has opened the file and not locked it yet
+    lock.withdraw()
+    assert not (tmp_path / "new").exists()
+    assert not waiting._is_there()
+    os.close(waiting.handle)
+
+    (tmp_path / "mine").mkdir()
+    lock = RunLock(tmp_path / "mine")
+    lock.acquire()
+    lock.withdraw()
+    assert list((tmp_path / "mine").iterdir()) == []

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -24,7 +25,8 @@ class RunLock:
     """Lock a run's folder until `release` or the end of the process. Only rank 0 takes it."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.path = folder, folder / LOCK
+        self.made_folder = False
         self.handle: int | None = None
 
     def acquire(self) -> None:
@@ -33,22 +35,26 @@ class RunLock:
         Raises UserError if the folder cannot be written, or if another run holds the lock. The lock of a process that
         has ended is taken over. Children that it leaves may hold it for a moment longer, so it is waited for.
         """
-        # Check the folders that the run writes into, and open the file.
+        # Check the folders that the run writes into.
+        self.made_folder = not self.folder.exists()
         for folder in (self.folder, self.folder / CHECKPOINTS):
             if folder == self.folder or folder.exists():
                 prepare_folder(folder, f"--out {self.folder}")
-        path = self.folder / LOCK
-        try:
-            self.handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be opened ({error.strerror}); remove it") from None
 
-        # Take the lock, and say whose it is.
+        # Take the lock, and say whose it is. A file that its owner has removed meanwhile is no lock.
         end = time.monotonic() + PATIENCE
-        while not self._try():
+        self._open()
+        while True:
+            if self._try():
+                if self._is_there():
+                    break
+                os.close(self.handle)
+                self._open()
+                continue
             owner = self._owner()
             if _lives(owner) or time.monotonic() > end:
                 os.close(self.handle)
+                self.handle = None
                 who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
                 raise UserError(
                     f"--out {self.folder}: {who} is training into it; wait for it, stop it, or choose another folder"
@@ -62,6 +68,30 @@ class RunLock:
             self._write(b"")
             os.close(self.handle)
             self.handle = None
+
+    def withdraw(self) -> None:
+        """Leave no trace of a start that was refused: remove the file, and the folder if this lock made it."""
+        if self.handle is not None:
+            self.path.unlink(missing_ok=True)
+            os.close(self.handle)
+            self.handle = None
+            if self.made_folder:
+                with suppress(OSError):  # it holds something
+                    self.folder.rmdir()
+
+    def _open(self) -> None:
+        """Open the file, and make it if it is missing. Raises UserError."""
+        try:
+            self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be opened ({error.strerror}); remove it") from None
+
+    def _is_there(self) -> bool:
+        """Return whether the open file is still the one in the folder."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.handle))
+        except FileNotFoundError:
+            return False
 
     def _try(self) -> bool:
         """Return whether the lock could be taken. Where a file system has no `flock`, the owner's life decides."""
