@@ -230,7 +230,7 @@ def test_frozen_bias_gets_no_gradient(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_trained_bias_of_a_frozen_layer(implementation):
-    """As in DiffFit: only the bias takes a gradient."""
+    """Only the bias takes a gradient, as in DiffFit."""
     leaves = site(2, 5, 72)
     leaves = [t.detach().requires_grad_(i == 2) for i, t in enumerate(leaves)]
     exact = [t.detach().double().requires_grad_(i == 2) for i, t in enumerate(leaves)]

@@ -1,4 +1,4 @@
-"""What is not finite never reaches the weights or a checkpoint, and the run says where to go on from."""
+"""Test that what is not finite reaches neither weights nor checkpoints, and that the run names the way on."""
 
 import hashlib
 import json

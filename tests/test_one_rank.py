@@ -64,7 +64,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory) -> dict[str, dict]:
-    """What tests/train_on_one_rank.py finds in each case, all in one process."""
+    """Return what tests/train_on_one_rank.py finds in each case, all in one process."""
     out = tmp_path_factory.mktemp("one_rank")
     runs = []
     for i, case in enumerate(CASES.values()):

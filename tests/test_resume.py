@@ -230,7 +230,7 @@ def test_resuming_a_finished_run_changes_nothing(finished, tmp_path):
 
 @pytest.mark.parametrize(("written", "asked"), [("bf16", "fp32"), ("fp32", "bf16")])
 def test_a_checkpoint_of_another_precision_is_one_line(tmp_path, written, asked):
-    """As when a run of a GPU, where `auto` is bf16, is resumed on a CPU."""
+    """A run of a GPU, where `auto` is bf16, may be resumed on a CPU."""
     forked(*TINY, "--precision", written, "--steps", 1, "--out", tmp_path / "run").succeeded()
     outcome = forked("--resume", "--out", tmp_path / "run", "--steps", 2, "--precision", asked)
     assert outcome.code == 2
