@@ -15,7 +15,7 @@ MOMENTS = {"exp_avg": "the first moments", "exp_avg_sq": "the second moments"}
 def find_nonfinite(module: nn.Module, optimizer: AdamWEMA, method_state: dict, runtime: Runtime) -> str | None:
     """Return which parts of a run's state are not finite on any rank, such as "the weights, the EMA 'ema'", or None.
 
-    It is a collective. Each rank reads its own part of the state once and sends one value. For a rank with P of the
+    It is a collective. Each rank reads its own part of the state once and sends the names. For a rank with P of the
     weights and one EMA, that is 16 P bytes of optimizer state, besides the network's own weights and buffers. A save
     then writes the same bytes to disk.
     """
