@@ -44,8 +44,8 @@ RESERVE = 25.0  # seconds of the budget kept for ending the last part and buildi
 GRACE, PATIENCE = 5.0, 5.0  # seconds from a part's SIGTERM to its SIGKILL, and from that to giving it up
 WELL, CUT_OFF = "well", "cut off"
 KERNEL_TESTS = (
-    "adaln", "attention", "bias_gradients", "denoise", "fp8", "linear", "prototypes", "rotary", "structure", "tokens",
-    "adamw_ema_native", "adamw_ema_bf16", "native_choice", "optimizer", "apex_adam",
+    "adaln", "attention", "bias_gradients", "denoise", "fp8", "linear", "philox", "prototypes", "rotary", "structure",
+    "tokens", "adamw_ema_native", "adamw_ema_bf16", "native_choice", "optimizer", "apex_adam",
 )  # fmt: skip
 RUN_TESTS = ("graphs", "waits", "cache")
 

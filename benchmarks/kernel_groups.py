@@ -10,6 +10,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("fp8 quantization", ("_quantize_", "_column_maxima_", "fastdit::quantize_")),
     ("loss", ("_denoise_", "_prototype_", "_structure_")),
     ("tokens", ("_scatter_tokens_",)),
+    ("random numbers", ("philox",)),
     ("optimizer", ("adamw_ema", "squared_norm", "multi_tensor_apply", "fused_adam", "foreach", "lpnorm")),
     # cuDNN's backward pass of attention runs two small kernels besides.
     ("attention", ("sdpa", "flash", "fmha", "attention", "compute_dot_do_o", "convert_dq")),

@@ -27,7 +27,8 @@ from fastdit import run_parts
 from fastdit.config import Config
 from fastdit.data import Source
 from fastdit.data.cache import Cache
-from fastdit.data.order import Order, noise_seed
+from fastdit.data.loader import posterior_noise
+from fastdit.data.order import Order
 from fastdit.data.readers import ReaderName
 from fastdit.data.transfer import to_device
 
@@ -65,7 +66,7 @@ class LatentWorkers:
             torch.tensor(value, device=device).reshape(-1, 1, 1) for value in (data.latent_scale, data.latent_shift)
         )
         self.order = Order(source.n, config.batch, config.seed, flip=data.flip)
-        self.generator, self.position = torch.Generator(device), 0
+        self.position = 0
         self._batches = iter(
             DataLoader(
                 LatentViews(source),
@@ -87,8 +88,7 @@ class LatentWorkers:
         views, y = (to_device(part, self.device) for part in next(self._batches))
         x, std = self.source.samples.form.unpack(views)
         if std is not None:
-            self.generator.manual_seed(noise_seed(self.order.seed, self.position))
-            x = torch.empty_like(x).normal_(generator=self.generator).mul_(std).add_(x)
+            x = posterior_noise(x, self.order.seed, self.position).mul_(std).add_(x)
         self.position += self.order.stride
         return (x - self.shift).mul_(self.scale), y
 

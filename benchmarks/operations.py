@@ -213,6 +213,25 @@ def denoise(s: Setting) -> list[Case]:
     return [Case("affine_denoise_loss", shape, make, 1, loss, slow, _served(s), lambda i, o: i)]
 
 
+def philox(s: Setting) -> list[Steps]:
+    """The noise of latents (4, 32, 32) by position, beside torch's generator. Bytes: each number is written once."""
+    side = 2 * int(s.tokens**0.5)
+    numel = 4 * side * side
+
+    def contenders(eager, compiling):
+        place = {"seed": 0, "position": 0, "draw": 0, "device": s.device}
+        yield "fastdit", _served(s, cpp=True), lambda: kernels.philox_normal(s.batch, numel, **place)
+        if eager:
+            generator = torch.Generator(s.device).manual_seed(0)
+            yield "randn", "torch", lambda: torch.randn(s.batch, numel, generator=generator, device=s.device)
+        if compiling:
+            reference = partial(kernels.philox_normal, s.batch, numel, **place, implementation="reference")
+            yield "compile", "torch.compile", torch.compile(reference, dynamic=False)
+
+    shape = _shape(s.batch, 4, side, side, dtype=torch.float32)
+    return [Steps("philox_normal", shape, contenders, 4 * s.batch * numel)]
+
+
 def rotary(s: Setting) -> list[Case]:
     """RMS norm with weights and 2-D rotation of q and k, views of a fused qkv."""
     make, shape, rope = _heads(s)
@@ -308,11 +327,12 @@ OPERATIONS: dict[str, Callable[[Setting], list[Case] | list[Steps]]] = {
         prototypes,
         tokens,
         denoise,
+        philox,
         rotary,
         attention,
     )
 }
-UNSIZED = ("denoise",)  # latents are the same at every size: measured at the first only
+UNSIZED = ("denoise", "philox")  # latents are the same at every size: measured at the first only
 
 
 def _heads(s: Setting) -> tuple[Callable, str, Tensor]:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ._dispatch import choose
 from ._operator import operator
+from .sample_generator import AnyGenerator, draw_uniform
 
 
 def visible_tokens(
-    batch: int, tokens: int, keep: int, *, generator: torch.Generator | None, device: torch.device | str
+    batch: int, tokens: int, keep: int, *, generator: AnyGenerator, device: torch.device | str
 ) -> Tensor:
     """Draw `keep` of the token ids 0..tokens-1 for each sample, uniformly and without replacement.
 
@@ -27,7 +28,7 @@ def visible_tokens(
 
 
 def split_tokens(
-    batch: int, tokens: int, keep: int, *, generator: torch.Generator | None, device: torch.device | str
+    batch: int, tokens: int, keep: int, *, generator: AnyGenerator, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
     """Return the ids that `visible_tokens` draws, and the hidden ones.
 
@@ -35,7 +36,7 @@ def split_tokens(
     """
     if not 1 <= keep <= tokens:
         raise ValueError(f"keep must be in 1..{tokens}, got {keep}")
-    order = torch.rand(batch, tokens, generator=generator, device=device).argsort(dim=1, stable=True)
+    order = draw_uniform((batch, tokens), generator=generator, device=device).argsort(dim=1, stable=True)
     return order[:, :keep].sort(dim=1).values, order[:, keep:].sort(dim=1).values
 
 

@@ -18,6 +18,10 @@ from fastdit.kernels import (
     gelu_linear,
     modulated_linear,
     norm_rotate,
+    philox_bits,
+    philox_integers,
+    philox_normal,
+    philox_uniform,
     prototype_loss,
     rope_table,
     scatter_tokens,
@@ -129,6 +133,15 @@ def denoise():
         loss.sum().backward()
 
 
+def philox():
+    """A number for each sample, and the noise of a latent; every kind of number."""
+    place = {"seed": 2**64 - 1, "position": 2**40, "draw": 7, "device": "cpu", "implementation": "triton"}
+    for numel in (1, 4 * 32 * 32):
+        for numbers in (philox_bits, philox_uniform, philox_normal):
+            numbers(2, numel, **place)
+        philox_integers(1000, 2, numel, **place)
+
+
 def rotary():
     for heads, dim in ((6, 64), (16, 72)):
         q, k, _ = leaf(2, 4, 3, heads, dim).unbind(2)
@@ -140,5 +153,5 @@ def rotary():
 
 if __name__ == "__main__":
     with compile_only(print_once):
-        for operation in (adaln, wide_adaln, gelu, qkv, fp8, structure, prototypes, tokens, denoise, rotary):
+        for operation in (adaln, wide_adaln, gelu, qkv, fp8, structure, prototypes, tokens, denoise, philox, rotary):
             operation()

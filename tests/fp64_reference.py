@@ -3,21 +3,25 @@
 import math
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 
 from fastdit import run_parts
+from fastdit.kernels import SampleGenerator
 
 
 @contextmanager
 def rank_inputs(config, source, world: int, accumulation: int = 1):
-    """The loaders and noise generators of `world` ranks, as a run has them."""
+    """For each of `world` ranks an iterator over what a run gives to its method: x0, y and the random numbers."""
     here = {"batch": config.batch // (world * accumulation), "world": world, "device": torch.device("cpu")}
     loaders = [run_parts.build_loader(config, source, rank=rank, **here) for rank in range(world)]
-    seeds = [int(np.random.SeedSequence(config.seed, spawn_key=(rank,)).generate_state(1)[0]) for rank in range(world)]
-    yield loaders, [torch.Generator().manual_seed(seed) for seed in seeds]
+    yield [_with_draws(loader, config.seed, rank, world, here["batch"]) for rank, loader in enumerate(loaders)]
     for loader in loaders:
         loader.close()
+
+
+def _with_draws(loader, seed: int, rank: int, world: int, batch: int):
+    for number, (x0, y) in enumerate(loader):
+        yield x0, y, SampleGenerator(seed, (number * world + rank) * batch, "cpu")
 
 
 class MasterWeights:

@@ -78,6 +78,7 @@ import numpy as np
 import torch
 
 from fastdit.errors import UserError
+from fastdit.kernels import draw_uniform
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Toy:
             raise UserError(f"sample.steps: {steps}; a toy takes at most 7")
 
     def draw(self, n, *, generator, device):
-        return self.highest * torch.rand(n, generator=generator, device=device)
+        return self.highest * draw_uniform((n,), generator=generator, device=device)
 
     def add_noise(self, x0, eps, level):
         return x0 + level[:, None, None, None] * eps
@@ -152,6 +153,7 @@ from fastdit.config import Config, NoiseConfig
 from fastdit.parser import dump, load, parse
 from fastdit import run_parts
 from fastdit.errors import UserError
+from fastdit.kernels import SampleGenerator
 from fastdit.noise import PROCESSES, NoiseProcess, sample
 from fastdit.noise.toy import Toy
 
@@ -188,7 +190,7 @@ x0, y = torch.full((4, 3, 4, 4), 0.5), torch.tensor([0, 1, 2, 0])
 
 
 def loss():
-    return method.loss(network, x0, y, torch.Generator().manual_seed(0)).loss
+    return method.loss(network, x0, y, SampleGenerator(0, 0, "cpu")).loss
 
 
 before = loss()

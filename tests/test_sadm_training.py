@@ -15,7 +15,8 @@ from test_image_resnet import resnet18_weights
 from test_resume import assert_same_run
 
 from fastdit import run_parts
-from fastdit.methods.denoising import Denoising, Outcome
+from fastdit.kernels import SampleGenerator
+from fastdit.methods.denoising import Denoising
 from fastdit.methods.structure_game import StructureGame, build_psi
 from fastdit.models import LatentResNet
 from fastdit.models.structure_encoders import save_structure_encoder
@@ -60,22 +61,10 @@ def trained(tmp_path_factory):
     return trained
 
 
-class AllRanks(Denoising):
-    """A base that passes the ranks one after the other and joins their predictions in one batch."""
-
-    def loss(self, network, x0, y, generators) -> Outcome:
-        batches = zip(x0.chunk(len(generators)), y.chunk(len(generators)), generators)
-        parts = [super(AllRanks, self).loss(network, *batch) for batch in batches]
-        loss = sum(part.loss for part in parts) / len(parts)
-        x0_hat, level = (torch.cat([getattr(part, name) for part in parts]) for name in ("x0_hat", "level"))
-        outputs = tuple(out for part in parts for out in part.outputs)
-        return Outcome(loss, {"loss": loss.detach()}, x0_hat, level, outputs)
-
-
-def joined(loaders) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def joined(ranks) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the batches of all ranks as one."""
     while True:
-        x0, y = zip(*(next(loader) for loader in loaders))
+        x0, y, _ = zip(*(next(inputs) for inputs in ranks))
         yield torch.cat(x0), torch.cat(y)
 
 
@@ -86,16 +75,16 @@ def reference() -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     source = run_parts.open_data(config)
     shape = run_parts.shape_of(config, source.classes)
     network, _ = run_parts.build_training(config, shape)
-    base = AllRanks(run_parts.build_noise(config), shape.classes, config.label_drop)
+    base = Denoising(run_parts.build_noise(config), shape.classes, config.label_drop)
     method = StructureGame(base, config.sadm, build_psi(config, shape, base))
     method.to(torch.device("cpu"), torch.float32)
-    with rank_inputs(config, source, 2) as (loaders, _):
-        method.prepare(joined(loaders), STEPS, lambda text: None)
+    with rank_inputs(config, source, 2) as ranks:
+        method.prepare(joined(ranks), STEPS, lambda text: None)
     master, lines = MasterWeights(network, warmup=3, steps=STEPS), []
-    with rank_inputs(config, source, 2) as (loaders, noises):
-        for t, batch in zip(range(STEPS), joined(loaders)):
+    with rank_inputs(config, source, 2) as ranks:
+        for t, batch in zip(range(STEPS), joined(ranks)):
             method.begin_step(t, STEPS)
-            outcome = method.loss(network, *batch, noises)
+            outcome = method.loss(network, *batch, SampleGenerator(config.seed, t * config.batch, "cpu"))
             norm = master.step([g.double() for g in torch.autograd.grad(outcome.loss, master.params)])
             terms = outcome.terms | method.end_step()
             lines.append({key: value.item() for key, value in terms.items()} | {"grad_norm": norm})

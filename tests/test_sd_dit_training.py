@@ -84,12 +84,12 @@ def reference(decoder: str, accumulation: int = 1):
     student, method = run_parts.build_training(config, shape)
     parts, teacher = 2 * accumulation, dict(method.teacher.named_parameters())
     master, lines = MasterWeights(student, warmup=3, steps=STEPS, averages=("ema", "teacher")), []
-    with rank_inputs(config, source, 2, accumulation) as (loaders, noises):
+    with rank_inputs(config, source, 2, accumulation) as ranks:
         for t in range(STEPS):
             method.begin_step(t, STEPS)
             line, grads = {}, master.no_gradient()
-            for loader, noise in [pair for pair in zip(loaders, noises) for _ in range(accumulation)]:
-                outcome = method.loss(student, *next(loader), noise)
+            for inputs in [inputs for inputs in ranks for _ in range(accumulation)]:
+                outcome = method.loss(student, *next(inputs))
                 for grad, piece in zip(grads, torch.autograd.grad(outcome.loss, master.params)):
                     grad += piece.double() / parts
                 for key, value in outcome.terms.items():

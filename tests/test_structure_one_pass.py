@@ -88,7 +88,7 @@ def two_passes(settings: SADM, network, psi, batches) -> tuple[list[torch.Tensor
         estimate = clamped(outcome.x0_hat.detach(), limit)
         climbed = structure(psi(x0), psi(estimate), weight, settings)
         if settings.gradient_penalty:
-            directions = torch.randn(2 * len(x0), 4, generator=draws, dtype=x0.dtype)
+            directions = torch.randn(len(x0), 2, 4, generator=draws, dtype=x0.dtype).transpose(0, 1).flatten(0, 1)
             one = Exact(network, psi, x0, estimate, climbed)
             climbed = climbed - settings.gradient_penalty * gradient_penalty(one, directions, relative=True)
         ascent.append(torch.autograd.grad(climbed, list(psi.parameters())))

@@ -107,7 +107,7 @@ def test_the_gradient_penalty(normalize, distance):
     method = game(EDM(), gradient_penalty=0.4, normalize=normalize, distance=distance)
     reference, draws = exact(method, network, tiny_psi(), *batch), seeded()
     method.base.loss(network, *batch, draws)
-    directions = torch.randn(14, 4, generator=draws)
+    directions = torch.randn(7, 2, 4, generator=draws).transpose(0, 1).flatten(0, 1)
     method.loss(network, *batch, seeded()).loss.backward()
     for gradient, expected in zip(gradients(network), reference.gradients(reference.network), strict=True):
         assert_exact(gradient, expected)

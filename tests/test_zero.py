@@ -27,11 +27,11 @@ def reference(world: int, accumulation: int = 1) -> tuple[list[float], list[floa
     shape = run_parts.shape_of(config, source.classes)
     network, method = run_parts.build_training(config, shape)
     master, losses, norms = MasterWeights(network, warmup=5, steps=config.steps), [], []
-    with rank_inputs(config, source, world, accumulation) as (loaders, noises):
+    with rank_inputs(config, source, world, accumulation) as ranks:
         for _ in range(config.steps):
             total, grads = 0.0, master.no_gradient()
-            for loader, noise in [pair for pair in zip(loaders, noises) for _ in range(accumulation)]:
-                loss, *_ = method.loss(network, *next(loader), noise)
+            for inputs in [inputs for inputs in ranks for _ in range(accumulation)]:
+                loss, *_ = method.loss(network, *next(inputs))
                 for grad, part in zip(grads, torch.autograd.grad(loss, master.params)):
                     grad += part.double() / (world * accumulation)
                 total += loss.item() / (world * accumulation)

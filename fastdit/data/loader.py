@@ -17,14 +17,16 @@ import torch
 import torch.distributed as dist
 
 from fastdit.data.cache import CachedLatents, CachedReader
-from fastdit.data.order import BatchFailed, Order, Request, noise_seed
+from fastdit.data.order import BatchFailed, Order, Request
 from fastdit.data.readers import Backend, ReaderName, choose_backend, find_corrupt
 from fastdit.data.sources import Source
 from fastdit.data.synthetic import SyntheticReader
 from fastdit.data.transfer import to_device
 from fastdit.errors import UserError
+from fastdit.kernels import philox_normal
 
 log = logging.getLogger(__name__)
+_POSTERIOR_DRAW = 2**32 - 1  # the draws of a training step, with the same seed and positions, are numbered from 0
 
 
 class Reader(Protocol):
@@ -106,6 +108,12 @@ def make_loader(
     return Loader(source, order, options, on_corrupt == "skip", latents, backend, affine)
 
 
+def posterior_noise(mean: torch.Tensor, seed: int, position: int) -> torch.Tensor:
+    """Return standard normal noise of the shape of `mean` (b, C, H, W) for samples at `position` and after it."""
+    place = {"seed": seed, "position": position, "draw": _POSTERIOR_DRAW}
+    return philox_normal(len(mean), mean[0].numel(), **place, device=mean.device).view_as(mean)
+
+
 def _per_channel(value: float | Sequence[float], channels: int, device: torch.device) -> torch.Tensor:
     """Return one number per channel, float32 (C, 1, 1). Raises ValueError for another number of channels."""
     values = [value] * channels if isinstance(value, int | float) else list(value)
@@ -162,7 +170,6 @@ class Loader:
         self._scale, self._shift = affine
         self._corrupt: set[int] = set()
         self._reader: Reader | None = None
-        self._generator = torch.Generator(options["device"])
 
     @property
     def images_per_epoch(self) -> int:
@@ -253,13 +260,13 @@ class Loader:
     def _draw(self, request: Request, views: torch.Tensor) -> torch.Tensor:
         """Return a sample of each posterior, scaled and shifted, or the mean if only that is stored.
 
-        The noise is a function of seed and position. views: uint8 (b, view_bytes). Returns float32 (b, C, H, W).
+        A sample's noise is a function of the seed and its position. views: uint8 (b, view_bytes).
+        Returns float32 (b, C, H, W).
         """
         mean, std = self.source.samples.form.unpack(views)
         if std is None:
             return (mean - self._shift).mul_(self._scale)
-        self._generator.manual_seed(noise_seed(self.order.seed, request.position))
-        noise = torch.empty_like(mean).normal_(generator=self._generator)
+        noise = posterior_noise(mean, self.order.seed, request.position)
         return noise.mul_(std).add_(mean).sub_(self._shift).mul_(self._scale)
 
     def _set_aside(self, failure: BatchFailed) -> None:

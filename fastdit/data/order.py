@@ -14,8 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-# Spawn keys: one family of independent streams per use.
-_EPOCHS, _NOISE = 0, 1
+_EPOCHS = 0  # spawn key of the order of epochs
 
 
 @dataclass(frozen=True)
@@ -105,9 +104,3 @@ def epoch_order(seed: int, epoch: int, n: int) -> tuple[np.ndarray, np.ndarray]:
     flips = (bits.random_raw(n) >> np.uint64(63)).astype(bool)
     ids.flags.writeable = flips.flags.writeable = False
     return ids, flips
-
-
-def noise_seed(seed: int, position: int) -> int:
-    """Return a 63-bit seed for the posterior noise of the batch whose first sample stands at `position`."""
-    state = np.random.SeedSequence(seed, spawn_key=(_NOISE, position)).generate_state(1, np.uint64)
-    return int(state[0] >> np.uint64(1))

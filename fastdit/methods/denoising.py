@@ -13,6 +13,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastdit.kernels import AnyGenerator, draw_normal, draw_uniform
 from fastdit.models import DiT, LatentDecoder, flops_per_image
 
 Network = Callable[..., Tensor]
@@ -109,19 +110,20 @@ class Denoising:
         """Return the settings that a run must share with the checkpoints that it reads, by flag."""
         return {}
 
-    def loss(self, network: Network, x0: Tensor, y: Tensor, generator: torch.Generator) -> Outcome:
+    def loss(self, network: Network, x0: Tensor, y: Tensor, generator: AnyGenerator) -> Outcome:
         """Return the outcome for samples x0 (B, C, H, W) float32 of classes y (B,) int64, without a host sync.
 
-        All tensors are on the generator's device.
+        All tensors are on the generator's device. Training passes a `SampleGenerator`. With it, all ranks must draw the
+        same numbers in the same order, and the first dimension of what is drawn is the sample.
         """
         level, eps, y = self.draw(x0, y, generator)
         net_in, net_t = self.noise.network_input(self.noise.add_noise(x0, eps, level), level)
         return self.compute_loss(network(net_in, net_t, y), x0, eps, level)
 
-    def draw(self, x0: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(self, x0: Tensor, y: Tensor, generator: AnyGenerator) -> tuple[Tensor, Tensor, Tensor]:
         """Draw noise levels (B,) and noise of x0's shape, drop some labels, and return all three."""
         level = self.noise.draw(len(x0), generator=generator, device=x0.device)
-        eps = torch.randn(x0.shape, generator=generator, device=x0.device)
+        eps = draw_normal(x0.shape, generator=generator, device=x0.device)
         return level, eps, self.drop_labels(y, generator)
 
     def compute_loss(self, out: Tensor, x0: Tensor, eps: Tensor, level: Tensor) -> Outcome:
@@ -133,9 +135,9 @@ class Denoising:
         loss = per_sample.mean()
         return Outcome(loss, {"loss": loss.detach()}, x0_hat, level, (out,))
 
-    def drop_labels(self, y: Tensor, generator: torch.Generator) -> Tensor:
+    def drop_labels(self, y: Tensor, generator: AnyGenerator) -> Tensor:
         """Replace each label by the null label with probability `label_drop`."""
-        dropped = torch.rand(y.shape, generator=generator, device=y.device) < self.label_drop
+        dropped = draw_uniform(y.shape, generator=generator, device=y.device) < self.label_drop
         return torch.where(dropped, self.classes, y)
 
     def prepare(self, batches: Iterator[tuple[Tensor, Tensor]], steps: int, say: Callable[[str], None]) -> None:

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.errors import UserError, check_ranges
+from fastdit.kernels import AnyGenerator
 from fastdit.methods.denoising import GRADIENTS, Denoising, Network, Outcome, Panels, Shape, image_inputs
 from fastdit.methods.encoder_build import build_latent_resnet, count_flops
 from fastdit.methods.encoder_warm_start import count_warm_steps, warm_start_before_run
@@ -178,7 +179,7 @@ class PsiAlignment(Wrapper):
         self.aligns = True  # whether the step has the alignment loss
         self.autocast = False  # whether Psi computes in bf16
 
-    def loss(self, network: Network, x0: Tensor, y: Tensor, generator: torch.Generator) -> Outcome:
+    def loss(self, network: Network, x0: Tensor, y: Tensor, generator: AnyGenerator) -> Outcome:
         """Return the base's outcome with lambda (1 - mean cosine) added to its loss, without a host sync.
 
         The alignment loss does not depend on the network's output, so `Outcome.outputs` are still those of the base.

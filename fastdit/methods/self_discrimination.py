@@ -32,7 +32,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastdit.kernels import PrototypeLoss, split_tokens
+from fastdit.kernels import AnyGenerator, PrototypeLoss, draw_uniform, split_tokens
 from fastdit.methods.denoising import GRADIENTS, Denoising, Network, Outcome, Panels, Shape, image_inputs
 from fastdit.methods.gradient_balance import GradientBalance
 from fastdit.methods.ranks import ranks, sum_over_ranks
@@ -169,7 +169,7 @@ class SelfDiscrimination(Denoising):
         self.finished = False  # whether L_D is off for the rest of the run
         self._reset()
 
-    def loss(self, network: Network, x0: Tensor, y: Tensor, generator: torch.Generator) -> Outcome:
+    def loss(self, network: Network, x0: Tensor, y: Tensor, generator: AnyGenerator) -> Outcome:
         """Return L and its terms, without a host sync. The term `loss` is L_G, which compares with other methods.
 
         Both views of an image share label and noise (ours).
@@ -225,12 +225,12 @@ class SelfDiscrimination(Denoising):
         y = torch.full((len(x),), self.classes, device=x.device)
         return self.teacher.pooled_features(view, t, y)
 
-    def _teacher_level(self, level: Tensor, generator: torch.Generator) -> Tensor:
+    def _teacher_level(self, level: Tensor, generator: AnyGenerator) -> Tensor:
         """Return the teacher's noise levels for the student's levels (n,)."""
         kind, amount = self.settings.teacher_law
         if kind != "relative":
             return self._quiet_level(len(level), level.device)
-        lower = amount * torch.rand(level.shape, generator=generator, device=level.device)
+        lower = amount * draw_uniform(level.shape, generator=generator, device=level.device)
         return self.noise.at_quantile((self.noise.quantile_of(level) - lower).clamp_min(LOWEST_QUANTILE))
 
     def _quiet_level(self, count: int, device: torch.device) -> Tensor:

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fastdit.errors import UserError
-from fastdit.kernels import AdamWEMA, StructureLoss, structure_loss
+from fastdit.kernels import AdamWEMA, AnyGenerator, StructureLoss, draw_normal, structure_loss
 from fastdit.methods.denoising import GRADIENTS, Denoising, Network, Outcome, Panels, Shape
 from fastdit.methods.encoder_build import build_latent_resnet, count_flops
 from fastdit.methods.encoder_warm_start import warm_start_before_run
@@ -152,7 +152,7 @@ class StructureGame(Wrapper):
         self.batches = 0  # micro-batches whose gradients Psi holds
         self.psi_lr = settings.psi_lr
 
-    def loss(self, network: Network, x0: Tensor, y: Tensor, generator: torch.Generator) -> Outcome:
+    def loss(self, network: Network, x0: Tensor, y: Tensor, generator: AnyGenerator) -> Outcome:
         """Return the base's outcome with lambda L_str added to its loss, without a host sync.
 
         L_str is computed over the pairs of all ranks' micro-batches. Before a step of Psi, its gradients are added to
@@ -190,7 +190,7 @@ class StructureGame(Wrapper):
         return outcome._replace(loss=loss, terms=outcome.terms | terms)
 
     def _play(
-        self, real: Tensor, x0_hat: Tensor, limit: Tensor | float, level: Tensor, generator: torch.Generator
+        self, real: Tensor, x0_hat: Tensor, limit: Tensor | float, level: Tensor, generator: AnyGenerator
     ) -> StructureLoss:
         """Return L_str without its graph, and add its gradient to that of the leaf `x0_hat`.
 
@@ -273,7 +273,7 @@ class StructureGame(Wrapper):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
             return self.psi(x).float()
 
-    def _steepness(self, seen: Sequence[Tensor], features: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    def _steepness(self, seen: Sequence[Tensor], features: Sequence[Tensor], generator: AnyGenerator) -> Tensor:
         """Return the gradient penalty (), the mean over Psi's inputs for clean samples and x0 predictions of all ranks.
 
         If L_str does not depend on the scale of the features, the slope is divided by their spread. Otherwise Psi could
@@ -281,7 +281,9 @@ class StructureGame(Wrapper):
         """
         # Differentiate random projections of the features in their inputs.
         both = torch.cat(features)
-        v = F.normalize(torch.randn(both.shape, generator=generator, device=both.device), dim=1)
+        batch, width = features[0].shape
+        numbers = draw_normal((batch, 2, width), generator=generator, device=both.device)  # for both rows of a sample
+        v = F.normalize(numbers.transpose(0, 1).flatten(0, 1), dim=1)
         slopes = torch.autograd.grad((v * both).sum(), seen, create_graph=True)
 
         # Average the squared slopes over all ranks.

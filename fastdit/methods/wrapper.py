@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from fastdit.kernels import AnyGenerator
 from fastdit.methods.denoising import Denoising, Network, Outcome
 
 
@@ -23,7 +24,7 @@ class Wrapper(Denoising):
         """Return the part of the trained module that the base trains."""
         return module
 
-    def loss(self, network: Network, x0: Tensor, y: Tensor, generator: torch.Generator) -> Outcome:
+    def loss(self, network: Network, x0: Tensor, y: Tensor, generator: AnyGenerator) -> Outcome:
         """Return the base's outcome."""
         return self.base.loss(network, x0, y, generator)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdit.errors import UserError, check_ranges
+from fastdit.kernels import AnyGenerator, draw_integers
 
 LONGEST = 2**24  # timesteps are float32, which holds no larger whole numbers exactly
 
@@ -68,9 +69,9 @@ class DDPM:
         if steps > self.steps:
             raise UserError(f"sample.steps: {steps}; noise.ddpm.steps allows at most {self.steps}")
 
-    def draw(self, n: int, *, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
+    def draw(self, n: int, *, generator: AnyGenerator, device: torch.device | str) -> Tensor:
         """Draw (n,) timesteps, uniform over 0 .. steps - 1, as float32."""
-        return torch.randint(self.steps, (n,), generator=generator, device=device).float()
+        return draw_integers(self.steps, (n,), generator=generator, device=device).float()
 
     def add_noise(self, x0: Tensor, eps: Tensor, level: Tensor) -> Tensor:
         """Return sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps (Ho Eq. 4)."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdit.errors import UserError, check_ranges
-from fastdit.kernels import DenoiseCoefficients, affine_denoise_loss
+from fastdit.kernels import AnyGenerator, DenoiseCoefficients, affine_denoise_loss, draw_normal
 from fastdit.noise.process import Weighting, check_weighting
 
 
@@ -62,9 +62,9 @@ class EDM:
     def check_sampling_steps(self, steps: int) -> None:
         """Accept any number of steps."""
 
-    def draw(self, n: int, *, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
+    def draw(self, n: int, *, generator: AnyGenerator, device: torch.device | str) -> Tensor:
         """Draw (n,) float32 sigmas from a log-normal law (Table 1, "Noise distribution")."""
-        return (self.p_mean + self.p_std * torch.randn(n, generator=generator, device=device)).exp()
+        return (self.p_mean + self.p_std * draw_normal((n,), generator=generator, device=device)).exp()
 
     def add_noise(self, x0: Tensor, eps: Tensor, level: Tensor) -> Tensor:
         return x0 + level[:, None, None, None] * eps

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdit.errors import UserError, check_ranges
-from fastdit.kernels import DenoiseCoefficients, affine_denoise_loss
+from fastdit.kernels import AnyGenerator, DenoiseCoefficients, affine_denoise_loss, draw_normal, draw_uniform
 from fastdit.noise.process import Weighting, check_weighting
 
 LAWS = ("logit_normal", "uniform")
@@ -56,12 +56,12 @@ class Flow:
     def check_sampling_steps(self, steps: int) -> None:
         """Accept any number of steps."""
 
-    def draw(self, n: int, *, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
+    def draw(self, n: int, *, generator: AnyGenerator, device: torch.device | str) -> Tensor:
         """Draw (n,) float32 times, clamped inside (0, 1) because float32 rounds a few of them to 0 or 1."""
         if self.law == "uniform":
-            t = torch.rand(n, generator=generator, device=device)
+            t = draw_uniform((n,), generator=generator, device=device)
         else:
-            t = (self.mean + self.std * torch.randn(n, generator=generator, device=device)).sigmoid()
+            t = (self.mean + self.std * draw_normal((n,), generator=generator, device=device)).sigmoid()
         return t.clamp(2**-24, 1 - 2**-24)
 
     def add_noise(self, x0: Tensor, eps: Tensor, level: Tensor) -> Tensor:

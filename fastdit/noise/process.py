@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdit.errors import UserError
+from fastdit.kernels import AnyGenerator
 
 Weighting = Literal["output", "x0"]
 
@@ -50,8 +51,8 @@ class NoiseProcess(Protocol):
         """Raise UserError, naming `sample.steps`, if the process cannot be sampled in `steps` steps."""
         ...
 
-    def draw(self, n: int, *, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
-        """Draw (n,) float32 training levels on `device`."""
+    def draw(self, n: int, *, generator: AnyGenerator, device: torch.device | str) -> Tensor:
+        """Draw (n,) float32 training levels on `device`, by `draw_normal` or its like of `fastdit.kernels`."""
         ...
 
     def add_noise(self, x0: Tensor, eps: Tensor, level: Tensor) -> Tensor:

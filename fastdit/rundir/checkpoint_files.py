@@ -5,7 +5,7 @@ of that name was therefore complete once, and its hashes tell whether it still i
 
     deepspeed/         DeepSpeed's files: weights, ZeRO-sharded optimizer states and EMAs
     ema.safetensors    the EMA weights that are sampled, unsharded, in fp32
-    rank-N.pt          random generators, position in the data and running means of rank N
+    rank-N.pt          position in the data and running means of rank N
     method.pt          the method's state, such as SD-DiT's centers or SADM's structure encoder
     manifest.json      the step, the number of ranks, the run's signature, and the SHA-256 of each file
 

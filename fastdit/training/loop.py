@@ -10,7 +10,7 @@ import torch
 from fastdit.config import Config
 from fastdit.distributed import Runtime, StopRequest
 from fastdit.errors import UserError
-from fastdit.kernels import AdamWEMA
+from fastdit.kernels import AdamWEMA, SampleGenerator
 from fastdit.methods.denoising import Denoising
 from fastdit.rundir import checkpoint_files
 from fastdit.rundir.metrics_log import Recorder, peak_flops
@@ -36,24 +36,18 @@ class Run:
     optimizer: AdamWEMA
     method: Denoising
     loader: object
-    generator: torch.Generator
     meter: Meter
     ema_replicas: list[EMAReplicas] = field(default_factory=list)
     recorder: Recorder | None = None  # on rank 0 only
     seconds: float = 0.0  # training time over all starts, without sample grids, checkpoints and evaluations
 
     def state(self) -> dict:
-        """Return this rank's part of a checkpoint: positions of its data and random numbers, and its running means."""
-        state = {
+        """Return this rank's part of a checkpoint: its position in the data, and its running means."""
+        return {
             "seconds": self.seconds,
             "loader": self.loader.state_dict(),
             "meter": self.meter.state_dict(),
-            "generator": self.generator.get_state(),
-            "torch": torch.get_rng_state(),
         }
-        if self.runtime.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.runtime.device)
-        return state
 
     def load_state(self, state: dict, method_state: dict) -> None:
         """Go on from this rank's state and the method's state, after the engine has loaded its own."""
@@ -62,10 +56,6 @@ class Run:
         self.seconds = state["seconds"]
         self.loader.load_state_dict(state["loader"])
         self.meter.load_state_dict(state["meter"])
-        self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch"])
-        if "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], self.runtime.device)
 
     def save(self, step: int) -> Path:
         """Write the checkpoint of `step` finished steps, a collective. Return its folder.
@@ -199,8 +189,9 @@ def train_step(run: Run, step: int) -> None:
 
     # Accumulate gradients over the micro-batches; the last `engine.step` updates the weights and their EMAs.
     for _ in range(run.deepspeed.accumulation):
+        draws = _sample_generator(run)
         x0, y = next(run.loader)
-        outcome = run.method.loss(run.engine, x0, y, run.generator)
+        outcome = run.method.loss(run.engine, x0, y, draws)
         run.optimizer.require_finite(outcome.loss)
         run.engine.backward(outcome.loss)
         run.engine.step()
@@ -210,6 +201,12 @@ def train_step(run: Run, step: int) -> None:
     run.follow(decays)
     meter.add(run.method.end_step())
     meter.step(_skipped(run), step + 1)
+
+
+def _sample_generator(run: Run) -> SampleGenerator:
+    """Return the generator of the loader's next micro-batch, whose numbers follow from the samples' positions."""
+    first = run.loader.position + run.runtime.rank * run.deepspeed.micro_batch
+    return SampleGenerator(run.config.seed, first, run.runtime.device)
 
 
 def _skipped(run: Run) -> torch.Tensor:

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import deepspeed
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -88,7 +87,9 @@ class Session:
             parts = method.graphed(engine.module, settings.micro_batch)
             self.graphs = cuda_graphs.record_all(parts, required=config.cuda_graphs is True)
 
-        # Open the data, seed the random numbers, and assemble the run.
+        # Open the data and assemble the run. Nothing of a step draws from torch's global generators. They are seeded so
+        # that nothing else depends on their default seeds.
+        torch.manual_seed(config.seed)
         loader = run_parts.build_loader(
             config,
             self.source,
@@ -110,7 +111,6 @@ class Session:
             method=method,
             ema_replicas=[EMAReplicas(engine, name, *lists) for name, lists in method.ema_replicas(module).items()],
             loader=loader,
-            generator=_seeded_generator(config.seed, runtime),
             meter=Meter(runtime.device, runtime.world),
         )
         self.first_step = self._resume() if config.resume else 0
@@ -182,17 +182,6 @@ class Session:
         if self.run.recorder:
             self.run.recorder.close()
         self.runtime.leave()
-
-
-def _seeded_generator(seed: int, runtime: Runtime) -> torch.Generator:
-    """Return this rank's generator on its device, from which all random numbers of training are drawn.
-
-    torch's global generators are seeded too, so that nothing depends on their default seeds.
-    """
-    torch.manual_seed(seed)
-    generator = torch.Generator(runtime.device)
-    generator.manual_seed(int(np.random.SeedSequence(seed, spawn_key=(runtime.rank,)).generate_state(1)[0]))
-    return generator
 
 
 def make_optimizer(
