@@ -26,7 +26,7 @@ class RunLock:
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / LOCK
-        self.made_folder = False
+        self.made_folder = self.made_file = False
         self.handle: int | None = None
 
     def acquire(self) -> None:
@@ -36,7 +36,7 @@ class RunLock:
         has ended is taken over. Children that it leaves may hold it for a moment longer, so it is waited for.
         """
         # Check the folders that the run writes into.
-        self.made_folder = not self.folder.exists()
+        self.made_folder, self.made_file = not self.folder.exists(), not self.path.exists()
         for folder in (self.folder, self.folder / CHECKPOINTS):
             if folder == self.folder or folder.exists():
                 prepare_folder(folder, f"--out {self.folder}")
@@ -70,14 +70,13 @@ class RunLock:
             self.handle = None
 
     def withdraw(self) -> None:
-        """Leave no trace of a start that was refused: remove the file, and the folder if this lock made it."""
-        if self.handle is not None:
+        """Leave no trace of a start that was refused: unlock, and remove file and folder if this lock made them."""
+        if self.handle is not None and self.made_file:
             self.path.unlink(missing_ok=True)
-            os.close(self.handle)
-            self.handle = None
             if self.made_folder:
                 with suppress(OSError):  # it holds something
                     self.folder.rmdir()
+        self.release()
 
     def _open(self) -> None:
         """Open the file, and make it if it is missing. Raises UserError."""
