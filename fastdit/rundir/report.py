@@ -102,7 +102,17 @@ def _curves(metrics: list[dict], path: Path) -> None:
     # Plot each panel, and remove the empty places of the last row.
     shown = panels(metrics) or [("no metrics yet", {})]
     rows = math.ceil(len(shown) / COLUMNS)
-    figure, axes = plt.subplots(rows, COLUMNS, figsize=(12, 3.2 * rows), layout="constrained", squeeze=False)
+    height = 3.2 * rows
+    # Fixed margins, in shares of the figure. A layout that matplotlib computes draws every panel twice.
+    margins = {
+        "left": 0.055,
+        "right": 0.99,
+        "wspace": 0.2,
+        "bottom": 0.5 / height,
+        "top": 1 - 0.3 / height,
+        "hspace": 0.36,
+    }
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=(12, height), gridspec_kw=margins, squeeze=False)
     for axis, (title, lines) in zip(axes.flat, shown):
         for label, points in lines.items():
             axis.plot(*zip(*points), linewidth=1.2, label=label)
