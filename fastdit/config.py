@@ -241,6 +241,8 @@ class _RunConfig:
     Args:
         out: folder of the run.
         resume: continue from the newest good checkpoint in `out`.
+        trust: resume from a checkpoint of an older version, although reading it can run code that somebody put there.
+            Only the command line can set it.
         ds_config: DeepSpeed configuration: zero0, zero1, zero2, zero3, zero3_offload, or a path to a JSON file.
         init_from: start from these weights: official DiT .pt, a folder saved by diffusers, or fastdit's own export.
         finetune: carry `init_from` to other data: a new label table, and all weights trained, or diffit's subset
@@ -282,6 +284,7 @@ class _RunConfig:
     method: str = "dit"
     out: str = "runs/default"
     resume: bool = False
+    trust: bool = False
     ds_config: str = "zero1"
     init_from: str | None = None
     finetune: Literal["all", "diffit"] | None = None

@@ -61,13 +61,14 @@ def parse(argv: list[str]) -> Config:
         raise SystemExit(0)
     args = []
     for arg, after in zip(argv, [*argv[1:], None]):
-        if arg == "--resume" and after not in ("true", "false"):
-            args += ["--resume", "true"]
+        if arg in ("--resume", "--trust") and after not in ("true", "false"):
+            args += [arg, "true"]
         else:
             args += arg.split("=", 1) if arg.startswith(("--preset=", "--out=", "--resume=")) else [arg]
     files = _saved_settings(args)
     given = dict(pairwise(args))
-    if not files and given.get("--resume") == "true" and set(args[::2]) <= {"--resume", "--out", "--local_rank"}:
+    nothing_else = set(args[::2]) <= {"--resume", "--trust", "--out", "--local_rank"}
+    if not files and given.get("--resume") == "true" and nothing_else:
         raise UserError(f"--out {given.get('--out', Config.out)}: holds no run to resume; name the folder of one")
     while "--preset" in args:
         at = args.index("--preset")
@@ -81,6 +82,7 @@ def parse(argv: list[str]) -> Config:
     parser, base = _parser(), None
     for file in files:
         base = parser.read(file, base)
+        base.trust = False  # the file may come with the checkpoints that are not to be trusted
     return _config(parser.parse(args, base))
 
 
@@ -109,4 +111,6 @@ def dump(config: Config) -> str:
             return {key: plain(item) for key, item in value.items()}
         return list(value) if isinstance(value, tuple) else value
 
-    return yaml.safe_dump(plain(asdict(config)), sort_keys=False)
+    settings = plain(asdict(config))
+    del settings["trust"]  # it is for one command line
+    return yaml.safe_dump(settings, sort_keys=False)

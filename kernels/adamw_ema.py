@@ -8,7 +8,7 @@ built. PyTorch updates everything else in several passes.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -155,7 +155,7 @@ class AdamWEMA(torch.optim.Optimizer):
         grad_scale: Tensor | None,
     ) -> None:
         """Update the parameters of one group."""
-        states = [self._state_of(p, group["emas"]) for p in params]
+        states = [self.state_of(p, group["emas"]) for p in params]
         adamw_ema_(
             params,
             grads,
@@ -173,8 +173,8 @@ class AdamWEMA(torch.optim.Optimizer):
             implementation=self.implementation,
         )
 
-    def _state_of(self, param: Tensor, emas) -> dict:
-        """Return the parameter's state, after creating what it lacks."""
+    def state_of(self, param: Tensor, emas: Iterable[str]) -> dict[str, Tensor]:
+        """Return the parameter's state with the named EMAs, after creating what it lacks."""
         state = self.state[param]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)

@@ -48,7 +48,7 @@ class ApexAdamEMA(AdamWEMA):
         if any(p.dtype != torch.float32 or p.numel() >= 2**31 for p in params):
             raise ValueError("FusedAdam updates float32 parameters of less than 2^31 elements each; use AdamWEMA")
         # Collect the states of the parameters that have elements.
-        states = [self._state_of(p, group["emas"]) for p in params]
+        states = [self.state_of(p, group["emas"]) for p in params]
         steps = [state["step"] for state in states]
         filled = [p for p in params if p.numel()]  # FusedAdam launches no kernel if the last is empty
         if not filled:

@@ -18,7 +18,10 @@ from pathlib import Path
 
 import psutil
 import torch
-from safetensors.torch import load_file
+
+from fastdit.rundir.checkpoint_files import METHOD_FILE, SHARDS, sampled_weights
+from fastdit.rundir.shards import PieceReader
+from fastdit.rundir.state_files import load_state
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = Path(sys.executable).parent
@@ -33,6 +36,16 @@ TINY = shlex.split(
     "--model.depth 2 --model.width 32 --model.heads 2 --model.patch 7 --batch 8 --lr 2e-3 "
     "--log_every 1 --sample.steps 2 --sample.per_class 1"
 )
+
+# What a run imports.
+PRELOADED = [
+    "fastdit.train",
+    "fastdit.evaluation.evaluator",
+    "fastdit.evaluation.sample_grids",
+    "fastdit.training.loop",
+    "fastdit.data.pipeline",
+    "deepspeed.module_inject.auto_ep_config",
+]
 
 # Every schedule at work, and a log interval that the checkpoint at half way cuts through. A large eps: some gradients
 # are zero but for rounding (a key's bias cancels in a softmax), and AdamW must not blow that up.
@@ -153,7 +166,7 @@ def forked(*flags, ranks: int = 1, program: str = "fastdit.train") -> Outcome:
     """What `python fastdit/train.py ...`, or another program's `main(argv)`, does: in forks of a server that has done
     the slow imports, one a rank. Their code is the first rank's that is not 0."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["fastdit.train", "fastdit.evaluation.sample_grids", "fastdit.training.loop"])
+    server.set_forkserver_preload(PRELOADED)
     before = dict(os.environ)
     os.environ.update(THREADS, DS_ACCELERATOR="cpu")
     log = Path(os.environ.get("TMPDIR", "/tmp")) / f"fastdit-{uuid.uuid4().hex}.log"
@@ -198,7 +211,18 @@ def metrics(folder: Path, untimed: bool = False) -> list[dict]:
 
 def averages(folder: Path, step: int) -> dict[str, torch.Tensor]:
     """The EMA in a run's checkpoint."""
-    return load_file(checkpoint(folder, step) / "ema.safetensors")
+    return sampled_weights(checkpoint(folder, step))
+
+
+def method_state(folder: Path, step: int) -> dict:
+    """The method's state in a run's checkpoint."""
+    return load_state(checkpoint(folder, step) / METHOD_FILE)
+
+
+def pieces(folder: Path, step: int, kind: str = "weights") -> dict[str, torch.Tensor]:
+    """One kind of state in a run's checkpoint, such as the weights in fp32, by name."""
+    reader = PieceReader(checkpoint(folder, step) / SHARDS)
+    return {name: reader.read_whole(kind, name) for name in reader.shapes(kind)}
 
 
 def checkpoint(folder: Path, step: int) -> Path:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_checks import assert_exact
-from launching import TINY, averages, checkpoint, forked, metrics
+from launching import TINY, averages, checkpoint, forked, method_state, metrics
 from sd_dit_reference import blocks, condition, embed, fp64, image_of, linear, norm, part, randomise
 from test_config import complaint
 from test_resume import assert_same_run
@@ -335,7 +335,7 @@ def test_two_ranks_shard_and_export_a_plain_dit(tmp_path):
         export(["--run", str(tmp_path / "zero3"), "--out", str(tmp_path / "dit.pt")])
     assert end.value.code in (0, None)
     assert "blocks.1.attn.qkv.weight" in torch.load(tmp_path / "dit.pt", weights_only=True)
-    states = [torch.load(checkpoint(tmp_path / f"zero{stage}", STEPS) / "method.pt") for stage in (1, 3)]
+    states = [method_state(tmp_path / f"zero{stage}", STEPS) for stage in (1, 3)]
     for name, value in states[0]["psi"].items():
         assert torch.equal(states[1]["psi"][name], value)
     assert not torch.equal(states[0]["psi"]["stem.weight"], states[0]["base"]["psi"]["stem.weight"]), (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fp64_reference import MasterWeights, rank_inputs
-from launching import TINY, Launched, averages, checkpoint, deepspeed, forked, metrics, run
+from launching import TINY, Launched, averages, checkpoint, deepspeed, forked, method_state, metrics, run
 from test_config import complaint
 from test_image_resnet import resnet18_weights
 from test_resume import assert_same_run
@@ -122,7 +122,7 @@ def test_two_ranks_killed_after_a_checkpoint(trained, tmp_path, method):
     outcome = run(deepspeed(*flags, "--resume"), tmp_path / "log").succeeded()
     assert "steps 5 to 12" in outcome.text
     assert_same_run(folder, trained(method), STEPS)
-    state = torch.load(checkpoint(folder, STEPS) / "method.pt", weights_only=True)
+    state = method_state(folder, STEPS)
     assert {float(moments["step"]) for moments in state["optimizer"]["state"].values()} == {PLAYED // 2}
     assert outcome.text.count("learns to classify") == 0, "Psi's warm start is over"
     first = (trained(method).parent / "log").read_text()
@@ -144,7 +144,7 @@ def test_bf16(tmp_path, psi):
     for line in metrics(tmp_path / "run"):
         assert all(isinstance(line[key], float) for key in SIGNALS if psi != "teacher" or key != "psi_grad_norm")
         assert 0 < line["structure_loss"] < 2
-    state = torch.load(checkpoint(tmp_path / "run", 4) / "method.pt", weights_only=True)
+    state = method_state(tmp_path / "run", 4)
     assert all(value.dtype == torch.float32 for value in state["psi"].values())
 
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 from autoencoder_helpers import diffusers_model
 from data_helpers import latent_source
-from launching import forked
+from launching import averages, forked, pieces
 from PIL import Image
-from safetensors.torch import load_file
 
 from fastdit import run_parts
 from fastdit.errors import UserError
@@ -116,11 +115,10 @@ def test_an_earlier_checkpoint(sample, run, two):
 
 def test_the_checkpoint_holds_an_average(run):
     """The power average of step 2 is neither the weights of step 1 nor of step 2."""
-    one, two = (load_file(run / f"checkpoints/step-0000000{i}/ema.safetensors") for i in (1, 2))
+    one, two = averages(run, 1), averages(run, 2)
     assert any(not torch.equal(one[name], two[name]) for name in one)
-    state = torch.load(run / "checkpoints/step-00000002/deepspeed/mp_rank_00_model_states.pt", weights_only=False)
-    raw = state["module"]  # written by this test's own run
-    assert any(not torch.equal(raw[name].float(), two[name].float()) for name in two)
+    raw = pieces(run, 2)
+    assert any(not torch.equal(raw[name], two[name]) for name in raw)
 
 
 @pytest.fixture
@@ -130,12 +128,13 @@ def copied(run, tmp_path) -> Path:
 
 def test_a_corrupt_newest_checkpoint_falls_back_and_says_so(copied, sample, run, capsys):
     newest = copied / "checkpoints/step-00000002"
-    data = bytearray((newest / "ema.safetensors").read_bytes())
+    shard = newest / "shards/ema-00000-of-00001.safetensors"
+    data = bytearray(shard.read_bytes())
     data[-5] ^= 8
-    (newest / "ema.safetensors").write_bytes(data)
+    shard.write_bytes(data)
     fallen = sample("--n 2", run=copied)["images"]
     said = capsys.readouterr().out
-    assert f"{newest}: ema.safetensors is not what was written; falling back" in said
+    assert f"{newest}: {shard.relative_to(newest)} is not what was written; falling back" in said
     assert f"2 samples of {copied / 'checkpoints/step-00000001'}" in said
     assert np.array_equal(fallen, sample(f"--n 2 --checkpoint {run / 'checkpoints/step-00000001'}")["images"])
     assert "is not what was written" in refusal(copied, f"--checkpoint {newest}")
@@ -223,7 +222,7 @@ def test_latents_are_drawn_as_pictures(latent_run, sample):
     assert np.array_equal(sample("--n 3", run=latent_run)["images"], drawn["images"][:3])
     shape = run_parts.shape_of(config, 2)
     network = run_parts.build_network(config, shape)
-    network.load_state_dict(load_file(latent_run / "checkpoints/step-00000002/ema.safetensors"))
+    network.load_state_dict(averages(latent_run, 2))
     latents = draw_samples.draw(
         network.eval(),
         run_parts.build_noise(config),

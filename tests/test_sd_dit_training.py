@@ -19,7 +19,19 @@ import pytest
 import torch
 import yaml
 from fp64_reference import MasterWeights, rank_inputs
-from launching import SCRIPTS, TINY, Launched, averages, checkpoint, deepspeed, forked, free_port, metrics, run
+from launching import (
+    SCRIPTS,
+    TINY,
+    Launched,
+    averages,
+    checkpoint,
+    deepspeed,
+    forked,
+    free_port,
+    method_state,
+    metrics,
+    run,
+)
 from safetensors.torch import load_file, save_file
 from sd_dit_reference import randomise
 from test_config import complaint
@@ -238,7 +250,7 @@ def test_a_run_with_a_frozen_teacher_goes_on_to_the_bit(tmp_path):
     forked("--resume", "--out", copy).succeeded()
     assert_same_run(copy, tmp_path / "run", STEPS)
     start, _ = run_parts.build_training(parse(SPLIT), run_parts.Shape(1, 28, 28, 10))
-    state = torch.load(checkpoint(copy, STEPS) / "method.pt", weights_only=True)["teacher"]
+    state = method_state(copy, STEPS)["teacher"]
     assert torch.equal(state["encoder.blocks.0.fc1.weight"], start.network.blocks[0].fc1.weight)
     moving = forked("--resume", "--out", copy, "--steps", 13, "--sd_dit.momentum", 0.9)
     assert moving.code == 2

@@ -31,4 +31,4 @@ def test_an_export_has_the_users_mode(trained, tmp_path):
     for name in ("x.pt", "x.safetensors"):
         forked("--run", trained, "--out", tmp_path / name, program="fastdit.export").succeeded()
         assert (tmp_path / name).stat().st_mode & 0o044
-    assert (trained / "checkpoints/step-00000001/ema.safetensors").stat().st_mode & 0o044
+    assert (trained / "checkpoints/step-00000001/shards/weights-00000-of-00001.safetensors").stat().st_mode & 0o044

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from data_helpers import latent_source, take
-from launching import TINY, checkpoint, forked, metrics
+from launching import TINY, checkpoint, forked, method_state, metrics
 from safetensors import safe_open
 
 from fastdit.commands import warm_start
@@ -253,10 +253,7 @@ def test_a_run_warms_psi_up_once_and_starts_again_after_a_kill(tmp_path):
     shutil.rmtree(checkpoint(tmp_path / "killed", 2))
     text = forked(*warm, "--resume", "--out", tmp_path / "killed").succeeded().text
     assert "learns to classify" not in text
-    one, other = (
-        torch.load(checkpoint(tmp_path / name, 2) / "method.pt", weights_only=True)["psi"]
-        for name in ("straight", "killed")
-    )
+    one, other = (method_state(tmp_path / name, 2)["psi"] for name in ("straight", "killed"))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     untrained = LatentResNet(channels=1, width=16, features=12).state_dict()
     assert not any(torch.equal(value, untrained[name]) for name, value in one.items())

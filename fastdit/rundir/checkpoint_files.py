@@ -3,20 +3,24 @@
 A checkpoint is written into a hidden folder, hashed, flushed to disk and only then renamed to `step-NNNNNNNN`. A folder
 of that name was therefore complete once, and its hashes tell whether it still is.
 
-    deepspeed/         DeepSpeed's files: weights, ZeRO-sharded optimizer states and EMAs
-    ema.safetensors    the EMA weights that are sampled, unsharded, in fp32
-    rank-N.pt          position in the data and running means of rank N
-    method.pt          the method's state, such as SD-DiT's centers or SADM's structure encoder
-    manifest.json      the step, the number of ranks, the run's signature, and the SHA-256 of each file
+    shards/KIND-RANK-of-RANKS.safetensors   what a rank holds of the weights, moments and EMAs (rundir/shards.py)
+    method.safetensors                      the method's state, such as SD-DiT's centers or SADM's structure encoder
+    progress.json                           each rank's position in the data and running means
+    manifest.json                           the step, the run's signature, and the SHA-256 of each file and of itself
+
+Nothing of it is a pickle, so that a folder from somebody else can be read. Older versions wrote DeepSpeed's pickles
+into `deepspeed/`, `rank-N.pt` and `method.pt`, and the EMA weights into `ema.safetensors`.
 
 All ranks must see one file system.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from pathlib import Path
+import stat
+from pathlib import Path, PurePosixPath
 
 import torch
 from safetensors import SafetensorError
@@ -26,10 +30,19 @@ from fastdit.errors import UserError
 from fastdit.files import sha256_of
 from fastdit.methods.registry import METHODS
 from fastdit.rundir.run_files import CHECKPOINTS, METRICS
+from fastdit.rundir.shards import PieceReader
 
-EMA_FILE = "ema.safetensors"
+FORMAT = 2  # version of the files in a checkpoint; manifests of the first version do not name theirs
+SHARDS = "shards"  # folder of the ranks' pieces
+METHOD_FILE = "method.safetensors"
+PROGRESS = "progress.json"
 MANIFEST = "manifest.json"
+OLDER_EMA_FILE = "ema.safetensors"  # of the first version
+# Kinds of pieces. Moments and EMAs have their names in the optimizer's state.
+WEIGHTS, BUFFERS, STEP, SAMPLED_EMA = "weights", "buffers", "step", "ema"
+
 NAME = r"step-\d{8,}"
+LARGEST_MANIFEST = 2**26  # bytes; a checkpoint of a thousand ranks has about a megabyte
 OLDER_SIGNATURE = {"model.qk_norm": "none", "model.rope": False}  # of manifests that lack these fields
 
 
@@ -46,8 +59,8 @@ def step_of(checkpoint: Path) -> int:
 def is_complete(checkpoint: Path) -> bool:
     """Return whether a checkpoint has a manifest and every file in it. `damage` also reads the files."""
     try:
-        return all((checkpoint / name).is_file() for name in json.loads((checkpoint / MANIFEST).read_text())["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return all(_is_file(checkpoint / name) for name in _read_manifest(checkpoint)["sha256"])
+    except (OSError, ValueError):
         return False
 
 
@@ -105,15 +118,26 @@ def remedy(folder: Path, first_bad: int) -> str:
     return "no checkpoint is from before; start a new run with a lower --lr, or check the data"
 
 
-def seal(folder: Path, meta: dict) -> None:
-    """Flush every file to disk, and write a manifest with `meta` and the hashes of the files."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
+def seal(folder: Path, meta: dict, hashes: dict[str, str] | None = None) -> None:
+    """Flush files to disk, and write a manifest with `meta`, the hashes of all files and one of itself.
+
+    hashes: the SHA-256 of files that were flushed already, by name.
+    """
+    hashes = dict(hashes or {})
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = str(path.relative_to(folder))
+        if name not in hashes and name != MANIFEST:
+            sync(path)
+            hashes[name] = sha256_of(path)
+    content = {**meta, "sha256": hashes}
+    (folder / MANIFEST).write_text(json.dumps({**content, "seal": _checksum(content)}, indent=1))
+    for path in (folder / MANIFEST, *(path for path in folder.iterdir() if path.is_dir()), folder):
         sync(path)
-    hashes = {str(path.relative_to(folder)): sha256_of(path) for path in files}
-    (folder / MANIFEST).write_text(json.dumps({**meta, "sha256": hashes}, indent=1))
-    for path in (folder / MANIFEST, folder / "deepspeed", folder):
-        sync(path)
+
+
+def _checksum(content: dict) -> str:
+    """Return the SHA-256 of a manifest without its seal, whatever its layout."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def sync(path: Path) -> None:
@@ -132,18 +156,71 @@ def holds_run(run: Path) -> bool:
 
 
 def damage(folder: Path) -> str | None:
-    """Return a description of the first damaged file of a checkpoint, or None if every file is as it was written."""
+    """Return a description of the first damaged file of a checkpoint, or None if every file is as it was written.
+
+    It opens nothing outside the folder and nothing but regular files.
+    """
+    # Check the manifest: its seal, and that it belongs to a folder of this name.
     try:
-        hashes = json.loads((folder / MANIFEST).read_text())["sha256"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        content = _read_manifest(folder)
+    except (OSError, ValueError):
         return f"{MANIFEST} is missing or unreadable"
-    for name, expected in hashes:
+    if "seal" in content and content.pop("seal") != _checksum(content):
+        return f"{MANIFEST} is not what was written"
+    if re.fullmatch(NAME, folder.name) and content["step"] != step_of(folder):
+        return f"{MANIFEST} is of step {content['step']}"
+    for name in _required(content):
+        if name not in content["sha256"]:
+            return f"{MANIFEST} does not list {name}"
+
+    # Check the files.
+    for name, expected in content["sha256"].items():
+        path = folder / name
         try:
-            if sha256_of(folder / name) != expected:
+            if not _is_file(path):
+                return f"{name} is no regular file" if os.path.lexists(path) else f"{name} is missing"
+            if sha256_of(path) != expected:
                 return f"{name} is not what was written"
-        except OSError:
-            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
+
+
+def _read_manifest(checkpoint: Path) -> dict:
+    """Return the content of a manifest. Raises OSError, or ValueError for anything that `seal` does not write."""
+    path = checkpoint / MANIFEST
+    if not _is_file(path) or path.stat().st_size > LARGEST_MANIFEST:
+        raise ValueError("no regular file, or a huge one")
+    try:
+        content = json.loads(path.read_text())
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    hashes = content.get("sha256") if isinstance(content, dict) else None
+    if not isinstance(hashes, dict) or not isinstance(content.get("step"), int):
+        raise ValueError("no manifest")
+    for name in hashes:
+        if not name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"{name!r} is outside the folder")
+    if "format" in content and ("seal" not in content or not isinstance(content.get("world"), int)):
+        raise ValueError("no seal, or no number of ranks")
+    return content
+
+
+def _required(content: dict) -> list[str]:
+    """Return names of files without which a checkpoint with this manifest is not whole."""
+    ranks = range(min(content.get("world", 0), len(content["sha256"]) + 1))
+    if "format" not in content:
+        return [f"rank-{rank}.pt" for rank in ranks]
+    shards = [f"{SHARDS}/{WEIGHTS}-{rank:05d}-of-{content['world']:05d}.safetensors" for rank in ranks]
+    return [METHOD_FILE, PROGRESS, *shards]
+
+
+def _is_file(path: Path) -> bool:
+    """Return whether a path is a regular file, and no link. Raises OSError if it cannot be examined."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def newest_good(folder: Path, say=print) -> Path | None:
@@ -167,7 +244,7 @@ def manifest(checkpoint: Path) -> dict:
 
     Fields that older versions did not write get the values that they stood for.
     """
-    written = OLDER_SIGNATURE | json.loads((checkpoint / MANIFEST).read_text())
+    written = OLDER_SIGNATURE | _read_manifest(checkpoint)
     for name in written.get("method", "").split("+"):
         if name in METHODS:
             written = METHODS[name].older_signature | written
@@ -175,11 +252,26 @@ def manifest(checkpoint: Path) -> dict:
 
 
 def sampled_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Return the EMA weights of a checkpoint, in fp32 on the CPU, by name. Raises UserError if they cannot be read."""
-    try:
-        return load_file(checkpoint / EMA_FILE)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{checkpoint / EMA_FILE}: cannot be read ({error}); use another checkpoint") from None
+    """Return the sampled network's state dict with EMA weights, on the CPU.
+
+    Weights are fp32, and buffers are as they were. Before the first update, and for frozen parameters, the EMA weights
+    are the weights themselves. Raises UserError if they cannot be read.
+    """
+    written = manifest(checkpoint)
+    if "format" not in written:
+        path = checkpoint / OLDER_EMA_FILE
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); use another checkpoint") from None
+    reader, prefix = PieceReader(checkpoint / SHARDS), written["sampled"]
+    averaged = reader.shapes(SAMPLED_EMA)
+    state = {
+        name: reader.read_whole(SAMPLED_EMA if name in averaged else WEIGHTS, name).float()
+        for name in reader.shapes(WEIGHTS)
+    }
+    state |= {name: reader.read_whole(BUFFERS, name) for name in reader.shapes(BUFFERS)}
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def choose(run: Path, named: str | None) -> Path:

@@ -1,25 +1,61 @@
-"""Save and resume a training run to the bit. `rundir/checkpoint_files.py` makes the files survive a crash."""
+"""Save a training run, and resume it: to the bit, or on another number of ranks, ZeRO stage, precision or micro-batch.
 
+Each rank writes the fp32 weights, moments and EMAs that it holds (rundir/shards.py), and none gathers any. To resume,
+each rank reads what it holds now. `rundir/checkpoint_files.py` makes the files survive a crash.
+"""
+
+import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from fastdit.distributed import Runtime
 from fastdit.errors import UserError
-from fastdit.files import save_tensors
-from fastdit.rundir.checkpoint_files import EMA_FILE, manifest, prune, publish, seal, start_partial
-from fastdit.training.deepspeed_internals import precision_written, preserve_clipping
-from fastdit.training.ema import ema_state
+from fastdit.files import sha256_of
+from fastdit.kernels import AdamWEMA
+from fastdit.rundir.checkpoint_files import (
+    BUFFERS,
+    FORMAT,
+    METHOD_FILE,
+    PROGRESS,
+    SHARDS,
+    STEP,
+    WEIGHTS,
+    manifest,
+    prune,
+    publish,
+    seal,
+    start_partial,
+    sync,
+)
+from fastdit.rundir.shards import Piece, PieceReader, write_pieces
+from fastdit.rundir.state_files import load_state, save_state
+from fastdit.training import older_checkpoint
+from fastdit.training.deepspeed_internals import Part, full_shape, local_parts, rewrite_weights, set_counters
 
-STATE = "deepspeed"  # folder of the files that DeepSpeed writes
-METHOD_FILE = "method.pt"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Trained(NamedTuple):
+    """Hold the parts of a run whose state is a checkpoint, besides the method.
+
+    Args:
+        engine: DeepSpeed's engine.
+        optimizer: the optimizer that the engine was given.
+        network: the part of the engine's module that is sampled.
+        runtime: this rank's place.
+    """
+
+    engine: object
+    optimizer: AdamWEMA
+    network: nn.Module
+    runtime: Runtime
 
 
 def save(
-    engine,
-    network: nn.Module,
-    runtime: Runtime,
+    trained: Trained,
     folder: Path,
     step: int,
     *,
@@ -30,31 +66,35 @@ def save(
 ) -> Path:
     """Write the checkpoint of `step` into `folder`, keep `keep` of those up to it, and return the new one's folder.
 
-    It is a collective. With `keep` None, no other checkpoint is removed. `network` is the part of the engine's module
-    that is sampled. `rank_state` differs between ranks, `method_state` does not. `meta` is what a run that resumes must
-    agree with.
+    It is a collective. With `keep` None, no other checkpoint is removed. `rank_state` is JSON and differs between
+    ranks, `method_state` does not. `meta` is what a run that resumes must agree with.
     """
     # Make an empty folder under a temporary name.
+    engine, runtime = trained.engine, trained.runtime
     final, partial = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
     if runtime.first:
         start_partial(partial)
+        (partial / SHARDS).mkdir()
     runtime.barrier()
 
-    # Write the state of the engine, of this rank and of the method, and the EMA weights.
-    engine.save_checkpoint(str(partial), tag=STATE, save_latest=False, exclude_frozen_parameters=False)
-    torch.save(rank_state, partial / f"rank-{runtime.rank}.pt")
-    weights = ema_state(engine, network, "cpu")
-    if runtime.first:
-        torch.save(method_state, partial / METHOD_FILE)
-        save_tensors(weights, partial / EMA_FILE)
-    del weights
-    runtime.barrier()
+    # Write this rank's pieces, and flush and hash them.
+    files = [
+        write_pieces(partial / SHARDS, kind, runtime.rank, runtime.world, pieces)
+        for kind, pieces in _pieces(trained).items()
+    ]
+    for path in files:
+        sync(path)
+    hashes = runtime.gather({str(path.relative_to(partial)): sha256_of(path) for path in files})
 
-    # Seal the checkpoint, give it its name, and remove old ones.
+    # Write what is one for all ranks, seal the checkpoint, give it its name, and remove old ones.
+    ranks = runtime.gather(rank_state)
     if runtime.first:
-        for script in partial.glob("*.py"):  # DeepSpeed copies its converters beside every checkpoint
-            script.unlink()
-        seal(partial, {"step": step, "world": runtime.world, **meta})
+        save_state(method_state, partial / METHOD_FILE)
+        counters = {"engine_steps": engine.global_steps, "engine_skipped": engine.skipped_steps}
+        progress = counters | {"accumulation": engine.gradient_accumulation_steps(), "ranks": ranks}
+        (partial / PROGRESS).write_text(json.dumps(progress))
+        meta = {"format": FORMAT, "step": step, "world": runtime.world, "sampled": _sampled_prefix(trained), **meta}
+        seal(partial, meta, {name: value for of_rank in hashes for name, value in of_rank.items()})
         publish(partial, final)
         if keep is not None:
             prune(final, keep)
@@ -62,31 +102,139 @@ def save(
     return final
 
 
-def restore(engine, runtime: Runtime, checkpoint: Path, meta: dict) -> tuple[int, dict, dict]:
+def restore(
+    trained: Trained, checkpoint: Path, meta: dict, *, accumulation: int, trust: bool
+) -> tuple[int, dict, dict]:
     """Load `checkpoint` into the engine, a collective. Return its step, this rank's state and the method's state.
 
-    Raises UserError when the checkpoint differs from this run in the number of ranks or a field of `meta`, or when
-    DeepSpeed cannot read it.
+    accumulation: micro-batches that a rank accumulates in a step.
+    trust: read a checkpoint of an older version, whose files can run code when they are read.
+
+    Raises UserError when the checkpoint differs from this run in a field of `meta`, is of an older version and not
+    trusted, or cannot be read.
     """
     # Check that the checkpoint fits this run.
-    written = manifest(checkpoint)
-    for field, expected in {"world": runtime.world, **meta}.items():
+    written, engine, runtime = manifest(checkpoint), trained.engine, trained.runtime
+    for field, expected in meta.items():
         if written.get(field) != expected:
             raise UserError(
                 f"{checkpoint}: was written with {field} {written.get(field)}, this run has {expected}; make them equal"
             )
+    if "format" not in written:
+        return older_checkpoint.restore(engine, runtime, checkpoint, written, trust)
 
-    precision = "bf16" if engine.bfloat16_enabled() else "fp32"
-    if (other := precision_written(checkpoint / STATE) or precision) != precision:
-        raise UserError(
-            f"{checkpoint}: was written in {other}, this run trains in {precision}; add --precision {other}"
-        )
+    # Load weights, moments and EMAs, and the buffers.
+    reader = PieceReader(checkpoint / SHARDS)
+    names = {param: name for name, param in engine.module.named_parameters()}
+    _check_shapes(reader, names, checkpoint)
+    _load_parts(trained, reader, names)
+    rewrite_weights(engine, lambda param: reader.read_whole(WEIGHTS, names[param]))
+    for name, buffer in _buffers(engine.module).items():
+        buffer.copy_(reader.read_whole(BUFFERS, name))
 
-    # Load the engine's state, then the states of this rank and of the method.
-    with preserve_clipping(engine.optimizer):
-        loaded, _ = engine.load_checkpoint(str(checkpoint), tag=STATE)
-    if loaded is None:
-        raise UserError(f"{checkpoint}: DeepSpeed could not read it; resume from another folder")
-    rank_state = torch.load(checkpoint / f"rank-{runtime.rank}.pt", weights_only=True)
-    method_state = torch.load(checkpoint / METHOD_FILE, map_location="cpu", weights_only=True)
-    return written["step"], rank_state, method_state
+    # Load the counters, and the states of this rank and of the method.
+    progress = _read_progress(checkpoint / PROGRESS)
+    set_counters(engine, progress["engine_steps"], progress["engine_skipped"])
+    rank_state = _state_of_rank(progress["ranks"], runtime, accumulation / progress["accumulation"])
+    return written["step"], rank_state, load_state(checkpoint / METHOD_FILE)
+
+
+def _pieces(trained: Trained) -> dict[str, list[Piece]]:
+    """Return the pieces that this rank writes, by kind. Before the first update there are weights and buffers only."""
+    # Of what all ranks hold, each rank writes its share.
+    engine, runtime = trained.engine, trained.runtime
+    names = {param: name for name, param in engine.module.named_parameters()}
+    pieces: dict[str, list[Piece]] = {WEIGHTS: []}
+    for k, part in enumerate(local_parts(engine, lambda p: trained.optimizer.state.get(p, {}))):
+        if k % part.copies != runtime.rank % part.copies:
+            continue
+        shape = full_shape(part.param)
+        for kind, values in {WEIGHTS: part.weights, **part.state}.items():
+            whole, start = ((), 0) if kind == STEP else (shape, part.start)
+            pieces.setdefault(kind, []).append(Piece(names[part.param], whole, start, values.view(-1)))
+    if runtime.first:
+        buffers = _buffers(engine.module).items()
+        pieces[BUFFERS] = [Piece(name, tuple(value.shape), 0, value.reshape(-1)) for name, value in buffers]
+    return pieces
+
+
+def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the module's buffers that belong to its state, by name."""
+    kept = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in kept}
+
+
+def _sampled_prefix(trained: Trained) -> str:
+    """Return what stands before the names of the sampled network's weights, such as "network."."""
+    for name, module in trained.engine.module.named_modules():
+        if module is trained.network:
+            return f"{name}." if name else ""
+    raise ValueError("the sampled network is no part of the trained module")
+
+
+@torch.no_grad()
+def _load_parts(trained: Trained, reader: PieceReader, names: dict[nn.Parameter, str]) -> None:
+    """Copy this rank's parts of weights, moments and EMAs from the files."""
+    emas = [kind for kind in reader.kinds if kind not in (WEIGHTS, BUFFERS, STEP, *MOMENTS)]
+    updated = STEP in reader.kinds
+
+    def state_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        return trained.optimizer.state_of(tensor, emas) if updated else {}
+
+    def load(part: Part, kind: str, values: torch.Tensor) -> None:
+        values.copy_(reader.read(kind, names[part.param], part.start, len(values)))
+
+    for part in local_parts(trained.engine, state_of):
+        load(part, WEIGHTS, part.weights)
+        for kind, values in part.state.items():
+            if kind == STEP:  # one count for all parameters in a partition
+                values.copy_(torch.maximum(values.cpu(), reader.read(STEP, names[part.param])[0]))
+            else:
+                load(part, kind, values)
+
+
+def _check_shapes(reader: PieceReader, names: dict[nn.Parameter, str], checkpoint: Path) -> None:
+    """Raise UserError if the checkpoint holds other weights than the module."""
+    found, expected = reader.shapes(WEIGHTS), {name: full_shape(param) for param, name in names.items()}
+    for name in found.keys() | expected.keys():
+        if found.get(name) != expected.get(name):
+            raise UserError(
+                f"{checkpoint}: {name} has shape {found.get(name)}, this run's has {expected.get(name)}; resume with "
+                "the settings that it was trained with"
+            )
+
+
+def _read_progress(path: Path) -> dict:
+    """Return the counters and the ranks' states. Raises UserError if the file does not hold them."""
+    try:
+        progress = json.loads(path.read_text())
+        numbers = [progress[name] for name in ("engine_steps", "engine_skipped", "accumulation")]
+        if not (all(isinstance(number, int) for number in numbers) and progress["accumulation"] > 0):
+            raise ValueError(f"numbers {numbers}")
+        if not all(isinstance(state, dict) for state in progress["ranks"]) or not progress["ranks"]:
+            raise ValueError("no states of ranks")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); use another checkpoint") from None
+    return progress
+
+
+def _state_of_rank(states: list[dict], runtime: Runtime, more: float) -> dict:
+    """Return this rank's state: what its predecessor wrote or, for another number of ranks, what all wrote together.
+
+    more: how many of this run's micro-batches show as many samples of a rank as one of the writing run's.
+    """
+    state = states[runtime.rank % len(states)]
+    if len(states) != runtime.world:
+        corrupt = sorted({i for other in states for i in other["loader"]["corrupt"]})
+        meters = [other["meter"]["sums"] for other in states]
+        sums = {name: sum(meter[name] for meter in meters) / len(meters) for name in state["meter"]["sums"]}
+        state = state | {
+            "loader": state["loader"] | {"corrupt": corrupt},
+            "meter": state["meter"] | {"sums": sums},
+        }
+    if more == 1:
+        return state
+    # The running means of a step count as often as the steps that follow.
+    meter = state["meter"]
+    scaled = {kind: {name: value * more for name, value in meter[kind].items()} for kind in ("sums", "counts")}
+    return state | {"meter": meter | scaled}

@@ -4,14 +4,19 @@ Every attribute here was read in DeepSpeed 0.19.8. pyproject.toml keeps later mi
 or drop any of them. This module imports nothing of fastdit, so that any other may import it.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+MUON = "deepspeed.runtime.zero.muon.muon_optimizer"
 
 # Parameters, each with its whole value as a flat tensor, which may share memory with the others.
 Pairs = list[tuple[nn.Parameter, Tensor]]
@@ -68,6 +73,24 @@ def disable_shared_memory_op() -> None:
     import deepspeed  # it reads DS_ACCELERATOR when imported, so this module must not import it earlier
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextmanager
+def skip_muon() -> Iterator[None]:
+    """Let `deepspeed.initialize` in the block not import the Muon optimizer, which imports torch's compiler.
+
+    0.19.8 imports it to compare types (runtime/zero/utils.py and stage3.py), and gets a class that nothing is of. The
+    compiler would take 4 s of a CPU's time.
+    """
+    absent = MUON not in sys.modules
+    if absent:
+        sys.modules[MUON] = ModuleType(MUON)
+        sys.modules[MUON].MuonWithAuxAdam = type("MuonWithAuxAdam", (), {})
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules[MUON]
 
 
 @contextmanager
@@ -254,22 +277,29 @@ def gather_states(zero, name: str, needed: Sequence[nn.Parameter], like: Tensor)
     """
     if hasattr(zero, "fp16_groups"):
         yield from _gather_stage_3(zero, name, needed, like)
-    elif hasattr(zero, "round_robin_bit16_groups"):
-        groups, offsets = zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets
-        yield from _gather_flat(zero, zero.single_partition_of_fp32_groups, groups, offsets, name, like)
-    elif hasattr(zero, "bf16_groups"):
-        offsets = [accumulate((p.numel() for p in group[:-1]), initial=0) for group in zero.bf16_groups]
-        yield from _gather_flat(zero, zero.fp32_groups_flat_partition, zero.bf16_groups, offsets, name, like)
+    elif flat := _flat_groups(zero):
+        for partition, params, starts, ranks in flat:
+            if (shard := _shard(zero, partition, name, like)) is not None:
+                whole = _gather(shard, ranks).flatten()
+                yield [(p, whole[at : at + p.numel()]) for p, at in zip(params, starts, strict=True)]
     elif states := zero.state:
         yield [(p, states[p][name]) for p in needed if name in states.get(p, {})]
 
 
-def _gather_flat(zero, partitions, groups, offsets, name: str, like: Tensor) -> Iterator[Pairs]:
-    """Yield from groups of parameters that are laid end to end, at `offsets`, and cut into one partition a rank."""
-    for partition, params, starts, ranks in zip(partitions, groups, offsets, zero.real_dp_process_group):
-        if (shard := _shard(zero, partition, name, like)) is not None:
-            flat = _gather(shard, ranks).flatten()
-            yield [(p, flat[at : at + p.numel()]) for p, at in zip(params, starts, strict=True)]
+def _flat_groups(zero) -> list[tuple[Tensor, Sequence[nn.Parameter], Sequence[int], dist.ProcessGroup]]:
+    """Return the groups of ZeRO-1 and 2, whose parameters are laid end to end and cut into one partition a rank.
+
+    Each is (this rank's fp32 partition, parameters, their offsets, process group). There are none under ZeRO-0 and 3.
+    """
+    if hasattr(zero, "round_robin_bit16_groups"):
+        partitions, groups = zero.single_partition_of_fp32_groups, zero.round_robin_bit16_groups
+        offsets = zero.round_robin_bit16_offsets
+    elif hasattr(zero, "bf16_groups"):
+        partitions, groups = zero.fp32_groups_flat_partition, zero.bf16_groups
+        offsets = [list(accumulate((p.numel() for p in group[:-1]), initial=0)) for group in groups]
+    else:
+        return []
+    return list(zip(partitions, groups, offsets, zero.real_dp_process_group))
 
 
 def _gather_stage_3(zero, name: str, needed: Sequence[nn.Parameter], like: Tensor) -> Iterator[Pairs]:
@@ -301,3 +331,108 @@ def _gather(shard: Tensor, group) -> Tensor:
     whole = shard.new_empty(ranks, shard.numel())
     dist.all_gather_into_tensor(whole.view(-1), shard.contiguous(), group=group)
     return whole
+
+
+class Part(NamedTuple):
+    """Hold this rank's part of a parameter: a run of its elements, flattened.
+
+    Args:
+        param: the parameter, which may be frozen.
+        start: the number of elements before the run.
+        weights: the run, 1-D; in fp32, which the optimizer updates, unless the parameter is frozen.
+        state: its optimizer state by name: tensors like `weights`, and `step` (). Empty before the first update.
+        copies: the number of ranks that hold the same part.
+    """
+
+    param: nn.Parameter
+    start: int
+    weights: Tensor
+    state: dict[str, Tensor]
+    copies: int
+
+
+def local_parts(engine, state_of: Callable[[Tensor], dict[str, Tensor]]) -> Iterator[Part]:
+    """Yield this rank's parts of all parameters of the engine's module. Their tensors share memory with the run's.
+
+    All ranks together hold every element, the trained ones in fp32. Padding is left out.
+
+    state_of: returns the state of a parameter of the optimizer that fastdit gave DeepSpeed: of a partition under ZeRO.
+    """
+    zero, world = engine.optimizer, dist.get_world_size()
+    trained = [p for p in engine.module.parameters() if p.requires_grad]
+
+    # Yield what the optimizer updates.
+    for partition, places in _places(zero, trained):
+        state, weights = state_of(partition), partition.detach().view(-1)
+        for param, start, at, length in places:
+            own = {k: v if k == "step" else v.view(-1)[at : at + length] for k, v in state.items()}
+            yield Part(param, start, weights[at : at + length], own, world if partition is param else 1)
+
+    # Yield the frozen parameters.
+    for param in engine.module.parameters():
+        if not param.requires_grad:
+            start, length = _shard_of(param, dist.get_rank()) if is_sharded(param) else (0, param.numel())
+            yield Part(param, start, local_part(param).view(-1)[:length], {}, 1 if is_sharded(param) else world)
+
+
+def _places(zero, trained) -> Iterator[tuple[Tensor, list[tuple[nn.Parameter, int, int, int]]]]:
+    """Yield each tensor that the optimizer updates, with the places of the parameters in it.
+
+    A place is (parameter, first element of the parameter, first element of the tensor, number of elements).
+    """
+    if hasattr(zero, "fp16_groups"):
+        rank = dist.get_rank(zero.dp_process_group)
+        for params, partition in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat):
+            offsets = accumulate((p.partition_numel() for p in params), initial=0)
+            shards = [_shard_of(p, rank) for p in params]
+            yield partition, [(p, start, at, length) for p, (start, length), at in zip(params, shards, offsets)]
+    elif flat := _flat_groups(zero):
+        for partition, params, offsets, ranks in flat:
+            first = dist.get_rank(ranks) * partition.numel()
+            runs = [
+                (p, max(at, first), min(at + p.numel(), first + partition.numel()), at)
+                for p, at in zip(params, offsets, strict=True)
+            ]
+            yield partition, [(p, lo - at, lo - first, hi - lo) for p, lo, hi, at in runs if lo < hi]
+    else:
+        for p in trained:
+            yield p, [(p, 0, 0, p.numel())]
+
+
+def _shard_of(param: nn.Parameter, rank: int) -> tuple[int, int]:
+    """Return the first element and the number of elements that `rank` holds of a parameter that ZeRO-3 shards."""
+    size = param.partition_numel()
+    start = min(rank * size, param.ds_numel)
+    return start, min(size, param.ds_numel - start)
+
+
+@torch.no_grad()
+def rewrite_weights(engine, whole: Callable[[nn.Parameter], Tensor]) -> None:
+    """Give the network the weights that were written into its `local_parts`. A collective.
+
+    whole: returns a trained parameter's fp32 weights in its shape. ZeRO-3 does not call it.
+
+    Under ZeRO-3, 0.19.8 does so in `_rigid_load_state_dict` of runtime/zero/stage3.py.
+    """
+    zero = engine.optimizer
+    if not hasattr(zero, "fp16_groups"):
+        for param in engine.module.parameters():
+            if param.requires_grad:
+                param.copy_(whole(param))
+        return
+    zero.checkpoint_event_prologue()  # shards the parameters that are whole
+    for group, weights in enumerate(zero.fp32_partitioned_groups_flat):
+        zero.fp16_partitioned_groups_flat[group].copy_(weights)
+        zero._unflatten_partitioned_parameters(group)
+    zero.checkpoint_event_epilogue()  # makes small parameters whole again
+
+
+def full_shape(param: nn.Parameter) -> tuple[int, ...]:
+    """Return the shape of a parameter, also if ZeRO-3 shards it."""
+    return tuple(param.ds_shape if is_sharded(param) else param.shape)
+
+
+def set_counters(engine, steps: int, skipped: int) -> None:
+    """Set the engine's numbers of steps and of steps that it skipped, as its `load_checkpoint` does."""
+    engine.global_steps, engine.skipped_steps = steps, skipped
+    engine.global_samples = steps * engine.train_batch_size()

@@ -42,7 +42,7 @@ class Run:
     seconds: float = 0.0  # training time over all starts, without sample grids, checkpoints and evaluations
 
     def state(self) -> dict:
-        """Return this rank's part of a checkpoint: its position in the data, and its running means."""
+        """Return this rank's part of a checkpoint, as JSON: its training time, position in the data, and means."""
         return {
             "seconds": self.seconds,
             "loader": self.loader.state_dict(),
@@ -70,9 +70,7 @@ class Run:
 
         # While steps are being skipped, no older checkpoint is removed, since it may be the last from before.
         return checkpoint.save(
-            self.engine,
-            self.sampled_network,
-            self.runtime,
+            self.trained,
             self.folder / CHECKPOINTS,
             step,
             rank_state=self.state(),
@@ -84,6 +82,23 @@ class Run:
     def remedy(self, first_bad: int) -> str:
         """Return what to do when step `first_bad`, counted from 1, was the first to go wrong. A collective."""
         return self.runtime.decide(lambda: checkpoint_files.remedy(self.folder / CHECKPOINTS, first_bad))
+
+    def restore(self, path: Path) -> int:
+        """Load a checkpoint, a collective, and return the number of finished steps. Raises UserError."""
+        step, *states = checkpoint.restore(
+            self.trained,
+            path,
+            self.checkpoint_signature,
+            accumulation=self.deepspeed.accumulation,
+            trust=self.config.trust,
+        )
+        self.load_state(*states)
+        return step
+
+    @property
+    def trained(self) -> checkpoint.Trained:
+        """Return the parts whose state a checkpoint holds."""
+        return checkpoint.Trained(self.engine, self.optimizer, self.sampled_network, self.runtime)
 
     @property
     def sampled_network(self) -> torch.nn.Module:

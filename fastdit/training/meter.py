@@ -29,17 +29,18 @@ class Meter:
         self.skipped = self.skipped + nonfinite
 
     def state_dict(self) -> dict:
-        """Return the state from which a resumed run goes on, on the CPU.
+        """Return the state from which a resumed run goes on, as numbers.
 
         The current streak of skipped steps is left out, so that a resumed run may skip `max_nonfinite` steps anew.
         """
-        sums = {name: value.cpu() for name, value in self.sums.items()}
-        return {"sums": sums, "counts": dict(self.counts), "skipped": self.skipped.cpu()}
+        sums = {name: float(value) for name, value in self.sums.items()}
+        return {"sums": sums, "counts": dict(self.counts), "skipped": float(self.skipped)}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from what `state_dict` returned."""
-        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
-        self.counts, self.skipped = dict(state["counts"]), state["skipped"].to(self.device)
+        like = {"dtype": torch.float32, "device": self.device}
+        self.sums = {name: torch.tensor(value, **like) for name, value in state["sums"].items()}
+        self.counts, self.skipped = dict(state["counts"]), torch.tensor(state["skipped"], **like)
 
     def read(self) -> dict[str, float]:
         """Return the means over ranks and over calls of `add` since the last read, by name, and counts of steps.

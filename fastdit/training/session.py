@@ -19,9 +19,9 @@ from fastdit.parser import dump
 from fastdit.rundir.checkpoint_files import newest_good
 from fastdit.rundir.metrics_log import Recorder, versions
 from fastdit.rundir.run_files import CHECKPOINTS, VERSIONS
-from fastdit.training import checkpoint, cuda_graphs
+from fastdit.training import cuda_graphs
 from fastdit.training.deepspeed_config import DeepSpeedConfig, make_deepspeed_config
-from fastdit.training.deepspeed_internals import shorten_step_on_one_rank
+from fastdit.training.deepspeed_internals import shorten_step_on_one_rank, skip_muon
 from fastdit.training.ema import EMA, ema_state
 from fastdit.training.ema_replicas import EMAReplicas
 from fastdit.training.loop import Run
@@ -78,7 +78,8 @@ class Session:
         decays = {EMA: config.ema.decay, **method.begin_step(0, config.steps)}
         trained = [p for p in module.parameters() if p.requires_grad]
         optimizer = make_optimizer(config, settings, runtime.device, trained, decays)
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings.merged)
+        with skip_muon():
+            engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings.merged)
         shorten_step_on_one_rank(engine, optimizer.update if config.optimizer == "fastdit" else None)
         method.to(runtime.device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
         # Record before the loader's threads start, since no thread may allocate during a capture.
@@ -137,8 +138,7 @@ class Session:
         if found is None:
             say(f"{folder}: nothing to resume yet; starting at step 0")
             return 0
-        step, *states = checkpoint.restore(run.engine, self.runtime, found, run.checkpoint_signature)
-        run.load_state(*states)
+        step = run.restore(found)
         say(f"resumed {found}")
         return step
 
