@@ -7,7 +7,7 @@ from torch import nn
 
 from fastdit.distributed import Runtime
 from fastdit.errors import UserError
-from fastdit.files import save_tensors
+from fastdit.files import plain_path, save_tensors
 from fastdit.rundir.checkpoint_files import EMA_FILE, manifest, prune, publish, seal, start_partial
 from fastdit.training.deepspeed_internals import precision_written, preserve_clipping
 from fastdit.training.ema import ema_state
@@ -83,8 +83,8 @@ def restore(engine, runtime: Runtime, checkpoint: Path, meta: dict) -> tuple[int
         )
 
     # Load the engine's state, then the states of this rank and of the method.
-    with preserve_clipping(engine.optimizer):
-        loaded, _ = engine.load_checkpoint(str(checkpoint), tag=STATE)
+    with preserve_clipping(engine.optimizer), plain_path(checkpoint) as path:  # DeepSpeed globs it
+        loaded, _ = engine.load_checkpoint(str(path), tag=STATE)
     if loaded is None:
         raise UserError(f"{checkpoint}: DeepSpeed could not read it; resume from another folder")
     rank_state = torch.load(checkpoint / f"rank-{runtime.rank}.pt", weights_only=True)
