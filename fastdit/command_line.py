@@ -12,6 +12,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from fastdit.errors import UserError
 
+MOST_VALUES = 10_000  # in a file of settings
+LONGEST = 500  # characters of a message that quotes the input
 _TYPES = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "NoneType": "null"}
 
 
@@ -69,9 +71,10 @@ class OneLineParser(ArgumentParser):
     def read(self, path: str | Path, base: Namespace | None = None) -> Namespace:
         """Return the values of a YAML file, which replace those of `base`, as a base for `parse`. Raises UserError."""
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"{path}: cannot be read ({_one_line(error)}); give a run, or a file of settings") from None
+            values = _load_yaml(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+            reason = "it is nested too deep" if isinstance(error, RecursionError) else _one_line(error)
+            raise UserError(f"{path}: cannot be read ({reason}); give a run, or a file of settings") from None
         if not isinstance(values, dict):
             raise UserError(f"{path}: holds no settings; write one `name: value` a line, as in a run's config.yaml")
         _rename(values, self.renamed)
@@ -100,6 +103,29 @@ class OneLineParser(ArgumentParser):
         return text
 
 
+def _load_yaml(text: str) -> object:
+    """Return the content of a YAML document. Raises YAMLError, ValueError, or RecursionError.
+
+    Aliases may name a value many times. A file of a few lines whose aliases multiply to more than MOST_VALUES, or that
+    holds itself, is refused before it is built.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        waiting, count = [root], 0
+        while waiting:
+            node, count = waiting.pop(), count + 1
+            if count > MOST_VALUES:
+                raise ValueError(f"it holds more than {MOST_VALUES:,} values")
+            if isinstance(node, yaml.MappingNode):
+                waiting += [part for pair in node.value for part in pair]
+            elif isinstance(node, yaml.SequenceNode):
+                waiting += node.value
+        return None if root is None else loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
 def _rename(values: dict, renamed: dict[str, str]) -> None:
     """Give settings of a file, nested by section, their current names."""
     for older, current in renamed.items():
@@ -114,4 +140,5 @@ def _rename(values: dict, renamed: dict[str, str]) -> None:
 def _one_line(message: object) -> str:
     """Return the text of a message or exception in one line, without jsonargparse's internal words."""
     message = re.sub(r"\s+", " ", str(message)).replace("Parser key ", "").strip()
-    return re.sub(r"<class '([\w.]+)'>", r"\1", message)
+    message = re.sub(r"<class '([\w.]+)'>", r"\1", message)
+    return message if len(message) <= LONGEST else f"{message[:LONGEST]} ..."

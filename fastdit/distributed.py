@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import psutil
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from fastdit.config import Config
 from fastdit.errors import UserError
 from fastdit.methods.ranks import sum_over_ranks
+from fastdit.rendezvous import join
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt, from malloc.h
 
@@ -31,6 +33,7 @@ class Runtime:
     local_rank: int
     device: torch.device
     hosts: object = field(repr=False, default=None)  # gloo group of all ranks, which never waits for a GPU
+    stop: "StopRequest | None" = field(repr=False, default=None)  # of a run that trains
 
     @property
     def first(self) -> bool:
@@ -74,6 +77,25 @@ class Runtime:
         if isinstance(result, UserError):
             raise result
         return result
+
+    def stoppable(self, items: Iterable, count: int | None = None) -> Iterator:
+        """Yield `items`, and look before each whether a rank was asked to stop. Raises Stopped on all ranks then.
+
+        While a run trains it is a collective. Ranks may have different numbers of items, of which `count` is the
+        largest; by default they have equal ones.
+        """
+        looked = 0
+        for item in items:
+            self._look()
+            looked += 1
+            yield item
+        for _ in range(looked, count or 0):
+            self._look()
+
+    def _look(self) -> None:
+        """Raise Stopped on all ranks if any was asked to stop; without a StopRequest do nothing."""
+        if self.stop is not None and self.stop.granted():
+            raise Stopped
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum over ranks of a tensor on the ranks' devices, on every rank."""
@@ -147,7 +169,8 @@ def start(config: Config) -> Runtime:
 
     # Set the number of CPU threads, and join the process group.
     torch.set_num_threads(config.threads or _fair_threads())
-    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
+    join("nccl" if gpu else "gloo")
+    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)  # takes the group that is there
     hosts = dist.new_group(backend="gloo") if world > 1 else None
     return Runtime(rank, world, local_rank, device, hosts)
 
@@ -192,15 +215,22 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
+class Stopped(Exception):
+    """End sampling or an evaluation on all ranks, because one of them was asked to stop."""
+
+
 class StopRequest:
     """Catch SIGTERM and Ctrl-C, so that all ranks stop together at the end of a step.
 
     `name` is the cause, or None. Launchers may send several signals, of which the first counts. SIGTERM to the
-    `deepspeed` command ends only that process and reaches no rank, so the end of the launcher is a cause too.
+    `deepspeed` command ends only that process and reaches no rank, so the end of the launcher is a cause too. A
+    launcher that waits for its ranks gives them 30 seconds (`deepspeed` and `torchrun`), and then kills them.
     """
 
     def __init__(self, runtime: Runtime):
+        """Catch the signals, and let `runtime.stoppable` look for them."""
         self.runtime = runtime
+        runtime.stop = self
         self.name: str | None = None
         self.launchers = _launchers()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -217,7 +247,9 @@ class StopRequest:
 
 
 def _launchers() -> list[int]:
-    """Return the ids of the two processes of the `deepspeed` command above this rank; none under other launchers."""
+    """Return the ids of the launcher's processes above this rank: two of `deepspeed`, one of `torchrun`, or none."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return [os.getppid()]
     try:
         starter = psutil.Process().parent()
         return [starter.pid, starter.ppid()] if starter and "deepspeed.launcher.launch" in starter.cmdline() else []

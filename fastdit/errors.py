@@ -1,20 +1,48 @@
 """Define the exception that a command turns into one line for the user, and a check of numbers that raises it."""
 
+import errno
 import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from typing import NoReturn
 
 EXIT_CODE = 2
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 LARGEST = 2**63 - 1  # whole number that PyTorch takes
+
+
+# What to do about errors of the system that no code can avoid.
+REMEDIES = {
+    errno.ENOSPC: "free some space, and run the command again",
+    errno.EDQUOT: "free some space or get a larger quota, and run the command again",
+    errno.EFBIG: "allow larger files (ulimit -f), and run the command again",
+    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: "choose another place, or change its permissions",
+    errno.EPERM: "choose another place, or change its permissions",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "see whether the network file system is mounted",
+}
 
 
 class UserError(Exception):
     """Input that the user can mend. Its text is one line: the file or field, what is wrong, what to do."""
+
+
+def explain(error: OSError, path: object = None) -> UserError | None:
+    """Return an error of the system as a UserError, or None if a mistake in the code may be its cause.
+
+    It names the file of `error`, else `path`. Without either, only a failing disk is explained.
+    """
+    named = error.filename if isinstance(error.filename, str | os.PathLike) else path
+    if error.errno not in REMEDIES or (named is None and error.errno in (errno.EACCES, errno.EPERM)):
+        return None
+    where = "a file" if named is None else named
+    return UserError(f"{where}: cannot be read or written ({os.strerror(error.errno)}); {REMEDIES[error.errno]}")
 
 
 def check_ranges(settings: object, group: str, ranges: dict[str, tuple[float, ...]]) -> None:
@@ -47,24 +75,44 @@ def _check_range(flag: str, number: float, low: float = -math.inf, high: float |
 
 
 def run_command(body: Callable[[list[str]], None], argv: list[str] | None = None) -> NoReturn:
-    """Run a command and leave the process: code 0, or 2 and one line on stderr for a UserError."""
+    """Run a command and leave the process: code 0, 2 and one line on stderr for a UserError, or 130 after Ctrl-C."""
     try:
+        if signal.getsignal(signal.SIGINT) is leave_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         body(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        _leave(INTERRUPTED)
     except UserError as error:
-        rank = int(os.environ.get("RANK", 0))
-        if rank:  # most errors meet every rank: rank 0 speaks, and the launcher ends the others while they wait
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(3)
-        print(f"\nerror: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr, flush=True)
-        _leave()
+        _fail(error)
+    except OSError as error:
+        if (explained := explain(error)) is None:
+            raise
+        _fail(explained)
     except RuntimeError as error:
         if "Connection closed by peer" not in str(error) and "Connection reset by peer" not in str(error):
             raise
         print(f"rank {os.environ.get('RANK')} ends: another rank has left", file=sys.stderr, flush=True)
-        _leave()
+        _leave(EXIT_CODE)
     sys.exit(0)
 
 
-def _leave() -> NoReturn:
-    sys.stdout.flush()
-    os._exit(EXIT_CODE)  # other ranks may wait in a collective: no clean-up that could wait for them
+def _fail(error: UserError) -> NoReturn:
+    """Print an error in one line, and end the process."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank:  # most errors meet every rank: rank 0 speaks, and the launcher ends the others while they wait
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+    print(f"\nerror: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr, flush=True)
+    _leave(EXIT_CODE)
+
+
+def leave_at_once(*args) -> NoReturn:
+    """End the process after Ctrl-C while it still imports its modules, when nothing is begun."""
+    os._exit(INTERRUPTED)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without the clean-up of other modules, which may wait for other ranks in a collective."""
+    with suppress(OSError):  # stdout may be a file on a full disk
+        sys.stdout.flush()
+    os._exit(code)

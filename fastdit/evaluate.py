@@ -65,15 +65,15 @@ def _evaluate(argv: list[str]) -> None:
     settings = EvalConfig(**{field: getattr(args, field) for field in fields})
     config = replace(settings_of(args), eval=settings, device=args.device, threads=args.threads)
     run = Path(args.run)
-    eval_log.read(run)  # raises now, rather than after the evaluation, if the file is damaged
     ranks = distributed.start(config)
     ranks.decide(lambda: prepare_folder(run, f"--run {run}"))
 
     from fastdit import run_parts
     from fastdit.evaluation.evaluator import Evaluator
-    from fastdit.rundir.report import refresh_report
+    from fastdit.rundir.report import check_files, refresh_report
 
-    # Evaluate the checkpoint.
+    # Evaluate the checkpoint, unless its figures could not be added to the run's files afterwards.
+    ranks.decide(lambda: check_files(run))
     opened = open_run(args, config, ranks.decide)
     decoder = run_parts.build_decoder(config, opened.shape)
     evaluator = Evaluator(config, opened.shape, ranks, decoder=decoder and decoder.to(ranks.device))

@@ -1,16 +1,73 @@
 """Write files that are whole whenever they are there, compute checksums, and check that files can be written."""
 
+import errno
+import glob
 import hashlib
+import json
 import os
+import re
+import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastdit.errors import UserError
+from fastdit.errors import REMEDIES, UserError, explain
+
+# Messages of torch and safetensors when a file cannot be written; only the latter's has an error number.
+_FAILED_WRITE = re.compile(
+    r"os error (\d+)|PytorchStreamWriter failed|inline_container|Parent directory .* does not exist|unexpected pos"
+)
+_PROBE = 1 << 20  # bytes that are written to learn why a file could not be
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise a UserError that names `path`, or the file in it, if the block fails because the system refuses to write.
+
+    Other errors, which may be mistakes in the code, pass unchanged.
+    """
+    try:
+        yield
+    except OSError as error:
+        if explained := explain(error, path) or _explain_missing(error, path):
+            raise explained from None
+        raise
+    except (RuntimeError, SafetensorError) as error:
+        if (found := _FAILED_WRITE.search(str(error))) is None:
+            raise
+        if missing := _explain_missing(OSError(errno.ENOENT, ""), path):
+            raise missing from None
+        raise explain(OSError(_error_number(path, found[1]), "", str(path))) from None
+
+
+def _explain_missing(error: OSError, path: Path) -> UserError | None:
+    """Return an error of a folder that is no longer there as a UserError, or None if `error` is another one."""
+    missing = error.errno in (errno.ENOENT, errno.ENOTDIR) and not Path(path).parent.is_dir()
+    return UserError(f"{path}: its folder was removed; make it again, or choose another place") if missing else None
+
+
+def _error_number(path: Path, told: str | None) -> int:
+    """Return the number of the system's error that kept `path` from being written; `told` is the message's own."""
+    if told and int(told) in REMEDIES:
+        return int(told)
+    folder = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
+    probe = folder / f".{uuid.uuid4().hex}.probe"
+    try:
+        with probe.open("wb") as file:
+            file.write(bytes(_PROBE))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno if error.errno in REMEDIES else errno.EIO
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+    return errno.EIO
 
 
 @contextmanager
@@ -19,17 +76,47 @@ def write_atomically(path: Path, *, many_writers: bool = False) -> Iterator[Path
 
     A reader of `path` finds the old file, the new one, or none, and never a part of one. If the block raises, the
     temporary file is removed and `path` stays as it was. A process that is killed leaves the temporary file behind.
+    Raises UserError if the system refuses to write.
 
     many_writers: several processes may write `path` at the same time, so each needs a temporary name of its own.
         Otherwise the name is always the same, so that the next attempt replaces what a killed process left.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex if many_writers else 'partial'}")
+    with writing(path):
+        try:
+            yield temporary
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def plain_path(folder: Path) -> Iterator[Path]:
+    """Yield a path of `folder` without the characters []*?, which other libraries take for patterns of names."""
+    if glob.escape(str(folder)) == str(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="fastdit-") as place:
+        link = Path(place) / "folder"
+        link.symlink_to(folder.absolute())
+        yield link
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, which is whole whenever it is there. Raises UserError if the system refuses."""
+    with write_atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path, remedy: str) -> object:
+    """Return what a JSON file holds. Raises UserError with `remedy` if it cannot be read."""
     try:
-        yield temporary
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no JSON"
+        raise UserError(f"{path}: cannot be read ({reason}); {remedy}") from None
 
 
 def sha256_of(*paths: str | os.PathLike) -> str:

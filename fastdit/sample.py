@@ -15,7 +15,7 @@ from fastdit.distributed import choose_device
 from fastdit.errors import UserError, run_command
 from fastdit.evaluation import draw_samples
 from fastdit.evaluation.open_run import add_run_flags, add_sampler_flags, open_run, settings_of
-from fastdit.files import prepare_file
+from fastdit.files import prepare_file, write_atomically
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -82,10 +82,11 @@ def _sample(argv: list[str]) -> None:
             progress=partial(tqdm, desc="sampling", unit="batch"),
         )
     )
-    if out.suffix == ".npz":
-        np.savez(out, images=images, labels=labels)
-    else:
-        draw_samples.grid(images, labels, _names(config, shape.classes)).save(out)
+    with write_atomically(out) as temporary, temporary.open("wb") as file:
+        if out.suffix == ".npz":
+            np.savez(file, images=images, labels=labels)
+        else:
+            draw_samples.grid(images, labels, _names(config, shape.classes)).save(file, format="png")
     print(f"{args.n} samples of {checkpoint} in {out}")
 
 

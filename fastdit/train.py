@@ -27,18 +27,24 @@ def _train(argv: list[str]) -> None:
     lock = RunLock(Path(config.out))
     ranks.decide(lock.acquire)
     from fastdit.evaluation import evaluator, sample_grids
+    from fastdit.rundir.report import check_files
     from fastdit.training import loop
     from fastdit.training.session import Session
 
     try:
         ranks.decide(partial(_refuse_finished, config))  # once more: another run may have come first
+        if config.resume:
+            ranks.decide(partial(check_files, Path(config.out)))
         session = Session(config, ranks)
         evaluate = evaluator.during_training(session)
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         lock.withdraw()
         raise
     if loop.train(session.run, session.first_step, partial(sample_grids.write_grid, session), evaluate):
-        sample_grids.finish(session)
+        try:
+            sample_grids.finish(session)
+        except distributed.Stopped:
+            session.run.say("stopped before the final samples and the report; --resume makes them")
     session.close()
     lock.release()
 

@@ -21,7 +21,8 @@ from test_data_bad import npy
 
 from fastdit.commands import data_check
 from fastdit.data import open_source, write_shards
-from fastdit.data.shards import tar_members
+from fastdit.data.manifest import build_manifest, write_json
+from fastdit.data.shards import ShardSamples, tar_members
 from fastdit.errors import UserError
 
 CASES, CLASSES = 200, 4
@@ -250,7 +251,9 @@ def test_sets_that_are_whole(whole, capsys):
     )
     line = summary(capsys, whole / "png")
     assert "17 samples, 4 classes, 3 shards, 61.4 kB; 17 images decode (17 color; 9 x 12 pixels)" in line
-    assert "latents float16 (2, 3, 5) with mirrored ones are finite" in summary(capsys, whole / "npy")
+    assert "latents float16 (2, 3, 5) with mirrored ones are finite, none far out of range" in summary(
+        capsys, whole / "npy"
+    )
     assert ": 12 samples" in summary(capsys, f"{whole}/jpg/a-{{0..1}}.tar")  # a choice of shards: none is missing
     assert ": 5 samples, 9 classes (5 without samples), 1 shards" in summary(
         capsys, f"{whole}/jpg/a-2.tar", "--classes", "9"
@@ -324,6 +327,9 @@ def test_all_problems_of_samples_are_told(tmp_path, capsys):
         ((3, 0), np.inf, "not finite"),
         ((1, 1), -0.5, "negative"),
         ((3, 1), -1, "negative"),
+        ((2, 0), -1e30, r"has a value of 1e\+30, and the largest value of most is about 1;"),
+        ((3, 1), 1e30, r"has a value of 1e\+30"),
+        ((0, 0), 2000, r"has a value of 2e\+03"),
     ],
 )
 def test_values_of_latents(tmp_path, capsys, at, value, message):
@@ -331,6 +337,8 @@ def test_values_of_latents(tmp_path, capsys, at, value, message):
     latents[0, 0] = -1  # a mean may be
     latents[3][at] = value
     folder = write(tmp_path / "x", "a-%d.tar", [(f"s{i}", {"npy": npy(z), "cls": b"0"}) for i, z in enumerate(latents)])
+    manifest = build_manifest(ShardSamples(sorted(folder.glob("*.tar"))), 1)
+    write_json(folder / "manifest.json", manifest | {"channel_mean": [0.5, 0.5], "channel_std": [0.3, 0.3]})
     (line,) = problems(capsys, str(folder))
     assert re.search(rf"a-0.tar: byte \d+: 's3': .* {message}", line)
 

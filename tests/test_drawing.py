@@ -14,7 +14,7 @@ from fastdit.config import SampleConfig
 from fastdit.data import open_source
 from fastdit.evaluation.draw_samples import BATCH as BATCHES
 from fastdit.evaluation.draw_samples import balanced_labels, draw, grid, to_uint8
-from fastdit.evaluation.sample_grids import diverged
+from fastdit.evaluation.sample_grids import describe_divergence
 from fastdit.metrics.class_agreement import class_agreement, knn_labels
 from fastdit.models import DiT, LatentDecoder, open_autoencoder
 from fastdit.noise import DDPM, EDM, Flow
@@ -205,7 +205,13 @@ def test_ties_go_to_the_smallest_label():
 
 
 def test_a_run_whose_loss_is_not_finite_has_diverged():
-    assert not diverged([])
-    assert not diverged([{"loss": float("nan")}, {"loss": 0.5}, {"eval/FD-lite0": 3.0}])
+    assert describe_divergence([]) is None
+    assert describe_divergence([{"loss": float("nan")}, {"loss": 0.5}, {"eval/FD-lite0": 3.0}]) is None
     for last in (float("inf"), float("nan"), None):
-        assert diverged([{"loss": 0.5}, {"loss": last}])
+        assert describe_divergence([{"loss": 0.5}, {"loss": last}]) == "the last loss is not finite"
+
+
+def test_a_run_whose_loss_rose_far_has_diverged():
+    assert describe_divergence([{"loss": x} for x in (1.0, 30.0, 40.0, 50.0)]) == "the loss rose from 1 to 40"
+    assert describe_divergence([{"loss": x} for x in (1.0, 0.5, 30.0, 0.4, 0.6)]) is None
+    assert describe_divergence([{"loss": 1.0}]) is None

@@ -80,9 +80,10 @@ def test_when_it_is_called_and_that_its_time_is_not_counted(monkeypatch):
     monkeypatch.setattr(loop, "_prepare", lambda run: None)
     monkeypatch.setattr(loop, "train_step", lambda run, step: None)
     monkeypatch.setattr(loop, "_record", lambda run, clock, step: seconds.append(clock.read()[0]) or 1)
+    monkeypatch.setattr(loop, "_save", lambda run, step: None)
     monkeypatch.setattr(loop, "StopRequest", lambda runtime: SimpleNamespace(granted=lambda: False))
     config = Config(steps=5, log_every=1, eval=EvalConfig(every=2))
-    run = SimpleNamespace(config=config, runtime=None, recorder=None, save=lambda step: None)
+    run = SimpleNamespace(config=config, runtime=None, recorder=None)
     assert loop.train(run, 0, None, evaluate)
     assert asked == [2, 4, 5]
     assert len(seconds) == 5

@@ -219,4 +219,4 @@ def test_damage_to_8_bit_latents_is_found(tmp_path, capsys):
     latent_source(tmp_path / "good", records[[0, 1, 3]])
     check([str(tmp_path / "good")])
     assert "3 samples, 2 classes" in (text := capsys.readouterr().out)
-    assert "latents uint8 (3, 4, 5) with mirrored ones are finite" in text
+    assert "latents uint8 (3, 4, 5) with mirrored ones are finite, none far out of range" in text

@@ -8,6 +8,7 @@ import pytest
 import torch
 from launching import TINY, averages, checkpoint, forked, metrics
 
+from fastdit.data.order import Order
 from fastdit.rundir.checkpoint_files import damage
 
 pytestmark = pytest.mark.launch
@@ -37,6 +38,11 @@ def test_a_step_with_an_infinite_loss_and_finite_gradients_is_skipped(tmp_path, 
     assert moved == [True, False, True, True], "step 3 changed nothing"
     assert all(value.isfinite().all() for ema in emas for value in ema.values())
     assert "skipped 1 of 5 steps, whose loss or gradient was not finite" in text
+    ids = Order(10_000, 8 // ranks, rank=ranks - 1, world=ranks).request(2 * 8).ids
+    where = f"step 3 is skipped: the loss is not finite in the micro-batch of rank {ranks - 1}, samples "
+    assert f"{where}{', '.join(map(str, ids))} (fastdit-data check fashion_mnist looks for bad ones)\n" in text
+    assert text.count("is skipped") == 1
+    assert text.index("step 2/5") < text.index("step 3 is skipped") < text.index("step 4/5")
     assert "skipped 1 of 5 steps" in json.loads((out / "facts.json").read_text())["trained"]
 
 

@@ -150,7 +150,7 @@ ROOMS = {
     "models": ("kernels",),
     "methods": ("noise", "models", "kernels"),
 }
-SETTINGS = ("command_line", "config", "distributed", "parser", "settings_help")
+SETTINGS = ("command_line", "config", "distributed", "parser", "rendezvous", "settings_help")
 for name in ("run_parts", "rundir", "training", "evaluation", "commands"):  # each may import all those before it
     ROOMS[name] = (*ROOMS, *SETTINGS, "kernels")
 

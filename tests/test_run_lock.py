@@ -71,7 +71,7 @@ def test_without_flock_the_life_of_the_owner_decides(tmp_path, monkeypatch):
         RunLock(tmp_path).acquire()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "3"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "3", "[" * 4096])
 def test_a_garbled_file_is_nobodys(tmp_path, content):
     (tmp_path / ".lock").write_text(content)
     RunLock(tmp_path).acquire()

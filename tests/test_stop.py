@@ -4,7 +4,7 @@ import os
 import signal
 
 import pytest
-from launching import RECIPE, Launched, checkpoint, deepspeed, metrics, run, torchrun
+from launching import RECIPE, TINY, Launched, checkpoint, deepspeed, metrics, run, torchrun
 from test_resume import assert_same_run
 
 pytestmark = pytest.mark.launch
@@ -55,6 +55,20 @@ def test_two_ranks_stopped_twice_end_as_if_never_stopped(straight, tmp_path):
     outcome = run(deepspeed(*flags, "--resume"), log).succeeded()
     assert f"steps {second} to 40" in outcome.text
     assert_same_run(folder, straight("zero3"), 40, padding=1)  # the 49 biases of the last layer, on two ranks
+
+
+def test_torchrun_is_killed(tmp_path):
+    """Its ranks get no signal then."""
+    folder = tmp_path / "run"
+    flags = ["--save_every", 1000, "--sample.agreement", 0, "--steps", 100_000]
+    with Launched(torchrun(*TINY, *flags, "--out", folder), tmp_path / "log") as launched:
+        launched.until(lambda: "step 6/" in launched.text, "step 6")
+        os.kill(launched.process.pid, signal.SIGKILL)
+        text = launched.wait().text
+    assert "stopped by the end of its launcher after step" in text
+    assert "Traceback" not in text
+    (saved,) = (folder / "checkpoints").iterdir()
+    assert f"saved {saved}; go on with --resume" in text
 
 
 def test_torchrun_passes_sigterm_on(tmp_path):

@@ -16,6 +16,8 @@ from fastdit.data.sources import Source
 from fastdit.errors import UserError
 
 _BATCH = 32
+_FAR = 10_000.0  # times the usual largest value: float16's own range is 65,504
+_FAR_STDS = 1_000.0  # standard deviations of a channel: of n values, none is farther off than the root of n
 _CHANNELS = ((1, "gray"), (2, "gray with alpha"), (3, "color"), (4, "with alpha, or CMYK"))
 
 
@@ -60,18 +62,58 @@ def _requests(n: int) -> Iterator[Request]:
         yield Request(start, ids, np.zeros(len(ids), dtype=bool))
 
 
-def check_latents(samples: ShardSamples, report: Report) -> str:
-    """Report latents in another form than most, with non-finite values or negative stds. Return a summary in words."""
+def check_latents(samples: ShardSamples, report: Report, manifest: dict | None = None) -> str:
+    """Report latents in another form than most, or with impossible values. Return a summary in words.
+
+    Impossible are values that are not finite, standard deviations below 0, and values far out of the range of the
+    others. `manifest` may hold the statistics of the channels.
+    """
     alike = samples.subset(_of_one_form(samples, report))
     if not len(alike.labels):
         return "no latents can be read"
     latents = LatentSamples(alike)
+    center, spread = _statistics(manifest, latents.shape[0])
+    largest, deviation = np.zeros((2, len(alike.labels)))
     with _progress(len(alike.labels), "values") as bar:
         for i in range(len(alike.labels)):
             if wrong := _wrong_values(latents.read(i)):
                 report(UserError(f"{latents.where(i)}: {wrong}; encode it again"))
+            else:
+                extremes = _extremes(latents.read(i))
+                largest[i] = np.abs(extremes).max()
+                deviation[i] = (np.abs(extremes - center) / spread).max()
             bar.update()
-    return f"latents {latents.form} are finite"
+
+    # Compare the ranges of the latents, in which one with a huge value does not count for more than another.
+    usual = np.median(largest[largest > 0]) if largest.any() else 0.0
+    for i in np.flatnonzero((largest > _FAR * usual) | (deviation > _FAR_STDS)):
+        report(
+            UserError(
+                f"{latents.where(i)}: the latent has a value of {largest[i]:.3g}, and the largest value of most is "
+                f"about {usual:.3g}; encode it again"
+            )
+        )
+    return f"latents {latents.form} are finite, none far out of range"
+
+
+def _statistics(manifest: dict | None, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation of the channels, (channels, 1) each; 0 and infinity if they are not known."""
+    try:
+        mean, std = (np.array(manifest[name], np.float64)[:, None] for name in ("channel_mean", "channel_std"))
+        if mean.shape == std.shape == (channels, 1) and np.isfinite(mean).all() and (std > 0).all():
+            return mean, std
+    except (KeyError, TypeError, ValueError, IndexError):
+        pass
+    return np.zeros((channels, 1)), np.full((channels, 1), np.inf)
+
+
+def _extremes(latent: np.ndarray) -> np.ndarray:
+    """Return the smallest and largest values of each channel of a latent, float64 (C, 2 for each stored array)."""
+    if latent.dtype.names is not None:
+        low, step = latent["low"].astype(np.float64), latent["step"].astype(np.float64)
+        return np.concatenate([low, low + 255 * step]).T
+    flat = latent.reshape(*latent.shape[:2], -1)
+    return np.concatenate([flat.min(-1), flat.max(-1)]).astype(np.float64).T
 
 
 def _of_one_form(samples: ShardSamples, report: Report) -> np.ndarray:

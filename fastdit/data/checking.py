@@ -78,19 +78,19 @@ def check(path: str, *, classes: int | None = None, decode: bool = True, threads
     if path.partition(":")[0] == "synthetic":
         raise UserError(f"{path}: synthetic images are made up as they are read; there is nothing to check")
     # Read the structure: names, sizes and labels.
-    problems, location = Problems(), locate(path)
+    problems, location, manifest = Problems(), locate(path), None
     if isinstance(location, Path):
         samples, paths = FolderSamples(location), []
         names, integrity = samples.class_names, "class folders have no manifest: pixels are as the files say"
     else:
-        samples, names, integrity = _shards(location, problems)
+        samples, names, integrity, manifest = _shards(location, problems)
         paths = location
 
     # Verify labels and content.
     classes = classes or len(names) or classes_needed(samples)
     check_labels(samples, classes, problems)
     if samples.is_latent:
-        content = check_latents(samples, problems)
+        content = check_latents(samples, problems, manifest)
     elif decode:
         content = check_images(Source(path, "image", samples, ()), threads, problems)
     else:
@@ -106,8 +106,8 @@ def check(path: str, *, classes: int | None = None, decode: bool = True, threads
     return Findings(problems, f"{path}: {', '.join(parts)}; {content}; {integrity}", samples, classes)
 
 
-def _shards(paths: list[Path], report: Report) -> tuple[ShardSamples, tuple[str, ...], str]:
-    """Return the samples of the shards, the class names, and a phrase that says what the shards were verified with.
+def _shards(paths: list[Path], report: Report) -> tuple[ShardSamples, tuple[str, ...], str, dict | None]:
+    """Return samples, class names, a phrase that says what the shards were verified with, and their manifest if any.
 
     The names are numbers if only the manifest tells how many classes there are.
     """
@@ -127,9 +127,10 @@ def _shards(paths: list[Path], report: Report) -> tuple[ShardSamples, tuple[str,
         _compare(samples, manifest, folder, report)
     _unique_keys(samples, report)
     if manifest is None:
-        return samples, names, "no manifest: labels and pixels are as the files say, not as they were written"
+        return samples, names, "no manifest: labels and pixels are as the files say, not as they were written", None
     counts = _counts(manifest)
-    return samples, names or tuple(map(str, range(len(counts)))), f"shards, checksums and counts are {MANIFEST}'s"
+    phrase = f"shards, checksums and counts are {MANIFEST}'s"
+    return samples, names or tuple(map(str, range(len(counts)))), phrase, manifest
 
 
 def _unique_keys(samples: ShardSamples, report: Report) -> None:

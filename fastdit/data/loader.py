@@ -211,6 +211,10 @@ class Loader:
         self.position += self.order.stride
         return x, y
 
+    def ids_at(self, position: int, rank: int) -> list[int]:
+        """Return the ids of the samples in the micro-batch of `rank` that begins at `position` of the global stream."""
+        return replace(self.order, rank=rank).request(position, self._corrupt).ids.tolist()
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state after the last batch yielded, as numbers and lists of numbers."""
         corrupt = sorted(self._corrupt)

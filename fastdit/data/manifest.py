@@ -29,7 +29,7 @@ def read_manifest(folder: Path) -> dict | None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if not all({"samples", "sha256"} <= shard.keys() for shard in manifest["shards"].values()):
             raise TypeError("shards")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: is no manifest of shards; copy it again from where the shards came from") from None
     return manifest
 
@@ -55,7 +55,7 @@ def check_same(path: Path, settings: dict) -> None:
     """Raise UserError unless the JSON file at `path`, of work begun earlier, has every field of `settings`."""
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: cannot be read; delete its folder and run the command again") from None
     for field, value in settings.items():
         if earlier.get(field) != value:

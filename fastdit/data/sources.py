@@ -146,7 +146,7 @@ def read_class_names(folder: Path) -> tuple[str, ...]:
         return ()
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON; write a list of class names") from error
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(f'{path}: is not a list of class names, such as ["cat", "dog"]')

@@ -29,7 +29,7 @@ from fastdit.metrics.feature_nets import feature_net
 from fastdit.metrics.summary import Collector, compare
 from fastdit.models import LatentDecoder
 from fastdit.rundir import eval_log
-from fastdit.rundir.metrics_log import versions
+from fastdit.rundir.metrics_log import read_metrics, versions
 
 KEPT = 50_000  # samples, at most, whose features are kept for kernel distance, precision and recall
 JUDGED_PIXELS = 3 * 64 * 64  # largest image for class agreement, which compares raw pixels
@@ -92,7 +92,11 @@ class Evaluator:
     @cached_property
     def reference(self) -> reference.Reference | None:
         """Return the real images' side, on rank 0 only; None elsewhere. Making it is a collective. Raises UserError."""
-        progress = partial(tqdm, desc="real images", unit="batch", disable=not self.live, leave=False)
+        shown = partial(tqdm, desc="real images", unit="batch", disable=not self.live, leave=False)
+
+        def progress(starts):
+            return self.runtime.stoppable(shown(starts))
+
         shared = (self.net, self.runtime, self.batch, progress)
         if self.source is None:
             return reference.of_archive(self.data, self.shape, *shared)
@@ -124,7 +128,7 @@ class Evaluator:
         # Draw samples a batch at a time, and keep their features.
         collected, tally = Collector(settings.n, KEPT), _Tally()
         with tqdm(total=settings.n, desc="samples", unit="img", disable=not self.live, leave=False) as bar:
-            for start in range(0, settings.n, self.batch * runtime.world):
+            for start in runtime.stoppable(range(0, settings.n, self.batch * runtime.world)):
                 first = start + runtime.rank * self.batch
                 ids = np.arange(first, min(first + self.batch, settings.n))
                 x = self._draw(network, labels, ids)
@@ -198,6 +202,7 @@ def during_training(session) -> Callable[[int], None]:
     run, settings = session.run, session.config.eval
     if session.runtime.first:
         eval_log.truncate_after(run.folder, session.first_step)
+        _complete_metrics(run, session.first_step)
     if not settings.every:
         return lambda step: None
     live = sys.stderr.isatty()
@@ -213,6 +218,15 @@ def during_training(session) -> Callable[[int], None]:
             run.say(eval_log.line(record))
 
     return evaluate
+
+
+def _complete_metrics(run, step: int) -> None:
+    """Write the figures of the evaluation after `step` steps to the metrics, if the process ended before it had."""
+    record = eval_log.find(run.folder, step)
+    if record is not None:
+        figures = eval_log.scalars(record)
+        if not any(line["step"] == step and figures.keys() <= line.keys() for line in read_metrics(run.folder)):
+            run.recorder.figures(step, figures)
 
 
 @dataclass

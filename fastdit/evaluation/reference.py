@@ -234,8 +234,9 @@ def _write(path: Path, key: str, reference: Reference) -> None:
         with write_atomically(path, many_writers=True) as temporary, temporary.open("wb") as file:
             named = {name: value.cpu().numpy() for name, value in arrays.items()}
             np.savez(file, key=np.array(key), rest=np.array(json.dumps(rest)), **named)
-    except OSError as error:
-        print(f"{path.parent}: cannot keep the reference there ({error.strerror}); it will be made again", flush=True)
+    except (OSError, UserError) as error:
+        reason = getattr(error, "strerror", error)
+        print(f"{path.parent}: cannot keep the reference there ({reason}); it will be made again", flush=True)
 
 
 def _read(path: Path, key: str, device: torch.device) -> Reference | None:

@@ -2,16 +2,23 @@
 
 import math
 import shutil
+import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from fastdit.evaluation import class_agreement, draw_samples
+from fastdit.files import write_atomically, writing
 from fastdit.rundir.metrics_log import read_metrics, versions
 from fastdit.rundir.report import write_report
-from fastdit.rundir.run_files import GRID, GRIDS
+from fastdit.rundir.run_files import GRID, grid_file
 from fastdit.training.session import Session
+
+LAST_LINES = 5  # of the metrics, whose median loss is compared with the first
+FAR_ABOVE = 10.0  # times the first loss: no run that learns ends there
 
 
 def write_grid(session: Session, step: int) -> None:
@@ -25,10 +32,17 @@ def write_grid(session: Session, step: int) -> None:
     samples = _samples(session, session.config.sample.per_class * len(classes), classes)
     if samples:
         picture = draw_samples.grid(*samples, session.source.class_names)
-        folder = session.run.folder / GRIDS
-        folder.mkdir(exist_ok=True)
-        picture.save(folder / f"step-{step:08d}.png")
+        path = grid_file(session.run.folder, step)
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+        _save(picture, path)
         session.run.recorder.image(step, np.asarray(picture))
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    """Write a picture as PNG. It is whole whenever it is there."""
+    with write_atomically(path) as temporary:
+        picture.save(temporary, format="png")
 
 
 def finish(session: Session) -> None:
@@ -41,7 +55,7 @@ def finish(session: Session) -> None:
         samples = _samples(session, max(on_grid, settings.agreement), classes)
         if samples:
             images, labels = samples
-            draw_samples.grid(images[:on_grid], labels[:on_grid], session.source.class_names).save(run.folder / GRID)
+            _save(draw_samples.grid(images[:on_grid], labels[:on_grid], session.source.class_names), run.folder / GRID)
             if (n := settings.agreement) and session.source.kind != "latent":
                 known = class_agreement.known_images(session.config, session.source)
                 share = class_agreement.agreement(images[:n], labels[:n], known)
@@ -52,15 +66,24 @@ def finish(session: Session) -> None:
         report = write_report(run.folder, figures | _facts(session), versions())
         run.say(_farewell(session, report, figures))
         run.say(run.describe_skipped(run.config.steps))
-        if diverged(read_metrics(run.folder)):
-            run.say("warning: the last loss is not finite, so the weights are of no use; train again with a lower --lr")
+        if fault := describe_divergence(read_metrics(run.folder)):
+            run.say(f"warning: {fault}, so the weights are of no use; train again with a lower --lr")
     session.runtime.barrier()
 
 
-def diverged(metrics: list[dict]) -> bool:
-    """Return whether the last loss in a run's metrics is not finite."""
+def describe_divergence(metrics: list[dict]) -> str | None:
+    """Return why a run's metrics show that it diverged, or None if they do not.
+
+    The first loss is that of a network whose last layer is zero, which later ones stay below. A single micro-batch may
+    have a loss of several times that, so the median of the last lines is compared.
+    """
     losses = [line["loss"] for line in metrics if "loss" in line]
-    return bool(losses) and (losses[-1] is None or not math.isfinite(losses[-1]))
+    if losses and (losses[-1] is None or not math.isfinite(losses[-1])):
+        return "the last loss is not finite"
+    finite = [loss for loss in losses if loss is not None and math.isfinite(loss)]
+    if len(finite) > 1 and (last := statistics.median(finite[1:][-LAST_LINES:])) > FAR_ABOVE * finite[0]:
+        return f"the loss rose from {finite[0]:.3g} to {last:.3g}"
+    return None
 
 
 def _samples(session: Session, n: int, classes: list[int]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -69,7 +92,7 @@ def _samples(session: Session, n: int, classes: list[int]) -> tuple[np.ndarray, 
     The samples are uint8 (n, H, W, C) and the labels int64 (n,).
     """
     # Draw this rank's samples.
-    runtime = session.runtime
+    runtime, batch = session.runtime, draw_samples.BATCH[session.runtime.device.type]
     labels = draw_samples.balanced_labels(n, classes)
     samples = draw_samples.draw(
         session.ema_network(),
@@ -81,6 +104,7 @@ def _samples(session: Session, n: int, classes: list[int]) -> tuple[np.ndarray, 
         seed=0,
         device=runtime.device,
         decoder=session.decoder,
+        progress=partial(runtime.stoppable, count=math.ceil(math.ceil(n / runtime.world) / batch)),
     )
 
     # Put the ranks' samples into one array, in the order of their indices.

@@ -193,7 +193,7 @@ def _settings(file: Path) -> dict:
     """Return the settings in a config.json of diffusers. Raises UserError for another model's."""
     try:
         config = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read ({error}); copy the whole folder again") from None
     known = ("AutoencoderKL", "AutoencoderTiny")
     if config.get("_class_name") not in known:

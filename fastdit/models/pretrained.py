@@ -248,7 +248,7 @@ def _read_folder(encoder: Encoder, path: Path) -> State:
         raise ValueError("it has no config.json; give diffusers' transformer folder, or a file")
     try:
         config = dict(json.loads(config_path.read_text()))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"config.json cannot be read ({error})") from None
     _check_config(encoder, config)
     weights = [path / f"diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "bin")]

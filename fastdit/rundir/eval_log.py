@@ -6,7 +6,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from fastdit.errors import UserError
-from fastdit.files import write_atomically
+from fastdit.files import read_json, write_atomically, writing
 from fastdit.rundir.run_files import BOARD, EVALUATIONS
 
 TAG = "eval/"  # prefix of a figure's name in metrics.jsonl and TensorBoard
@@ -17,12 +17,24 @@ def read(run: Path) -> list[dict]:
     path = run / EVALUATIONS
     if not path.exists():
         return []
+    records = read_json(path, "move it away")
     try:
-        records = json.loads(path.read_text())
-        assert isinstance(records, list)
-        return records
-    except (ValueError, AssertionError):
+        if not isinstance(records, list):
+            raise TypeError
+        for record in records:  # everything that is ever read of it
+            line(record), conditions(record), scalars(record)
+            if type(record["step"]) is not int or not isinstance(record["checkpoint"], str | None):
+                raise TypeError
+            if not all(isinstance(value, int | float) for value in scalars(record).values()):
+                raise TypeError
+    except (ValueError, TypeError, LookupError, AttributeError):
         raise UserError(f"{path}: is no list of evaluations; move it away") from None
+    return records
+
+
+def find(run: Path, step: int) -> dict | None:
+    """Return the evaluation that training made after `step` steps, or None. Raises UserError if the file is damaged."""
+    return next((record for record in read(run) if record["step"] == step and not record["checkpoint"]), None)
 
 
 def append(run: Path, record: dict) -> None:
@@ -51,7 +63,7 @@ def scalars(record: dict) -> dict[str, float]:
 
 def to_board(run: Path, record: dict) -> None:
     """Write one evaluation to TensorBoard without an open Recorder."""
-    with SummaryWriter(run / BOARD) as board:
+    with writing(run / BOARD), SummaryWriter(run / BOARD) as board:
         for name, value in scalars(record).items():
             board.add_scalar(name, value, record["step"])
 

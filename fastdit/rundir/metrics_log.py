@@ -11,7 +11,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from fastdit.files import write_atomically
+from fastdit.errors import UserError
+from fastdit.files import write_atomically, writing
 from fastdit.rundir.commit import find_commit
 from fastdit.rundir.run_files import BOARD, METRICS
 
@@ -77,8 +78,10 @@ class Recorder:
     def __init__(self, folder: Path, first_step: int, last_step: int):
         self.path = folder / METRICS
         _truncate_after(self.path, first_step)
-        self.file = self.path.open("a", buffering=1)
-        self.board = SummaryWriter(folder / BOARD, purge_step=first_step + 1 if first_step else None)
+        with writing(self.path):
+            self.file = self.path.open("a", buffering=1)
+        with writing(folder / BOARD):
+            self.board = SummaryWriter(folder / BOARD, purge_step=first_step + 1 if first_step else None)
         self.live = sys.stderr.isatty()
         self.bar = tqdm(
             total=last_step,
@@ -96,9 +99,11 @@ class Recorder:
     def figures(self, step: int, values: dict[str, float]) -> None:
         """Write one line of metrics. A value that is not finite becomes null, as JSON has no NaN."""
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self.file.write(json.dumps({"step": step, **finite}) + "\n")
-        for key, value in values.items():
-            self.board.add_scalar(key, value, step)
+        with writing(self.path):
+            self.file.write(json.dumps({"step": step, **finite}) + "\n")
+        with writing(self.path.parent / BOARD):
+            for key, value in values.items():
+                self.board.add_scalar(key, value, step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Write one line of training metrics, and show some of them on the terminal.
@@ -118,7 +123,8 @@ class Recorder:
 
     def image(self, step: int, picture) -> None:
         """Write a grid of samples, uint8 (H, W, 3), to TensorBoard."""
-        self.board.add_image("samples", picture, step, dataformats="HWC")
+        with writing(self.path.parent / BOARD):
+            self.board.add_image("samples", picture, step, dataformats="HWC")
 
     def say(self, text: str) -> None:
         """Print a line without breaking the progress bar."""
@@ -128,27 +134,53 @@ class Recorder:
     def close(self) -> None:
         """Close the progress bar and the files."""
         self.bar.close()
-        self.board.close()
-        self.file.close()
+        with writing(self.path.parent / BOARD):
+            self.board.close()
+        with writing(self.path):
+            self.file.close()
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """Return the lines of a run's metrics, an empty list if there are none yet; older names are replaced."""
-    path = folder / METRICS
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
-    return [{RENAMED.get(name, name): value for name, value in line.items()} for line in lines]
+    """Return the lines of a run's metrics, an empty list if there are none yet; older names are replaced.
+
+    Raises UserError if the file is damaged.
+    """
+    return [{RENAMED.get(name, name): value for name, value in line.items()} for line in _read(folder / METRICS)]
+
+
+def _read(path: Path) -> list[dict]:
+    """Return the lines of a file of metrics. The last one is left out if a crash cut it short. Raises UserError."""
+    try:
+        texts = path.read_bytes().decode(errors="replace").split("\n") if path.exists() else []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); move it away") from None
+    texts = [(number, text) for number, text in enumerate(texts, 1) if text.strip()]
+    lines = []
+    for number, text in texts:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if _is_line(line):
+            lines.append(line)
+        elif number != texts[-1][0]:
+            raise UserError(f"{path}: line {number} is no line of metrics; remove that line, or move the file away")
+    return lines
+
+
+def _is_line(line: object) -> bool:
+    """Return whether an object has the form of a line of metrics: a step, and numbers or null by name."""
+    return (
+        isinstance(line, dict)
+        and type(line.get("step")) is int
+        and all(value is None or type(value) in (int, float) for value in line.values())
+    )
 
 
 def _truncate_after(path: Path, step: int) -> None:
     """Remove the lines after `step`, which a resumed run writes again, and a line cut short by a crash."""
     if not path.exists():
         return
-    remaining = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                remaining.append(line + "\n")
-        except (ValueError, KeyError):
-            continue
+    remaining = [json.dumps(line) + "\n" for line in _read(path) if line["step"] <= step]
     with write_atomically(path) as temporary:
         temporary.write_text("".join(remaining))

@@ -14,6 +14,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from fastdit.config import CONFIG_FILE
+from fastdit.errors import UserError
+from fastdit.files import read_json, write_atomically, write_text
 from fastdit.methods.denoising import Panels
 from fastdit.methods.registry import METHODS
 from fastdit.rundir import eval_log
@@ -50,7 +52,7 @@ def write_report(folder: Path, facts: dict[str, str], versions: dict[str, str]) 
     facts: the lines at the top, in order, which are also kept in facts.json.
     """
     # Write the facts and the curves.
-    (folder / FACTS).write_text(json.dumps(facts, indent=1))
+    write_text(folder / FACTS, json.dumps(facts, indent=1))
     metrics = read_metrics(folder)
     _curves(metrics, folder / CURVES)
 
@@ -67,15 +69,28 @@ def write_report(folder: Path, facts: dict[str, str], versions: dict[str, str]) 
         config=(folder / CONFIG_FILE).read_text(),
     )
     path = folder / REPORT
-    path.write_text(page)
+    write_text(path, page)
     return path
 
 
 def refresh_report(folder: Path) -> Path:
     """Write the report again with the evaluations made since. Facts exist only after training has ended."""
-    paths = (folder / FACTS, folder / VERSIONS)
-    facts, versions = (json.loads(path.read_text()) if path.exists() else {} for path in paths)
-    return write_report(folder, facts, versions)
+    return write_report(folder, *_described(folder))
+
+
+def check_files(folder: Path) -> None:
+    """Raise UserError if a file of a run that the report shows is damaged."""
+    read_metrics(folder), eval_log.read(folder), _described(folder)
+
+
+def _described(folder: Path) -> list[dict[str, str]]:
+    """Return the facts and the versions that a run has written, each empty if it has not. Raises UserError."""
+    found = []
+    for path in (folder / FACTS, folder / VERSIONS):
+        found.append(read_json(path, "remove it") if path.exists() else {})
+        if not isinstance(found[-1], dict) or not all(isinstance(text, str) for text in found[-1].values()):
+            raise UserError(f"{path}: is no list of names and texts; remove it")
+    return found
 
 
 def _embedded(path: Path) -> str | None:
@@ -127,4 +142,5 @@ def _curves(metrics: list[dict], path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
-    path.write_bytes(buffer.getvalue())
+    with write_atomically(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())

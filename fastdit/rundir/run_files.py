@@ -1,5 +1,7 @@
 """Name the files in a run's folder."""
 
+from pathlib import Path
+
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"  # names the process that trains
 METRICS = "metrics.jsonl"
@@ -11,3 +13,8 @@ REPORT = "report.html"
 EVALUATIONS = "eval.json"
 FACTS = "facts.json"  # lines at the top of the report
 BOARD = "tensorboard"
+
+
+def grid_file(run: Path, step: int) -> Path:
+    """Return the path of the sample grid that training draws after `step` steps."""
+    return run / GRIDS / f"step-{step:08d}.png"

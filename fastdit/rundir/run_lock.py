@@ -107,7 +107,7 @@ class RunLock:
         try:
             owner = json.loads(os.pread(self.handle, 4096, 0))
             return owner if owner.keys() >= {"host", "pid", "started"} else None
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             return None
 
     def _write(self, content: bytes) -> None:

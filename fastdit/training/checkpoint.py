@@ -13,7 +13,7 @@ from torch import nn
 
 from fastdit.distributed import Runtime
 from fastdit.errors import UserError
-from fastdit.files import sha256_of
+from fastdit.files import sha256_of, writing
 from fastdit.kernels import AdamWEMA
 from fastdit.rundir.checkpoint_files import (
     BUFFERS,
@@ -77,14 +77,9 @@ def save(
         (partial / SHARDS).mkdir()
     runtime.barrier()
 
-    # Write this rank's pieces, and flush and hash them.
-    files = [
-        write_pieces(partial / SHARDS, kind, runtime.rank, runtime.world, pieces)
-        for kind, pieces in _pieces(trained).items()
-    ]
-    for path in files:
-        sync(path)
-    hashes = runtime.gather({str(path.relative_to(partial)): sha256_of(path) for path in files})
+    # Write this rank's pieces. If one rank fails, all of them raise its error.
+    written = runtime.gather(_write_pieces(trained, partial))
+    runtime.decide(lambda: _raise_first(written))
 
     # Write what is one for all ranks, seal the checkpoint, give it its name, and remove old ones.
     ranks = runtime.gather(rank_state)
@@ -94,7 +89,7 @@ def save(
         progress = counters | {"accumulation": engine.gradient_accumulation_steps(), "ranks": ranks}
         (partial / PROGRESS).write_text(json.dumps(progress))
         meta = {"format": FORMAT, "step": step, "world": runtime.world, "sampled": _sampled_prefix(trained), **meta}
-        seal(partial, meta, {name: value for of_rank in hashes for name, value in of_rank.items()})
+        seal(partial, meta, {name: value for hashes in written for name, value in hashes.items()})
         publish(partial, final)
         if keep is not None:
             prune(final, keep)
@@ -137,6 +132,29 @@ def restore(
     set_counters(engine, progress["engine_steps"], progress["engine_skipped"])
     rank_state = _state_of_rank(progress["ranks"], runtime, accumulation / progress["accumulation"])
     return written["step"], rank_state, load_state(checkpoint / METHOD_FILE)
+
+
+def _write_pieces(trained: Trained, partial: Path) -> dict[str, str] | UserError:
+    """Write and flush this rank's files into `partial`. Return their SHA-256 by name, or the error that prevented it."""
+    runtime = trained.runtime
+    try:
+        with writing(partial):
+            files = [
+                write_pieces(partial / SHARDS, kind, runtime.rank, runtime.world, pieces)
+                for kind, pieces in _pieces(trained).items()
+            ]
+            for path in files:
+                sync(path)
+            return {str(path.relative_to(partial)): sha256_of(path) for path in files}
+    except UserError as error:
+        return error
+
+
+def _raise_first(results: list) -> None:
+    """Raise the first UserError among the results of the ranks."""
+    for result in results:
+        if isinstance(result, UserError):
+            raise result
 
 
 def _pieces(trained: Trained) -> dict[str, list[Piece]]:

@@ -155,7 +155,7 @@ def _read(name: str) -> tuple[str, dict]:
         raise UserError(f"--ds_config {name}: no such file; give a path or one of {', '.join(shipped)}")
     try:
         values = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); mend it") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: must hold one JSON object; see {SHIPPED / 'zero1.json'}")

@@ -1,5 +1,6 @@
 """Train, step by step. A step has no host sync: scalars leave the device at the log interval only."""
 
+import shutil
 import time
 from collections.abc import Container
 from dataclasses import dataclass, field
@@ -7,20 +8,22 @@ from pathlib import Path
 
 import torch
 
-from fastdit.config import Config
-from fastdit.distributed import Runtime, StopRequest
+from fastdit.config import CONFIG_FILE, Config
+from fastdit.distributed import Runtime, Stopped, StopRequest
 from fastdit.errors import UserError
+from fastdit.files import writing
 from fastdit.kernels import AdamWEMA, SampleGenerator
 from fastdit.methods.denoising import Denoising
-from fastdit.rundir import checkpoint_files
+from fastdit.rundir import checkpoint_files, eval_log
 from fastdit.rundir.metrics_log import Recorder, peak_flops
-from fastdit.rundir.run_files import CHECKPOINTS
+from fastdit.rundir.run_files import CHECKPOINTS, grid_file
 from fastdit.training import checkpoint, schedules
 from fastdit.training.deepspeed_config import DeepSpeedConfig
 from fastdit.training.ema import EMA
 from fastdit.training.ema_replicas import EMAReplicas
 from fastdit.training.finite import find_nonfinite
 from fastdit.training.meter import Meter
+from fastdit.training.skipped import SkippedSteps
 
 
 @dataclass
@@ -38,6 +41,7 @@ class Run:
     loader: object
     meter: Meter
     ema_replicas: list[EMAReplicas] = field(default_factory=list)
+    skipped_steps: SkippedSteps = field(default_factory=SkippedSteps)
     recorder: Recorder | None = None  # on rank 0 only
     seconds: float = 0.0  # training time over all starts, without sample grids, checkpoints and evaluations
 
@@ -78,6 +82,10 @@ class Run:
             meta=self.checkpoint_signature,
             keep=None if streak else self.config.keep_checkpoints,
         )
+
+    def checkpoint(self, step: int) -> Path:
+        """Return the folder of the checkpoint of `step`."""
+        return self.folder / CHECKPOINTS / f"step-{step:08d}"
 
     def remedy(self, first_bad: int) -> str:
         """Return what to do when step `first_bad`, counted from 1, was the first to go wrong. A collective."""
@@ -154,32 +162,86 @@ def train(run: Run, first_step: int, draw_samples, evaluate=lambda step: None) -
     config = run.config
     if first_step == 0:
         _prepare(run)
-    clock, stop, stop_every = Clock(), StopRequest(run.runtime), 1
-    for step in range(first_step, config.steps):
-        # Take one step.
-        train_step(run, step)
-        done, last = step + 1, step + 1 == config.steps
-        clock.steps += 1
-        if run.recorder:
-            run.recorder.advance()
+    stop, stop_every, done, saved = StopRequest(run.runtime), 1, first_step, first_step
+    try:
+        if first_step:
+            _make_up(run, first_step, draw_samples, evaluate)
+        clock = Clock()
+        for step in range(first_step, config.steps):
+            # Take one step.
+            train_step(run, step)
+            done, last = step + 1, step + 1 == config.steps
+            clock.steps += 1
+            if run.recorder:
+                run.recorder.advance()
 
-        # Write metrics, checkpoint, sample grid and evaluation when they are due.
-        if done % config.log_every == 0 or last:
-            stop_every = _record(run, clock, done)
-        if done % config.save_every == 0 or last:
-            clock.paused(run.save, done)
-        if config.sample_every and done % config.sample_every == 0 and not last:
-            clock.paused(draw_samples, done)
-        if config.eval.every and (done % config.eval.every == 0 or last):
-            clock.paused(evaluate, done)
+            # Write metrics, checkpoint, sample grid and evaluation when they are due.
+            if done % config.log_every == 0 or last:
+                stop_every = _record(run, clock, done)
+            if done % config.save_every == 0 or last:
+                clock.paused(_save, run, done)
+                saved = done
+            if _grid_is_due(config, done):
+                clock.paused(draw_samples, done)
+            if _evaluation_is_due(config, done):
+                clock.paused(evaluate, done)
 
-        # Stop if any rank was asked to.
-        if done % stop_every == 0 and not last and stop.granted():
-            path = run.save(done)
-            run.say(f"stopped by {stop.name or 'a signal'} after step {done}; saved {path}; go on with --resume")
-            run.say(run.describe_skipped(done))
-            return False
+            # Stop if any rank was asked to.
+            if done % stop_every == 0 and not last and stop.granted():
+                raise Stopped
+    except Stopped:
+        path = run.checkpoint(done) if saved == done else _save(run, done)
+        run.say(f"stopped by {stop.name or 'a signal'} after step {done}; saved {path}; go on with --resume")
+        run.say(run.describe_skipped(done))
+        return False
     return True
+
+
+def _grid_is_due(config: Config, done: int) -> bool:
+    """Return whether a sample grid is drawn after `done` steps; the final one is not counted."""
+    return bool(config.sample_every) and done % config.sample_every == 0 and done != config.steps
+
+
+def _evaluation_is_due(config: Config, done: int) -> bool:
+    """Return whether an evaluation is made after `done` steps."""
+    return bool(config.eval.every) and (done % config.eval.every == 0 or done == config.steps)
+
+
+def _make_up(run: Run, done: int, draw_samples, evaluate) -> None:
+    """Make the sample grid and the evaluation of the resumed step that an end of the process prevented. A collective.
+
+    A checkpoint is written before both of them.
+    """
+    folder, decide = run.folder, run.runtime.decide
+    if _grid_is_due(run.config, done) and not decide(lambda: grid_file(folder, done).exists()):
+        draw_samples(done)
+    if _evaluation_is_due(run.config, done) and not decide(lambda: eval_log.find(folder, done) is not None):
+        evaluate(done)
+
+
+def _save(run: Run, step: int) -> Path:
+    """Write a checkpoint by `run.save`, a collective. Return its folder.
+
+    Raises UserError if the system refuses to write, or if the run's folder is gone. No part of the checkpoint is left.
+    """
+    run.runtime.decide(lambda: _check_folder(run.folder))
+    final = run.checkpoint(step)
+    try:
+        with writing(final):
+            return run.save(step)
+    except BaseException:
+        if run.runtime.first:
+            shutil.rmtree(final.with_name(f".{final.name}.partial"), ignore_errors=True)
+        raise
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise UserError if the run's folder was removed or renamed while the run trained."""
+    if not (folder / CONFIG_FILE).exists():
+        raise UserError(
+            f"{folder}: was removed or renamed while the run trained into it; move it back and go on with --resume, "
+            "or start a new run"
+        )
 
 
 def _prepare(run: Run) -> None:
@@ -208,6 +270,7 @@ def train_step(run: Run, step: int) -> None:
         x0, y = next(run.loader)
         outcome = run.method.loss(run.engine, x0, y, draws)
         run.optimizer.require_finite(outcome.loss)
+        run.skipped_steps.note_loss(step + 1, outcome.loss)
         run.engine.backward(outcome.loss)
         run.engine.step()
         meter.add(outcome.terms)
@@ -215,7 +278,9 @@ def train_step(run: Run, step: int) -> None:
     # Refresh the replicas of the EMAs, let the method end the step, and note whether the update was skipped.
     run.follow(decays)
     meter.add(run.method.end_step())
-    meter.step(_skipped(run), step + 1)
+    skipped = _skipped(run)
+    meter.step(skipped, step + 1)
+    run.skipped_steps.note_step(step + 1, skipped)
 
 
 def _sample_generator(run: Run) -> SampleGenerator:
@@ -268,7 +333,8 @@ def _record(run: Run, clock: Clock, step: int) -> int:
     if run.recorder:
         run.recorder.log(step, values)
 
-    # End the run if too many steps in a row were skipped.
+    # Name the skipped steps, and end the run if too many steps in a row were skipped.
+    run.skipped_steps.report(values["skipped"], run.runtime, run.loader, run.say)
     if worst >= run.config.max_nonfinite:
         raise UserError(
             f"step {first_bad:.0f}: loss or gradient not finite, and so for {worst:.0f} steps in a row (all skipped); "

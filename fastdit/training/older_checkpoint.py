@@ -9,6 +9,7 @@ import torch
 
 from fastdit.distributed import Runtime
 from fastdit.errors import UserError
+from fastdit.files import plain_path
 from fastdit.training.deepspeed_internals import precision_written, preserve_clipping
 
 STATE = "deepspeed"  # folder of the files that DeepSpeed writes
@@ -41,8 +42,8 @@ def restore(engine, runtime: Runtime, checkpoint: Path, written: dict, trust: bo
 
     # Load the engine's state, then the states of this rank and of the method.
     try:
-        with preserve_clipping(engine.optimizer):
-            loaded, _ = engine.load_checkpoint(str(checkpoint), tag=STATE)
+        with preserve_clipping(engine.optimizer), plain_path(checkpoint) as place:
+            loaded, _ = engine.load_checkpoint(str(place), tag=STATE)
     except (AssertionError, AttributeError, KeyError, FileNotFoundError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

@@ -12,6 +12,7 @@ from fastdit import run_parts
 from fastdit.config import CONFIG_FILE, Config
 from fastdit.distributed import Runtime
 from fastdit.errors import UserError
+from fastdit.files import write_text
 from fastdit.kernels import AdamWEMA, ApexAdamEMA, describe_attention, describe_native, describe_optimizer
 from fastdit.methods.registry import methods_of
 from fastdit.models.dit import Block, keep_biases
@@ -122,8 +123,8 @@ class Session:
         """Write the run's settings and versions, open its metrics, and print its first lines."""
         folder = self.run.folder
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).write_text(dump(self.config))
-        (folder / VERSIONS).write_text(json.dumps(versions(), indent=1))
+        write_text(folder / CONFIG_FILE, dump(self.config))
+        write_text(folder / VERSIONS, json.dumps(versions(), indent=1))
         self.run.recorder = Recorder(folder, self.first_step, self.config.steps)
         self.run.say(self._introduction())
 
