@@ -72,10 +72,13 @@ def save(
     # Make an empty folder under a temporary name.
     engine, runtime = trained.engine, trained.runtime
     final, partial = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
-    if runtime.first:
-        start_partial(partial)
-        (partial / SHARDS).mkdir()
-    runtime.barrier()
+
+    def begin() -> None:
+        with writing(partial):
+            start_partial(partial)
+            (partial / SHARDS).mkdir()
+
+    runtime.decide(begin)
 
     # Write this rank's pieces. If one rank fails, all of them raise its error.
     written = runtime.gather(_write_pieces(trained, partial))
@@ -83,17 +86,20 @@ def save(
 
     # Write what is one for all ranks, seal the checkpoint, give it its name, and remove old ones.
     ranks = runtime.gather(rank_state)
-    if runtime.first:
-        save_state(method_state, partial / METHOD_FILE)
-        counters = {"engine_steps": engine.global_steps, "engine_skipped": engine.skipped_steps}
-        progress = counters | {"accumulation": engine.gradient_accumulation_steps(), "ranks": ranks}
-        (partial / PROGRESS).write_text(json.dumps(progress))
-        meta = {"format": FORMAT, "step": step, "world": runtime.world, "sampled": _sampled_prefix(trained), **meta}
-        seal(partial, meta, {name: value for hashes in written for name, value in hashes.items()})
-        publish(partial, final)
+
+    def finish() -> None:
+        with writing(partial):
+            save_state(method_state, partial / METHOD_FILE)
+            counters = {"engine_steps": engine.global_steps, "engine_skipped": engine.skipped_steps}
+            progress = counters | {"accumulation": engine.gradient_accumulation_steps(), "ranks": ranks}
+            (partial / PROGRESS).write_text(json.dumps(progress))
+            told = {"format": FORMAT, "step": step, "world": runtime.world, "sampled": _sampled_prefix(trained), **meta}
+            seal(partial, told, {name: value for hashes in written for name, value in hashes.items()})
+            publish(partial, final)
         if keep is not None:
             prune(final, keep)
-    runtime.barrier()
+
+    runtime.decide(finish)
     return final
 
 
@@ -135,7 +141,7 @@ def restore(
 
 
 def _write_pieces(trained: Trained, partial: Path) -> dict[str, str] | UserError:
-    """Write and flush this rank's files into `partial`. Return their SHA-256 by name, or the error that prevented it."""
+    """Write and flush this rank's files into `partial`. Return their SHA-256 by name, or what prevented it."""
     runtime = trained.runtime
     try:
         with writing(partial):
