@@ -101,6 +101,15 @@ def test_contradictions_name_both_sides(agree, values, settings, words):
         ({"scheduler": {"type": "WarmupLR"}}, ["'scheduler'", "--warmup", "--schedule"]),
         ({"activation_checkpointing": {"profile": False}}, ["'activation_checkpointing'", "--model.grad_checkpoint"]),
         ({"fp16": {"enabled": True}}, ["'fp16'", "bf16"]),
+        ({"wandb": {"enabled": True}}, ["'wandb'", "TensorBoard"]),
+        ({"compile": {"backend": "inductor"}}, ["'compile'", "remove it"]),
+        ({"tensor_parallel": {"autotp_size": 2}}, ["'tensor_parallel'", "does not support"]),
+        ({"train_batch_sise": 64}, ["train_batch_sise is no setting", "train_batch_size?"]),
+        ({"zero_optimisation": {"stage": 3}}, ["zero_optimisation is no setting", "zero_optimization?"]),
+        ({"zero": {"stage": 3}}, ["zero is no setting of DeepSpeed"]),
+        ({"xyzzy": 1}, ["xyzzy is no setting of DeepSpeed; remove it"]),
+        ({"zero_optimization": {"stge": 3}}, ["zero_optimization.stge is no setting", "stage?"]),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, ["NVMe", "offload to the CPU"]),
         ({"fp16": {"loss_scale": 1}}, ["'fp16'", "bf16"]),
         ({"fp16": True}, ["'fp16'", "object"]),
         ({"bf16": True}, ["'bf16'", "object"]),
@@ -275,3 +284,12 @@ def test_bf16_needs_a_stage_with_fp32_masters(agree):
     assert "ZeRO-0" in text
     assert "zero1" in text
     assert agree({}, on_gpu=True, batch=8, precision="fp32").stage == 0
+
+
+def test_sections_that_are_off_are_left_alone(agree):
+    """As other trainers' files have them; names of ZeRO-3 may have their prefix or not."""
+    off = {name: {"enabled": False} for name in ("wandb", "fp16", "flops_profiler", "tensorboard")}
+    zero = {"stage": 3, "stage3_prefetch_bucket_size": 1000, "param_persistence_threshold": 10}
+    merged = agree({**off, "zero_optimization": zero, "optimizer": {}, "wall_clock_breakdown": False}, batch=8).merged
+    assert merged["zero_optimization"].items() >= zero.items()
+    assert merged["wandb"] == {"enabled": False}

@@ -6,15 +6,9 @@ from pathlib import Path
 
 from fastdit.config import Config
 from fastdit.errors import UserError
+from fastdit.training.deepspeed_sections import check_sections
 
 SHIPPED = Path(__file__).parents[1] / "ds_configs"
-# Sections that the file must not hold, and what to do instead.
-FASTDIT_SECTIONS = {
-    "optimizer": "AdamW with EMAs is fastdit's own: remove it and use --lr, --betas, --eps, --weight_decay",
-    "scheduler": "the schedule is fastdit's own: remove it and use --warmup, --schedule",
-    "fp16": "fp16 is not supported: use bf16",
-    "activation_checkpointing": "checkpointing is fastdit's own: remove it and use --model.grad_checkpoint blocks",
-}
 FP32 = ("fp32", "float32", "float", "torch.float32")  # DeepSpeed accepts these spellings
 
 
@@ -44,14 +38,12 @@ class DeepSpeedConfig:
 def make_deepspeed_config(config: Config, world: int, on_gpu: bool) -> DeepSpeedConfig:
     """Return `config.ds_config` merged with the settings for `world` ranks.
 
-    Raises UserError when the file is missing, is not JSON, holds a section that fastdit owns, or contradicts a setting.
+    Raises UserError when the file is missing, is not JSON, contradicts a setting, or holds what `check_sections`
+    refuses.
     """
-    # Read the file and refuse the sections that fastdit owns.
+    # Read the file, and refuse what would have no effect.
     path, values = _read(config.ds_config)
-    for section, advice in FASTDIT_SECTIONS.items():
-        content = values.get(section)
-        if content and not (section == "fp16" and content.get("enabled") is False):
-            raise UserError(f"{path}: section {section!r}: {advice}")
+    check_sections(path, values)
 
     def agree(key: str, setting: str, value, kind=int):
         """Return the file's number for `key`, or the setting's `value` if the file has none or "auto"."""

@@ -110,6 +110,14 @@ def preserve_clipping(zero) -> Iterator[None]:
         attributes.update(before)
 
 
+def zero_settings() -> list[str]:
+    """Return the names that a file's `zero_optimization` may hold (runtime/zero/config.py in 0.19.8)."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    return [*fields, *(field.alias for field in fields.values() if field.alias)]
+
+
 def link_optimizer_states(zero) -> None:
     """Make `safe_get_full_optimizer_state` work right after a resume. Needs one earlier update of the weights.
 
