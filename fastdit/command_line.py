@@ -43,13 +43,25 @@ _REWORDED = (
 )
 
 
+_POWER = re.compile(r"\d+(\.\d+)?[eE]\+?\d{1,2}")  # 1e5
+
+
 class OneLineParser(ArgumentParser):
     """Parse command lines and settings files. Every error is one `UserError`, and flags cannot be abbreviated."""
 
-    def __init__(self, renamed: dict[str, str] | None = None, **options):
-        """renamed: the names of settings by older ones, which are still accepted."""
+    def __init__(
+        self,
+        renamed: dict[str, str] | None = None,
+        foreign: Callable[[str], str | None] = lambda name: None,
+        **options,
+    ):
+        """Make a parser without flags.
+
+        renamed: the names of settings by older ones, which are still accepted.
+        foreign: returns what stands for a name that other programs have for a setting, or None.
+        """
         super().__init__(allow_abbrev=False, **options)
-        self.renamed = renamed or {}
+        self.renamed, self.foreign = renamed or {}, foreign
 
     def error(self, message: str, *args, **kwargs) -> NoReturn:  # jsonargparse calls it with the exception too
         """Raise UserError. jsonargparse calls this for every error, and its own method would exit."""
@@ -57,7 +69,7 @@ class OneLineParser(ArgumentParser):
 
     def parse(self, argv: list[str], base: Namespace | None = None) -> Namespace:
         """Return the typed values of a command line, which replace those of `base`. Raises UserError."""
-        argv = [self._current_flag(word) for word in argv]
+        argv = self._whole_numbers([self._current_flag(word) for word in argv])
         return self._typed(lambda: self.instantiate(self.parse_args(argv, base)))
 
     def _current_flag(self, word: str) -> str:
@@ -68,15 +80,20 @@ class OneLineParser(ArgumentParser):
         print(f"note: {name} is now --{current}", file=sys.stderr)
         return f"--{current}{equals}{value}"
 
+    def _whole_numbers(self, argv: list[str]) -> list[str]:
+        """Return a command line in which whole numbers like 1e5 are written out, where a flag takes such a number."""
+        words = []
+        for word in argv:
+            flag, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+            action = self._option_string_actions.get(flag or (words[-1] if words else ""))
+            if action is not None and _takes_whole_number(action) and _POWER.fullmatch(value) and float(value) % 1 == 0:
+                value = str(int(float(value)))
+            words.append(f"{flag}{equals}{value}")
+        return words
+
     def read(self, path: str | Path, base: Namespace | None = None) -> Namespace:
         """Return the values of a YAML file, which replace those of `base`, as a base for `parse`. Raises UserError."""
-        try:
-            values = _load_yaml(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-            reason = "it is nested too deep" if isinstance(error, RecursionError) else _one_line(error)
-            raise UserError(f"{path}: cannot be read ({reason}); give a run, or a file of settings") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: holds no settings; write one `name: value` a line, as in a run's config.yaml")
+        values = _read_settings(path)
         _rename(values, self.renamed)
         sections = {action.dest.rpartition(".")[0] for action in self._actions}
         values = {name: value for name, value in values.items() if value is not None or name not in sections}
@@ -98,9 +115,37 @@ class OneLineParser(ArgumentParser):
             text = re.sub(pattern, words, text)
         if text.endswith(": no such setting"):
             dashes, name = re.match(r"(-*)(.*): no", text).groups()
+            if stands := self.foreign(name):
+                return f"{text}; fastdit has {stands}"
             near = difflib.get_close_matches(name, [action.dest for action in self._actions], n=1)
             text += f"; did you mean {dashes}{near[0]}?" if near else "; --help lists them all"
         return text
+
+
+def _takes_whole_number(action) -> bool:
+    """Return whether a flag's type is int or int | None."""
+    kind = getattr(action, "_typehint", action.type)
+    return kind is int or kind == int | None
+
+
+def preset_of(path: str | Path) -> str | None:
+    """Return the preset that a file of settings builds on, its `preset:`, or None. Raises UserError."""
+    name = _read_settings(path).get("preset")
+    if not isinstance(name, str | None):
+        raise UserError(f"{path}: preset: expected text, got {name!r}")
+    return name
+
+
+def _read_settings(path: str | Path) -> dict:
+    """Return the content of a YAML file of settings. Raises UserError."""
+    try:
+        values = _load_yaml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else _one_line(error)
+        raise UserError(f"{path}: cannot be read ({reason}); give a run, or a file of settings") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds no settings; write one `name: value` a line, as in a run's config.yaml")
+    return values
 
 
 def _load_yaml(text: str) -> object:

@@ -342,6 +342,16 @@ class Config(_MethodFields, _RunConfig):
         """Return whether the method of this name is part of what is trained."""
         return method in self.method.split("+")
 
+    @property
+    def notes(self) -> list[str]:
+        """Return lines about settings that are allowed and hardly meant."""
+        if self.label_drop == 0 and self.sample.guidance != 1:
+            return [
+                "note: --label_drop 0 trains no null label, which --sample.guidance "
+                f"{self.sample.guidance:g} draws with; train with --label_drop 0.1, or sample with guidance 1"
+            ]
+        return []
+
     def __post_init__(self) -> None:
         """Raise UserError for the first setting that cannot be, or does not fit those of another group."""
         # Check the numbers of this group; every other group has checked its own.

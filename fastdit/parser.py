@@ -13,10 +13,11 @@ from pathlib import Path
 import yaml
 from jsonargparse import Namespace
 
-from fastdit.command_line import OneLineParser
+from fastdit.command_line import OneLineParser, preset_of
 from fastdit.config import CONFIG_FILE, Config
 from fastdit.errors import UserError
 from fastdit.models import SIZES
+from fastdit.other_trainers import check_model, ours
 from fastdit.settings_help import asked_group, help_text
 
 PRESETS = Path(__file__).parent / "presets"
@@ -26,12 +27,15 @@ RENAMED_PRESETS = {
     **{f"imagenet256_{size.lower()}2": ["imagenet256", "--model.size", size] for size in SIZES},
     **{f"imagenet256_sd_dit_{size.lower()}2": ["imagenet256_sd_dit", "--model.size", size] for size in SIZES},
 }
+# Settings that may be paths, and their values that are names of something shipped.
+PATHS = ("init_from", "ds_config", "data.source", "data.autoencoder", "sadm.psi_weights", "psi_align.psi_weights")
+NAMES = ("fashion_mnist", "identity", *(path.stem for path in (Path(__file__).parent / "ds_configs").glob("*.json")))
 # Older names of settings, each in the section of the current one.
 RENAMED_SETTINGS = {"data.standardise": "data.standardize", "sadm.normalise": "sadm.normalize"}
 
 
 def _parser() -> OneLineParser:
-    parser = OneLineParser(RENAMED_SETTINGS, prog="fastdit-train", description="Train a diffusion transformer.")
+    parser = OneLineParser(RENAMED_SETTINGS, ours, prog="fastdit-train", description="Train a diffusion transformer.")
     parser.add_argument("--preset", type=str, help="named settings (or a path): " + ", ".join(presets()))
     parser.add_class_arguments(Config, as_group=False)
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
@@ -51,6 +55,21 @@ def _preset_path(name: str) -> str:
     return name
 
 
+def _with_bases(path: str, seen: tuple[str, ...] = ()) -> list[str]:
+    """Return a file of settings after those that it builds on by `preset: NAME`, the first first. Raises UserError.
+
+    A path in a file is relative to the file.
+    """
+    if path in seen:
+        raise UserError(f"{path}: its preset builds on itself; remove the line `preset:` from one of the files")
+    base = preset_of(path)
+    if base is None:
+        return [path]
+    beside = Path(path).parent / base
+    base = str(beside) if base not in presets() and beside.is_file() else _preset_path(base)
+    return [*_with_bases(base, (*seen, path)), path]
+
+
 def parse(argv: list[str]) -> Config:
     """Return the `Config` of a command line. A preset is read first wherever it stands; flags override it.
 
@@ -59,6 +78,9 @@ def parse(argv: list[str]) -> Config:
     if (group := asked_group(argv)) is not None:
         print(help_text(_parser(), group, "deepspeed fastdit/train.py"))
         raise SystemExit(0)
+    check_model(argv)
+    shows = "--print_config" in argv
+    argv = [word for word in argv if word != "--print_config"]
     args = []
     for arg, after in zip(argv, [*argv[1:], None]):
         if arg in ("--resume", "--trust") and after not in ("true", "false"):
@@ -77,13 +99,17 @@ def parse(argv: list[str]) -> Config:
         name, *flags = RENAMED_PRESETS.get(args[at + 1], [args[at + 1]])
         if name != args[at + 1]:
             print(f"note: --preset {args[at + 1]} is now --preset {' '.join([name, *flags])}", file=sys.stderr)
-        files.append(_preset_path(name))
+        files += _with_bases(_preset_path(name))
         args[:] = [*flags, *args[:at], *args[at + 2 :]]  # flags that follow rule
     parser, base = _parser(), None
     for file in files:
         base = parser.read(file, base)
         base.trust = False  # the file may come with the checkpoints that are not to be trusted
-    return _config(parser.parse(args, base))
+    config = _config(parser.parse(args, base))
+    if shows:
+        print(dump(config), end="")
+        raise SystemExit(0)
+    return config
 
 
 def _saved_settings(args: list[str]) -> list[str]:
@@ -103,8 +129,19 @@ def _config(values: Namespace) -> Config:
     return Config(**{key: value for key, value in vars(values).items() if key in Config.__dataclass_fields__})
 
 
+def _from_anywhere(value: str) -> str:
+    """Return the relative path of something that exists as an absolute path, and anything else unchanged.
+
+    So a run can be resumed and sampled from any directory. The last part of a path may be a pattern, such as
+    `shards-{000..099}.tar`.
+    """
+    path = Path(value)
+    found = path.exists() or ("{" in path.name and path.parent.is_dir())
+    return os.path.abspath(value) if found and value not in NAMES else value
+
+
 def dump(config: Config) -> str:
-    """Return `config` as YAML text that `load` reads back to an equal one."""
+    """Return `config` as YAML text that `load` reads back to an equal one. Relative paths become absolute."""
 
     def plain(value):
         if isinstance(value, dict):
@@ -113,4 +150,11 @@ def dump(config: Config) -> str:
 
     settings = plain(asdict(config))
     del settings["trust"]  # it is for one command line
+    for path in PATHS:
+        *sections, name = path.split(".")
+        inner = settings
+        for section in sections:
+            inner = inner[section]
+        if isinstance(inner[name], str):
+            inner[name] = _from_anywhere(inner[name])
     return yaml.safe_dump(settings, sort_keys=False)

@@ -16,6 +16,7 @@ from fastdit.config import CONFIG_FILE, Config, DataConfig, ModelConfig, SampleC
 from fastdit.errors import UserError
 from fastdit.kernels.attention import BACKENDS
 from fastdit.noise import DDPM, EDM
+from fastdit.other_trainers import _OURS
 from fastdit.parser import dump, load, parse, presets
 from fastdit.settings_help import COMMON
 
@@ -280,7 +281,8 @@ def all_fields(kind, prefix="") -> list[str]:
 
 def test_dump_holds_every_field():
     flat = yaml.safe_load(dump(Config()))
-    for name in all_fields(Config):
+    assert "trust" not in flat, "it is for one command line"
+    for name in set(all_fields(Config)) - {"trust"}:
         value = flat
         for part in name.split("."):
             value = value[part]
@@ -363,3 +365,91 @@ def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
         with pytest.raises(UserError, match="holds no run to resume"):
             parse(words)
     assert parse(["--resume", "--out", str(tmp_path), "--batch", "4"]).resume, "a command that is to go on if it can"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--learning_rate 1e-3", "--lr"),
+        ("--image-size 32", "--data.size"),
+        ("--global-batch-size=256", "--batch"),
+        ("--epochs 80", "--steps, the number of optimizer steps"),
+        ("--num-workers 4", "--data.threads"),
+        ("--cfg-scale 1.5", "--sample.guidance"),
+        ("--results-dir out", "--out"),
+        ("--data-path photos", "--data.source"),
+    ],
+)
+def test_flags_of_other_trainers_are_answered_with_ours(argv, words):
+    flag = argv.split()[0].split("=")[0]
+    assert complaint(*argv.split()).startswith(f"{flag}: no such setting; fastdit has {words}")
+
+
+def test_every_answer_to_another_trainers_flag_is_a_setting():
+    known = help_of_everything()
+    for stands in set(_OURS.values()):
+        flag = stands.split()[0].rstrip(",")
+        assert stands.startswith("the launcher") or flag in known, stands
+    assert not {f"--{name}" for name in _OURS} & set(known), "ours are not answered"
+
+
+def help_of_everything() -> list[str]:
+    answer = subprocess.run([sys.executable, TRAIN, "--help", "all"], capture_output=True, text=True, check=True)
+    return re.findall(r"--[\w.]+", answer.stdout)
+
+
+@pytest.mark.parametrize("argv", ["--model DiT-XL/2", "--model=SiT-XL/2"])
+def test_the_name_of_a_model_is_answered_with_flags(argv):
+    assert "write --model.size XL --model.patch 2" in complaint(*argv.split())
+
+
+def test_whole_numbers_may_have_a_power_of_ten():
+    config = parse(["--steps", "1e5", "--batch=2.56e2", "--warmup", "5E3", "--lr", "1e-4", "--out", "1e5"])
+    assert (config.steps, config.batch, config.warmup, config.lr, config.out) == (100_000, 256, 5000, 1e-4, "1e5")
+    for wrong in ("1.5e0", "1e-3"):
+        assert complaint("--steps", wrong).startswith("steps: expected int, got")
+
+
+def test_print_config_shows_what_would_run(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(["--preset", "quickstart", "--print_config", "--lr", "0.5"])
+    assert end.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["lr"], shown["model"]["patch"]) == (0.5, parse(["--preset", "quickstart"]).model.patch)
+
+
+def test_a_file_of_settings_builds_on_others(tmp_path):
+    (tmp_path / "base.yaml").write_text("preset: quickstart\nlr: 0.5\nseed: 3\n")
+    (tmp_path / "mine.yaml").write_text("preset: base.yaml\nseed: 4\n")
+    config = parse(["--preset", str(tmp_path / "mine.yaml"), "--warmup", "7"])
+    assert config == replace(parse(["--preset", "quickstart"]), lr=0.5, seed=4, warmup=7)
+    (tmp_path / "base.yaml").write_text("preset: mine.yaml\n")
+    assert "builds on itself" in complaint("--preset", str(tmp_path / "mine.yaml"))
+    (tmp_path / "base.yaml").write_text("preset: [1]\n")
+    assert "preset: expected text" in complaint("--preset", str(tmp_path / "mine.yaml"))
+    (tmp_path / "base.yaml").write_text("preset: nosuch\n")
+    assert "--preset nosuch: no such preset" in complaint("--preset", str(tmp_path / "mine.yaml"))
+
+
+def test_relative_paths_are_kept_for_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "shards"):
+        Path(name).mkdir()
+    Path("ds.json").write_text("{}")
+    kept = yaml.safe_load(
+        dump(parse(["--data.source", "photos", "--ds_config", "./ds.json", "--init_from", "gone.pt"]))
+    )
+    assert kept["data"]["source"] == str(tmp_path / "photos")
+    assert kept["ds_config"] == str(tmp_path / "ds.json")
+    assert kept["init_from"] == "gone.pt", "an error will name it as it was given"
+    pattern = yaml.safe_load(dump(parse(["--data.source", "shards/a-{000..009}.tar"])))
+    assert pattern["data"]["source"] == str(tmp_path / "shards/a-{000..009}.tar")
+    Path("fashion_mnist").mkdir()
+    shipped = yaml.safe_load(dump(parse([])))
+    assert (shipped["data"]["source"], shipped["ds_config"]) == ("fashion_mnist", "zero1")
+
+
+def test_guidance_without_a_null_label_is_said():
+    assert parse(["--label_drop", "0", "--sample.guidance", "3"]).notes[0].startswith("note: --label_drop 0 trains no")
+    assert parse(["--label_drop", "0", "--sample.guidance", "1"]).notes == []
+    assert parse(["--sample.guidance", "3"]).notes == []

@@ -1,5 +1,6 @@
 """Open a finished or running run to draw samples: define the flags of the commands, and build its network."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,7 +84,10 @@ def settings_of(args: Namespace) -> Config:
     chosen = {key: getattr(args, key) for key in SAMPLER_FLAGS if getattr(args, key) is not None}
     model = replace(config.model, attention="auto")  # the backend of training may not exist here
     data = replace(config.data, autoencoder=args.autoencoder or config.data.autoencoder)
-    return replace(config, model=model, data=data, sample=replace(config.sample, **chosen))
+    config = replace(config, model=model, data=data, sample=replace(config.sample, **chosen))
+    for note in config.notes:
+        print(note, file=sys.stderr)
+    return config
 
 
 def open_run(args: Namespace, config: Config, decide: Callable[[Callable], object] = lambda work: work()) -> SampledRun:

@@ -162,6 +162,7 @@ class Session:
             f"{'; '.join(filter(None, (self.attention, self.graphs, describe_native(runtime.device), optimizer)))}\n"
             f"{versions()['device']}, ZeRO-{settings.stage}, batch {batch}\n"
             f"steps {self.first_step} to {config.steps} into {self.run.folder}"
+            + "".join(f"\n{n}" for n in config.notes)
         )
 
     def _arithmetic(self) -> str:
