@@ -155,13 +155,14 @@ class EMAConfig:
     """Choose the EMA whose weights are sampled.
 
     Args:
-        kind: law of the decay: `fixed`, with the usual warm-up min(decay, (1+t)/(10+t)), or `power` (Karras et al.
-            2024, eq. 127: a profile whose width is a fixed share of the run, with nothing to warm up).
-        decay: decay of `fixed`.
+        kind: law of the decay: `fixed`, with the usual warm-up min(decay, (1+t)/(10+t)); `constant`, the same decay at
+            every step, as the original DiT has it; or `power` (Karras et al. 2024, eq. 127: a profile whose width is a
+            fixed share of the run, with nothing to warm up).
+        decay: decay of `fixed` and `constant`.
         std: relative width of the profile of `power`.
     """
 
-    kind: Literal["fixed", "power"] = "fixed"
+    kind: Literal["fixed", "constant", "power"] = "fixed"
     decay: float = 0.9999
     std: float = 0.1
 
@@ -245,6 +246,8 @@ class _RunConfig:
             Only the command line can set it.
         ds_config: DeepSpeed configuration: zero0, zero1, zero2, zero3, zero3_offload, or a path to a JSON file.
         init_from: start from these weights: official DiT .pt, a folder saved by diffusers, or fastdit's own export.
+        init_weights: name of the weights in `init_from`, such as ema, model, or fp16 (a diffusers variant). none: the
+            EMA weights where there are some, else the first.
         finetune: carry `init_from` to other data: a new label table, and all weights trained, or diffit's subset
             (biases, label table, a factor on each block: below 1 % of a DiT). none: the same classes, all weights.
         device: hardware: cpu, cuda, or auto (a GPU when there is one).
@@ -287,6 +290,7 @@ class _RunConfig:
     trust: bool = False
     ds_config: str = "zero1"
     init_from: str | None = None
+    init_weights: str | None = None
     finetune: Literal["all", "diffit"] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "bf16", "fp8", "fp32"] = "auto"
@@ -362,6 +366,8 @@ class Config(_MethodFields, _RunConfig):
         # Check what depends on two groups.
         if self.finetune and not self.init_from:
             raise UserError("finetune: needs the weights to start from; give --init_from")
+        if self.init_weights and not self.init_from:
+            raise UserError("init_weights: chooses weights in a file; give --init_from too")
         self._check_size()
         self._check_sampling()
         if self.precision == "fp8":

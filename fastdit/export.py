@@ -1,17 +1,21 @@
 """Write a run's EMA weights for other programs: `python fastdit/export.py --run runs/x --out dit.pt`.
 
-`.pt` gives the original DiT's layout, for programs that read `DiT-XL-2-256x256.pt`; `.safetensors` gives fastdit's.
+`.pt` gives the original DiT's layout, for programs that read `DiT-XL-2-256x256.pt`; `.safetensors` gives fastdit's,
+with a description of the run: its noise process, scale of latents, size and classes (see `weights_description`).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastdit import run_parts
-from fastdit.config import CONFIG_FILE
+from fastdit.config import CONFIG_FILE, Config
 from fastdit.errors import UserError, run_command
 from fastdit.files import prepare_file, save_tensors, write_atomically
 from fastdit.models import fold_block_scales, save_official
+from fastdit.noise import DDPM, NoiseProcess
 from fastdit.parser import OneLineParser, load
 from fastdit.rundir.checkpoint_files import choose, classes_of, sampled_weights
+from fastdit.weights_description import describe
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -45,13 +49,35 @@ def _export(argv: list[str]) -> None:
     # Write the EMA weights.
     checkpoint = choose(run, args.checkpoint)
     weights = fold_block_scales(sampled_weights(checkpoint))
+    shape = run_parts.shape_of(config, classes_of(checkpoint))
     if out.suffix == ".safetensors":
-        save_tensors(weights, out)
+        save_tensors(weights, out, metadata=describe(config, shape, _class_names(config)))
     else:
-        network = run_parts.build_network(config, run_parts.shape_of(config, classes_of(checkpoint)))
+        network = run_parts.build_network(config, shape)
         with write_atomically(out) as temporary:
             save_official(weights, temporary, grid=network.grid)
     print(f"EMA weights of {checkpoint} in {out}")
+    if out.suffix == ".pt" and config.noise.process != DDPM():
+        print(
+            "note: the original DiT's sampler cannot run them: it takes DDPM with 1000 steps, and this run's noise "
+            f"process is {_process(config.noise.process)}; sample them with fastdit, and start from them with "
+            f"--noise.name {config.noise.name}"
+        )
+
+
+def _class_names(config: Config) -> Sequence[str]:
+    """Return the names of the run's classes, or none if its data cannot be opened."""
+    try:
+        return run_parts.open_data(config).class_names
+    except UserError:
+        return ()
+
+
+def _process(process: NoiseProcess) -> str:
+    """Return the name of a noise process, with its settings if it is DDPM."""
+    if not isinstance(process, DDPM):
+        return process.name
+    return f"ddpm with {process.steps} steps and betas from {process.beta_start} to {process.beta_end}"
 
 
 if __name__ == "__main__":

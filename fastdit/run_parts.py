@@ -1,5 +1,6 @@
 """Build the parts of a run from its settings: noise process, network, decoder, method and data."""
 
+import os
 from dataclasses import replace
 
 import torch
@@ -23,6 +24,7 @@ from fastdit.models import (
     use_fp8,
 )
 from fastdit.noise import NoiseProcess
+from fastdit.weights_description import check_description
 
 
 def shape_of(config: Config, classes: int) -> Shape:
@@ -75,6 +77,12 @@ def build_decoder(config: Config, shape: Shape) -> LatentDecoder | None:
     return LatentDecoder(autoencoder, scale=data.latent_scale, shift=data.latent_shift)
 
 
+def _say(line: str) -> None:
+    """Print a line on the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line)
+
+
 def build_training(config: Config, shape: Shape, decoder: LatentDecoder | None = None) -> tuple[nn.Module, Denoising]:
     """Return the module that is trained, on the CPU, and the method that trains it.
 
@@ -85,7 +93,15 @@ def build_training(config: Config, shape: Shape, decoder: LatentDecoder | None =
     # Build the sampled network, and load the weights that it starts from.
     network = build_network(config, shape)
     if config.init_from:
-        load_checkpoint(network, config.init_from, new_labels=config.finetune is not None)
+        classes = check_description(config, config.init_from, _say)
+        load_checkpoint(
+            network,
+            config.init_from,
+            new_labels=config.finetune is not None,
+            weights=config.init_weights,
+            classes=classes,
+            say=_say,
+        )
     if config.finetune == "diffit":
         freeze_for_diffit(network)
     if config.precision == "fp8":

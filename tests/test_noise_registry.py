@@ -94,6 +94,7 @@ class Toy:
     name: ClassVar[str] = "toy"
     summary: ClassVar[str] = "a toy process"
     samplers: ClassVar[tuple[str, ...]] = ("euler", "heun")
+    network_settings: ClassVar[tuple[str, ...]] = ()
     data_std: ClassVar[float] = 0.25
 
     def __post_init__(self):

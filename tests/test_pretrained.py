@@ -192,7 +192,6 @@ def test_trained_apart_embedders_are_refused(tmp_path):
         ("activation_fn", "gelu", "activation_fn is 'gelu' in config.json, a DiT has 'gelu-approximate'"),
         ("norm_type", "ada_norm", "norm_type"),
         ("num_attention_heads", 6, "number of heads is 6 in config.json, 3 in this model"),
-        ("sample_size", 24, r"input size is \(24, 24\) in config.json, \(12, 12\) in this model"),
     ],
 )
 def test_a_config_of_another_function_is_refused(tmp_path, field, value, message):
@@ -266,8 +265,8 @@ def test_ema_weights_are_read(tmp_path):
     torch.save({"model": model, "ema": ema, **extra}, tmp_path / "0050000.pt")
     load_checkpoint(ours, tmp_path / "0050000.pt")
     assert same(to_official(ours.state_dict(), ours.grid), ema)
-    torch.save({"model": model}, tmp_path / "model.pt")
-    assert_refused(ours, tmp_path / "model.pt", "holds no 'ema' weights, only model")
+    load_checkpoint(ours, tmp_path / "0050000.pt", weights="model")
+    assert same(to_official(ours.state_dict(), ours.grid), model)
 
 
 # What does not fit
@@ -286,18 +285,26 @@ def assert_refused(model, path, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"width": 48}, "width is 72 in this file, 48 in this model"),
-        ({"depth": 2}, "depth is 3 in this file, 2 in this model"),
-        ({"depth": 4}, "depth is 3 in this file, 4 in this model"),
-        ({"patch": 4}, "patch is 2 in this file, 4 in this model"),
-        ({"channels": 4}, "channels is 3 in this file, 4 in this model"),
-        ({"mlp_ratio": 2.0}, "MLP width is 288 in this file, 144 in this model"),
-        ({"classes": 10}, "number of classes, the null class included, is 8 in this file, 11 in this model"),
+        ({"width": 48}, "width is 72 in this file, 48 in this model; take --model.depth 3 --model.width 72"),
+        ({"depth": 2}, "depth is 3 in this file, 2 in this model; take --model.depth 3"),
+        ({"depth": 4}, "depth is 3 in this file, 4 in this model; take --model.depth 3"),
+        ({"patch": 4}, "patch is 2 in this file, 4 in this model; take --model.patch 2"),
+        ({"channels": 4}, "channels is 3 in this file, 4 in this model; .*--data.channels 3"),
+        ({"mlp_ratio": 2.0}, "MLP width is 288 in this file, 144 in this model; take --model.mlp_ratio 4"),
+        (
+            {"classes": 10},
+            "number of classes, the null class included, is 8 in this file, 11 in this model; take --finetune all",
+        ),
         (
             {"null_class": False},
             "number of classes, the null class included, is 8 in this file, 7 in this model",
         ),
-        ({"out_channels": 3}, "number of outputs per token is 24 in this file, 12 in this model"),
+        (
+            {"out_channels": 3},
+            "number of outputs per token is 24 in this file, 12 in this model; it predicts a variance too: "
+            "take --noise.name ddpm",
+        ),
+        ({"out_channels": 12}, "is 24 in this file, 48 in this model; it predicts no variance: take --noise.name edm"),
     ],
 )
 def test_another_size_is_refused(tmp_path, changes, message):
@@ -310,11 +317,35 @@ def test_another_size_is_refused(tmp_path, changes, message):
     assert_refused(model, tmp_path / "folder", message)
 
 
-def test_another_image_size_is_refused(tmp_path):
-    torch.save(make_official(SMALL), tmp_path / "dit.pt")
-    larger, tall = DiT(**(SMALL | {"input_size": 16})), DiT(**(SMALL | {"input_size": (8, 18)}))
-    assert_refused(larger, tmp_path / "dit.pt", "number of tokens is 36 in this file, 64 in this model")
-    assert_refused(tall, tmp_path / "dit.pt", r"pos_embed is not the sin-cos table of this model's \(4, 9\) grid")
+@pytest.mark.parametrize("size", [16, 8, (8, 18), (8, 12)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_image_size_loads(tmp_path, size, dtype):
+    """The position table is computed, so that weights serve any grid. A line says so."""
+    state, lines = {key: value.to(dtype) for key, value in make_official(SMALL).items()}, []
+    torch.save(state, tmp_path / "dit.pt")
+    model = DiT(**(SMALL | {"input_size": size}))
+    load_checkpoint(model, tmp_path / "dit.pt", say=lines.append)
+    assert torch.equal(model.blocks[1].qkv.weight, state["blocks.1.attn.qkv.weight"].float())
+    now = "x".join(map(str, model.grid))
+    assert lines == [
+        f"{tmp_path}/dit.pt: it was trained on 6x6 patches, and this model has {now}; the positions are computed anew"
+    ]
+    torch.save(to_official(model.state_dict(), model.grid), tmp_path / "other.pt")
+    back = DiT(**SMALL)
+    load_checkpoint(back, tmp_path / "other.pt")
+    assert same(
+        to_official(back.state_dict(), back.grid) | {"pos_embed": 0 * state["pos_embed"].float()},
+        {key: value.float() for key, value in state.items()} | {"pos_embed": 0 * state["pos_embed"].float()},
+    )
+    make_diffusers(SMALL).save_pretrained(tmp_path / "folder")
+    load_checkpoint(model, tmp_path / "folder", say=lines.append)
+    assert lines[-1].endswith(f"6x6 patches, and this model has {now}; the positions are computed anew")
+
+
+def test_learned_positions_are_refused(tmp_path):
+    state = make_official(SMALL)
+    torch.save(state | {"pos_embed": state["pos_embed"] + 0.1}, tmp_path / "dit.pt")
+    assert_refused(DiT(**SMALL), tmp_path / "dit.pt", "pos_embed is no sin-cos table")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fastdit.config import Config, EMAConfig
+from fastdit.parser import parse
 from fastdit.training.schedules import ema_decay, learning_rate, power_gamma
 
 
@@ -88,3 +89,15 @@ def test_fixed_average_warms_up():
     assert ema_decay(config, 890) == pytest.approx(0.99)
     assert ema_decay(config, 10**6) == 0.99
     assert weights_of_the_average(config, 50).sum() < 1, "the initial weights keep a share"
+
+
+def test_constant_ema_has_no_warm_up():
+    config = EMAConfig(kind="constant", decay=0.9999)
+    assert [ema_decay(config, step) for step in (0, 1, 10**6)] == [0.9999] * 3
+
+
+@pytest.mark.parametrize("preset", ["imagenet256", "imagenet256_sd_dit"])
+def test_presets_of_published_settings_have_the_published_ema(preset):
+    """The original DiT and MaskDiT update the EMA with 0.9999 from the first step on."""
+    config = parse(["--preset", preset])
+    assert [ema_decay(config.ema, step) for step in (0, 100, 400_000)] == [0.9999] * 3

@@ -13,6 +13,7 @@ from .sd_dit import Student, Target, Teacher, head_products
 from .split_dit import SplitDiT, split_products
 from .streams import GradientRatio
 from .structure_encoders import LatentResNet, load_structure_encoder
+from .weight_files import read_metadata
 
 __all__ = [
     "SIZES",
@@ -44,6 +45,7 @@ __all__ = [
     "load_checkpoint",
     "load_structure_encoder",
     "open_autoencoder",
+    "read_metadata",
     "save_official",
     "split_products",
     "use_fp8",

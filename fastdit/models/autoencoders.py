@@ -14,7 +14,8 @@ from fastdit.errors import UserError
 from fastdit.files import sha256_of
 
 from . import taef2
-from .pretrained import misfit, read_tensors
+from .weight_files import read_tensors
+from .weight_fit import misfit
 
 CHOICES = "identity, space_to_depth:K, a folder that diffusers saved, or taef2's pair of files"
 # Names of attention's projections in old files of diffusers, such as those of the SD VAE's fine-tuned variants.

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fastdit.errors import UserError
 
-from .pretrained import misfit, read_tensors
+from .weight_files import read_tensors
+from .weight_fit import misfit
 
 SMALLEST = 32  # rows or columns
 WIDTHS = (64, 128, 256, 512)

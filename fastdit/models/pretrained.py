@@ -6,27 +6,26 @@ There are three layouts, all plain dicts of tensors:
     diffusers   DiTTransformer2DModel: split q, k, v; the (t, y) embedder repeated in every block
     ours        `DiT.state_dict()`: all adaLN projections stacked in one Linear
 
-Nothing is unpickled: tensors come through safetensors or torch's weights-only loader.
+`weight_files` reads files, `weight_entries` finds the weights in them, and `weight_fit` checks that they fit.
 """
 
-import argparse
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdit.errors import UserError
 
 from .dit import DiT, Encoder
 from .embeddings import sincos_positions
 from .encoder_decoder import EncoderDecoder
-
-State = dict[str, Tensor]
+from .weight_entries import choose_entry, declared_classes, find_entries, without_additions
+from .weight_files import State, read_content
+from .weight_fit import ATTENTION, check_fits, fit_labels, fit_positions, number_of_blocks, other_grid
 
 _OFFICIAL_TOP = {
     "patch_embed": "x_embedder.proj",
@@ -43,17 +42,6 @@ _DIFFUSERS_EMBEDDER = {
     "timestep_embedder.linear_2.bias": "t_embedder.mlp.2.bias",
     "class_embedder.embedding_table.weight": _OFFICIAL_LABELS,
 }
-# Our key and dimension that tell each size of a model, and the name that users know it by.
-_FIELDS = (
-    ("patch_embed.weight", 0, "width"),
-    ("patch_embed.weight", 1, "channels"),
-    ("patch_embed.weight", 3, "patch"),
-    ("blocks.0.fc1.weight", 0, "MLP width"),
-    ("label_embed.weight", 0, "number of classes, the null class included,"),
-    ("head.weight", 0, "number of outputs per token"),
-)
-# Our key that tells whether attention has an option of ours, and the setting.
-_ATTENTION = {"blocks.0.q_norm": "model.qk_norm rms", "rope.theta": "model.rope true"}
 # Settings of diffusers under which its block computes what ours does. Our norms have eps 1e-6 like the original's.
 # Diffusers' default, 1e-5 in the norm before the MLP, changes outputs by a few 1e-6.
 _DIFFUSERS_CONFIG = {
@@ -65,26 +53,61 @@ _DIFFUSERS_CONFIG = {
 }
 
 
-def load_checkpoint(model: DiT | EncoderDecoder, path: str | Path, *, new_labels: bool = False) -> None:
+# Names of the weights in diffusers' folders: whole or an index of shards, with or without a variant such as fp16.
+_DIFFUSERS_FILE = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?\.(safetensors|bin)")
+_DIFFUSERS_INDEX = re.compile(r"diffusion_pytorch_model\.(safetensors|bin)\.index(?:\.(\w+))?\.json")
+_DIFFUSERS_WEIGHT = "pos_embed.proj.weight"  # one that no other layout has
+
+
+class _Read(NamedTuple):
+    """Hold weights in our layout, and what their file tells beside them.
+
+    lines: what a user should know. positions: the position table, if the file has one. classes: the number of classes,
+    if the file states it.
+    """
+
+    state: State
+    lines: list[str]
+    positions: Tensor | None = None
+    classes: int | None = None
+
+
+def load_checkpoint(
+    model: DiT | EncoderDecoder,
+    path: str | Path,
+    *,
+    new_labels: bool = False,
+    weights: str | None = None,
+    classes: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
     """Fill `model` from a checkpoint in any of the three layouts, which is recognized by its content.
 
     A DiT's checkpoint fills the encoder of an `EncoderDecoder`, whose decoder stays as it is; the modulation of the
-    DiT's last layer becomes the bridge's. Of a file that holds both, the EMA weights are read. Call it before the
-    engine shards the weights.
+    DiT's last layer becomes the bridge's. Call it before the engine shards the weights.
+
+    Weights of another grid of patches fit, because positions are computed. Where the file has no null class, the
+    model's initial null label stays.
 
     Args:
         model: the network, on any device.
         path: a .pt or .safetensors file, or the folder that diffusers' `save_pretrained` wrote.
         new_labels: whether the model keeps its label table, for other classes than the file's. The row of the null
             label, the last of both tables, is still taken from the file.
+        weights: name of the weights to take from a file that holds several. None takes the EMA weights, if there are
+            any, else the first.
+        classes: number of classes of the file, the null class not counted, where it is known. None takes what the file
+            states, or guesses from the number of rows.
+        say: called with a line for each choice that a user should know of.
 
-    Raises UserError, which names the file and the field, if it cannot be read or does not hold exactly this model.
+    Raises UserError, which names the file and the flag, if it cannot be read or does not hold exactly this model.
     """
     path = Path(path)
     try:
         # Read the weights in our layout.
         encoder = model if isinstance(model, DiT) else model.encoder
-        state, positions = (_read_folder(encoder, path), None) if path.is_dir() else _read_file(path)
+        read = _read_folder(encoder, path, weights) if path.is_dir() else _read_file(path, weights)
+        state, lines = read.state, read.lines
         if encoder is model and "encoder.patch_embed.weight" in state:
             raise ValueError("it holds an extra decoder, no plain DiT; take --method sd_dit --sd_dit.decoder extra")
 
@@ -92,16 +115,21 @@ def load_checkpoint(model: DiT | EncoderDecoder, path: str | Path, *, new_labels
         prefix = "" if "patch_embed.weight" in state or encoder is model else "encoder."
         if not prefix:
             model, state = encoder, _for_encoder(encoder, state)
-        if new_labels:
-            state = _with_labels(state, f"{prefix}label_embed.weight", encoder.label_embed.weight.detach())
-        _check_fits(model, state)
-        if positions is not None:
-            _check_positions(encoder, positions)
+        labels = f"{prefix}label_embed.weight"
+        if encoder.null_class and labels in state:
+            fresh = encoder.label_embed.weight.detach()
+            state[labels], line = fit_labels(state[labels], fresh, classes or read.classes, new_labels)
+            lines.append(line)
+        check_fits(model, state)
+        if read.positions is not None:
+            lines.append(fit_positions(encoder, read.positions))
     except KeyError as missing:
         raise UserError(f"{path}: {missing.args[0]} is missing; this is not a whole DiT checkpoint") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
     model.load_state_dict(state)
+    for line in filter(None, lines):
+        say(f"{path}: {line}")
 
 
 def save_official(state: State, path: str | Path, *, grid: tuple[int, int]) -> None:
@@ -115,7 +143,7 @@ def save_official(state: State, path: str | Path, *, grid: tuple[int, int]) -> N
 def from_official(state: State) -> State:
     """Convert official to ours, without the position table. Unknown keys are kept; a missing one raises KeyError."""
     state = {key: value for key, value in state.items() if key != "pos_embed"}
-    depth = _depth(state, "blocks")
+    depth = number_of_blocks(state, "blocks")
     ours = {key: state.pop(official) for key, official in _official_keys(depth)}
     for leaf in ("weight", "bias"):
         parts = [state.pop(f"{module}.{leaf}") for module in _official_adaln(depth)]
@@ -129,15 +157,15 @@ def to_official(state: State, grid: tuple[int, int]) -> State:
     Raises KeyError for a missing key, and UserError for weights that came from diffusers, because the original layout
     has no place for their time frequencies, or that were trained with QK-norm or RoPE.
     """
-    for key, setting in _ATTENTION.items():
+    for key, (flag, on, _) in ATTENTION.items():
         if key in state:
-            raise UserError(f"{setting}: the original DiT's layout has no place for it; export safetensors instead")
+            raise UserError(f"{flag} {on}: the original DiT's layout has no place for it; export safetensors instead")
     if int(state["time_embed.freq_shift"]):
         raise UserError(
             "time_embed.freq_shift: these weights use diffusers' time frequencies, which the original DiT "
             "does not have; export safetensors instead"
         )
-    depth, width = _depth(state, "blocks"), state["patch_embed.weight"].shape[0]
+    depth, width = number_of_blocks(state, "blocks"), state["patch_embed.weight"].shape[0]
     official = {"pos_embed": sincos_positions(grid, width)[None]}
     official |= {key: state[ours].detach().cpu() for ours, key in _official_keys(depth)}
     for leaf in ("weight", "bias"):
@@ -154,7 +182,7 @@ def from_diffusers(state: State) -> State:
     """
     # Take the embedder of the first block for all.
     state = dict(state)
-    depth = _depth(state, "transformer_blocks")
+    depth = number_of_blocks(state, "transformer_blocks")
     official: State = {}
     for name, key in _DIFFUSERS_EMBEDDER.items():
         first, *others = (state.pop(f"transformer_blocks.{i}.norm1.emb.{name}") for i in range(depth))
@@ -194,22 +222,6 @@ def _official_adaln(depth: int) -> list[str]:
     return [f"{module}.adaLN_modulation.1" for module in (*(f"blocks.{i}" for i in range(depth)), "final_layer")]
 
 
-def _depth(state: State, blocks: str) -> int:
-    """Return the number of blocks in a state dict whose names begin with `blocks`. Raises KeyError for none."""
-    found = [int(match[1]) for key in state if (match := re.match(rf"{blocks}\.(\d+)\.", key))]
-    if not found:
-        raise KeyError(f"{blocks}.0")
-    return 1 + max(found)
-
-
-def _with_labels(state: State, key: str, labels: Tensor) -> State:
-    """Return the state with `labels` as label table, except the null label's row, which stays the file's."""
-    stored = state[key]
-    if stored.shape[1:] != labels.shape[1:]:  # `_check_fits` reports another width
-        return state
-    return state | {key: torch.cat([labels[:-1], stored[-1:].to(labels.dtype)])}
-
-
 def _for_encoder(encoder: Encoder, state: State) -> State:
     """Return a DiT's state with exactly the tensors of `encoder`, whose extra weights stay as they are."""
     if not isinstance(encoder, DiT):
@@ -221,28 +233,39 @@ def _for_encoder(encoder: Encoder, state: State) -> State:
     return state
 
 
-def _read_file(path: Path) -> tuple[State, Tensor | None]:
-    """Return the EMA weights in our layout, and the position table if the file is an original DiT's."""
-    state = read_tensors(path, "ema")
-    if "patch_embed.weight" in state or "encoder.patch_embed.weight" in state:
-        return state, None
-    if "x_embedder.proj.weight" not in state:
+def _read_file(path: Path, weights: str | None) -> _Read:
+    """Return the weights of a file in our layout: those called `weights`, else the EMA weights, else the first."""
+    content = read_content(path)
+    entries = find_entries(content)
+    if not entries:
+        if not isinstance(content, dict) or not _holds_tensors(content):
+            raise ValueError("not a checkpoint: it does not hold a dict of tensors")
         raise ValueError("not a DiT checkpoint: it has neither x_embedder.proj.weight nor patch_embed.weight")
-    return from_official(state), state["pos_embed"]
+    entry, line = choose_entry(entries, weights)
+    state, lines = without_additions(entry.state)
+    lines.insert(0, line)
+    if _DIFFUSERS_WEIGHT in state:
+        raise ValueError("it holds weights of diffusers; give the folder with this file and its config.json")
+    if "x_embedder.proj.weight" not in state:
+        return _Read(state, lines)
+    return _Read(from_official(state), lines, state["pos_embed"], declared_classes(content))
 
 
-def _check_positions(encoder: Encoder, positions: Tensor) -> None:
-    """Raise ValueError unless the file's position table is the model's, up to rounding."""
-    expected = sincos_positions(encoder.grid, encoder.width)[None]
-    if positions.shape != expected.shape:
-        tokens = f"{positions[..., 0].numel()} in this file, {expected.shape[1]} in this model"
-        raise ValueError(f"number of tokens is {tokens}; change input_size")
-    if not torch.allclose(positions.float(), expected, atol=1e-5 if positions.dtype == torch.float32 else 1e-2):
-        raise ValueError(f"pos_embed is not the sin-cos table of this model's {encoder.grid} grid")
+def _holds_tensors(content: dict) -> bool:
+    """Return whether a dict, or one of the dicts in it, holds nothing but tensors. An empty one does."""
+    dicts = [content, *(value for value in content.values() if isinstance(value, dict))]
+    return any(all(isinstance(value, Tensor) for value in part.values()) for part in dicts)
 
 
-def _read_folder(encoder: Encoder, path: Path) -> State:
+def _read_folder(encoder: Encoder, path: Path, weights: str | None) -> _Read:
     """Return the weights in a folder of diffusers, in our layout. Raises ValueError if its model is another one."""
+    # Read the settings.
+    if (path / "model_index.json").exists() and (path / "transformer").is_dir():
+        path = path / "transformer"  # of a whole pipeline
+    if (path / "checkpoints").is_dir() and (path / "config.yaml").exists():
+        raise ValueError(
+            f"it is a run; export its weights first: fastdit-export --run {path} --out weights.safetensors"
+        )
     config_path = path / "config.json"
     if not config_path.exists():
         raise ValueError("it has no config.json; give diffusers' transformer folder, or a file")
@@ -250,83 +273,76 @@ def _read_folder(encoder: Encoder, path: Path) -> State:
         config = dict(json.loads(config_path.read_text()))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"config.json cannot be read ({error})") from None
-    _check_config(encoder, config)
-    weights = [path / f"diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "bin")]
-    existing = [file for file in weights if file.exists()]
-    if not existing:
-        raise ValueError(f"it has neither {weights[0].name} nor {weights[1].name}")
-    return from_diffusers(read_tensors(existing[0], "model"))
+    _check_config(config)
+
+    # Read the weights.
+    file, line = _choose_file(path, weights)
+    tensors = _read_shards(file) if file.suffix == ".json" else read_content(file)
+    entries = find_entries(tensors)
+    if not entries:
+        raise KeyError(_DIFFUSERS_WEIGHT)
+    state, lines = without_additions(entries[0].state)
+
+    # Compare what the tensors do not tell.
+    heads, patches = config.get("num_attention_heads"), state.get(_DIFFUSERS_WEIGHT)
+    if heads != encoder.heads and patches is not None and patches.shape[0] == encoder.width:
+        raise ValueError(
+            f"number of heads is {heads} in config.json, {encoder.heads} in this model; take --model.heads {heads}"
+        )
+    size, classes = config.get("sample_size"), config.get("num_embeds_ada_norm")
+    side = size // encoder.patch if isinstance(size, int) else 0
+    lines += [line, other_grid((side, side), encoder.grid) if side else None]
+    return _Read(from_diffusers(state), lines, classes=classes if isinstance(classes, int) else None)
 
 
-def _check_config(encoder: Encoder, config: dict[str, Any]) -> None:
-    """Raise ValueError unless diffusers' settings describe a DiT of the encoder's size."""
+def _choose_file(path: Path, weights: str | None) -> tuple[Path, str | None]:
+    """Return the file of weights, or their index, in a folder of diffusers, and a line if there is a choice.
+
+    EMA weights come first, then those without a variant. `weights` names a variant, such as fp16.
+    """
+    # List the files, each with its variant.
+    found = []
+    for file in sorted(path.iterdir()):
+        if match := _DIFFUSERS_FILE.fullmatch(file.name):
+            found.append((match[1] or "", match[2], file))
+        elif match := _DIFFUSERS_INDEX.fullmatch(file.name):
+            found.append((match[2] or "", match[1], file))
+    if not found:
+        raise ValueError("it has neither diffusion_pytorch_model.safetensors nor diffusion_pytorch_model.bin")
+
+    # Choose one.
+    variants = sorted({variant for variant, _, _ in found})
+    fitting = [one for one in found if weights is None or one[0] == weights]
+    if not fitting:
+        names = ", ".join(variant or "(without a variant)" for variant in variants)
+        raise ValueError(f"it holds no variant {weights!r} of the weights, only {names}; change --init_weights")
+    fitting.sort(key=lambda one: (one[0] != "ema", one[0] != "", one[1] != "safetensors", one[2].suffix == ".json"))
+    variant, _, file = fitting[0]
+    others = [name for name in variants if name != variant]
+    if not variant and not others:
+        return file, None
+    line = f"starting from {file.name}"
+    if variants := ", ".join(filter(None, others)):
+        line += f"; --init_weights chooses other variants: {variants}"
+    return file, line
+
+
+def _read_shards(index: Path) -> State:
+    """Return the tensors of all shards that an index of diffusers lists."""
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        raise ValueError(f"{index.name} cannot be read; copy or download it again") from None
+    tensors: State = {}
+    for shard in shards:
+        if Path(shard).name != shard or not (index.parent / shard).exists():
+            raise ValueError(f"{index.name} lists {shard}, which is not in the folder; copy or download it")
+        tensors |= read_content(index.parent / shard)
+    return tensors
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """Raise ValueError unless diffusers' settings describe a model with the function of a DiT."""
     for field, allowed in _DIFFUSERS_CONFIG.items():
         if config.get(field) not in allowed:
             raise ValueError(f"{field} is {config.get(field)!r} in config.json, a DiT has {allowed[0]!r}")
-    size, heads = config.get("sample_size"), config.get("num_attention_heads")
-    for field, described, expected in (
-        ("input size", (size, size), encoder.input_size),
-        ("number of heads", heads, encoder.heads),
-    ):
-        if described != expected:
-            raise ValueError(f"{field} is {described} in config.json, {expected} in this model; build it to match")
-
-
-def read_tensors(path: Path, which: str) -> State:
-    """Return the tensors of a .pt or .safetensors file, on the CPU. Nothing is unpickled.
-
-    which: "ema" or "model", for files of the original trainer, which hold a dict of tensors under each name.
-    Raises ValueError if there is no such file, or if it cannot be read, or if it does not hold a dict of tensors.
-    """
-    # Read the file.
-    if not path.exists():
-        raise ValueError("no such file; give a .pt or .safetensors file, or a diffusers folder")
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:  # the original trainer stores its arguments, a Namespace of plain values, beside the weights
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can fail anywhere in either reader
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path.name} cannot be read as a checkpoint ({reason})") from None
-
-    # Take one of the dicts in a file of the original trainer.
-    if isinstance(state, dict) and ("model" in state or "ema" in state):
-        if which not in state:
-            raise ValueError(f"it holds no {which!r} weights, only {', '.join(map(str, state))}")
-        state = state[which]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError("not a checkpoint: it does not hold a dict of tensors")
-    return state
-
-
-def _check_fits(model: DiT | Encoder | EncoderDecoder, state: State) -> None:
-    """Raise ValueError unless `state` (ours) has exactly the model's tensors, for the most telling difference first."""
-    expected = model.state_dict()
-    encoder, prefix = (model.encoder, "encoder.") if isinstance(model, EncoderDecoder) else (model, "")
-    pairs = [("depth", _depth(state, f"{prefix}blocks"), encoder.depth)]
-    for key, dim, field in _FIELDS:
-        key = prefix + key
-        if key in state and state[key].dim() == expected[key].dim():
-            pairs.append((field, state[key].shape[dim], expected[key].shape[dim]))
-    for key, setting in _ATTENTION.items():
-        if (prefix + key in state) != (prefix + key in expected):
-            used = "with" if prefix + key in state else "without"
-            raise ValueError(f"its weights were trained {used} {setting}, unlike this model; build it to match")
-    for field, stored, needed in pairs:
-        if stored != needed:
-            raise ValueError(f"{field} is {stored} in this file, {needed} in this model; build it to match")
-    if fault := misfit(model, state):
-        raise ValueError(fault)
-
-
-def misfit(module: nn.Module, state: State) -> str | None:
-    """Return how `state` differs from the module's tensors in names or shapes, in a few words; None if it does not."""
-    expected = module.state_dict()
-    for name in sorted(expected.keys() ^ state.keys()):
-        return f"{name} {'is missing' if name in expected else 'is not part of this model'}"
-    for name, value in expected.items():
-        if state[name].shape != value.shape:
-            return f"{name} is {tuple(state[name].shape)}, this model needs {tuple(value.shape)}"
-    return None

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 from fastdit.errors import UserError
 from fastdit.files import save_tensors
 
-from .pretrained import misfit
+from .weight_fit import misfit
 
 NORM_GROUP = 16  # channels that share statistics
 STAGES = 4  # number of blocks of a LatentResNet

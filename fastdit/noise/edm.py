@@ -40,6 +40,7 @@ class EDM:
     name: ClassVar[str] = "edm"
     summary: ClassVar[str] = "Karras et al. 2022"
     samplers: ClassVar[tuple[str, ...]] = ("heun", "euler")
+    network_settings: ClassVar[tuple[str, ...]] = ("sigma_data",)
 
     def __post_init__(self):
         check_ranges(self, "noise.edm.", {})

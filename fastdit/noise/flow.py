@@ -37,6 +37,7 @@ class Flow:
     name: ClassVar[str] = "flow"
     summary: ClassVar[str] = "linear flow matching"
     samplers: ClassVar[tuple[str, ...]] = ("heun", "euler")
+    network_settings: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self):
         check_ranges(self, "noise.flow.", {})

@@ -38,6 +38,9 @@ class NoiseProcess(Protocol):
     c, which is 0 for EDM and 1 for flow matching. "ddpm" and "ddim" also call `chain(steps)`, as DDPM defines it.
     """
 
+    network_settings: ClassVar[tuple[str, ...]]
+    """Names of the settings that a trained network depends on: weights of one value are wrong with another."""
+
     @property
     def data_std(self) -> float:
         """Return the standard deviation of x0, in the data's units, that the process is made for."""

@@ -22,11 +22,13 @@ def learning_rate(config: Config, step: int) -> float:
 def ema_decay(config: EMAConfig, step: int) -> float:
     """Return the EMA's decay for the update of step `step` (0-based).
 
-    `fixed` is min(decay, (1+t)/(10+t)) with t = step. `power` is (1 - 1/t)^(gamma+1) with t = step + 1 and gamma from
-    the relative width `std` (Karras et al. 2024, section 3.1).
+    `fixed` is min(decay, (1+t)/(10+t)) with t = step. `constant` is decay. `power` is (1 - 1/t)^(gamma+1) with
+    t = step + 1 and gamma from the relative width `std` (Karras et al. 2024, section 3.1).
     """
     if config.kind == "fixed":
         return min(config.decay, (1 + step) / (10 + step))
+    if config.kind == "constant":
+        return config.decay
     return (1 - 1 / (step + 1)) ** (power_gamma(config.std) + 1)
 
 

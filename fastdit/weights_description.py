@@ -1,0 +1,101 @@
+"""Describe exported weights in their file, and compare the description with the run that starts from them.
+
+The tensors of a network do not tell for which noise process it was trained, nor how its latents were scaled. Exports
+therefore carry a description: JSON under the key `fastdit` of the safetensors metadata.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from fastdit.config import Config
+from fastdit.errors import UserError
+from fastdit.methods.denoising import Shape
+from fastdit.models import read_metadata
+
+KEY = "fastdit"  # in the metadata
+FORMAT = 1  # version of the description
+
+
+def describe(config: Config, shape: Shape, class_names: Sequence[str] = ()) -> dict[str, str]:
+    """Return the metadata of a run's exported weights.
+
+    It holds the noise process with its settings, scale and shift of latents, the size of samples, the network's sizes
+    that tensors do not tell, and the number of classes. Names of classes are left out if they are not one for each.
+    """
+    description = {
+        "format": FORMAT,
+        "noise": {"name": config.noise.name, **asdict(config.noise.process)},
+        "latent_scale": config.data.latent_scale,
+        "latent_shift": config.data.latent_shift,
+        "channels": shape.channels,
+        "size": [shape.height, shape.width],
+        "model": {"patch": config.model.patch, **config.model.dims()},
+        "classes": shape.classes,
+    }
+    if len(class_names) == shape.classes:
+        description["class_names"] = list(class_names)
+    return {KEY: json.dumps(description)}
+
+
+def read_description(path: str | Path) -> dict | None:
+    """Return the description in a file of weights, or None if it has none.
+
+    Raises UserError if it cannot be understood, or was written by a later version of fastdit.
+    """
+    text = read_metadata(Path(path)).get(KEY)
+    if text is None:
+        return None
+    try:
+        description = dict(json.loads(text))
+        version = int(description["format"])
+        kinds = {"noise": dict, "model": dict, "classes": int}
+        understood = version > FORMAT or all(isinstance(description[key], kind) for key, kind in kinds.items())
+    except (KeyError, TypeError, ValueError, RecursionError):
+        understood = False
+    if not understood:
+        raise UserError(f"{path}: its metadata is not what fastdit writes; export it again")
+    if version > FORMAT:
+        raise UserError(f"{path}: a later version of fastdit wrote it (format {version}); update fastdit")
+    return description
+
+
+def check_description(config: Config, path: str | Path, say: Callable[[str], None]) -> int | None:
+    """Return the number of classes that a file of weights was trained for, or None if it has no description.
+
+    Raises UserError, naming the flag that fits, if the weights were trained for another network or noise process.
+    Another scale or shift of latents is no fault, since the weights can be trained further. `say` is called with a
+    line about it.
+    """
+    if (description := read_description(path)) is None:
+        return None
+    # Compare the noise process, and those of its settings that the weights depend on.
+    process, trained = config.noise.process, description["noise"]
+    if trained.get("name", process.name) != process.name:
+        raise UserError(
+            f"{path}: its weights were trained with the noise process {trained['name']}, this run has {process.name}; "
+            f"take --noise.name {trained['name']}"
+        )
+    for field in process.network_settings:
+        value = getattr(process, field)
+        if trained.get(field, value) != value:
+            raise UserError(
+                f"{path}: its weights were trained with noise.{process.name}.{field} {trained[field]}, this run has "
+                f"{value}; take --noise.{process.name}.{field} {trained[field]}"
+            )
+
+    # Compare the number of heads, which no tensor tells, unless the width differs as well.
+    sizes, dims = description["model"], config.model.dims()
+    heads = sizes.get("heads", dims["heads"])
+    if heads != dims["heads"] and sizes.get("width") == dims["width"]:
+        raise UserError(
+            f"{path}: its network has {heads} attention heads, this run's has {dims['heads']}; "
+            f"take --model.heads {heads}"
+        )
+    for name in ("latent_scale", "latent_shift"):
+        value = getattr(config.data, name)
+        before, now = (tuple(x) if isinstance(x, list | tuple) else x for x in (description.get(name, value), value))
+        if before != now:
+            say(f"{path}: its weights were trained with data.{name} {before}, this run has {now}")
+    return description["classes"]
