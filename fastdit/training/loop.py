@@ -104,7 +104,7 @@ class Run:
         return step
 
     @property
-    def trained(self) -> checkpoint.Trained:
+    def trained(self) -> "checkpoint.Trained":  # quoted: `checkpoint` is a method in this class
         """Return the parts whose state a checkpoint holds."""
         return checkpoint.Trained(self.engine, self.optimizer, self.sampled_network, self.runtime)
 
