@@ -18,6 +18,7 @@ from fastdit.errors import UserError
 from fastdit.methods.ranks import sum_over_ranks
 from fastdit.rendezvous import join
 
+ALONE = "FASTDIT_ALONE"  # environment variable: the id of a process that is one rank without a launcher
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt, from malloc.h
 
 
@@ -156,8 +157,9 @@ def start(config: Config) -> Runtime:
     _quiet()
 
     # Read this process's place from the environment, and prepare its device.
-    if "RANK" not in os.environ:
+    if "RANK" not in os.environ or os.environ.get(ALONE) == str(os.getpid()):
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+        os.environ[ALONE] = str(os.getpid())  # a later start in this process needs another port
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     device = choose_device(config.device, local_rank)

@@ -12,7 +12,9 @@ from tqdm import tqdm
 from fastdit import distributed
 from fastdit.command_line import OneLineParser
 from fastdit.commands import encoding
-from fastdit.data import open_source
+from fastdit.data import Source, open_source
+from fastdit.data.folders import FolderSamples
+from fastdit.data.sources import check_classes
 from fastdit.errors import UserError, run_command
 from fastdit.files import prepare_folder
 from fastdit.models import open_autoencoder
@@ -26,7 +28,9 @@ def main(argv: list[str] | None = None) -> None:
 def _parser() -> OneLineParser:
     """Return the parser of the command's flags."""
     parser = OneLineParser(prog="fastdit-encode", description="Encode images into latent shards.")
-    parser.add_argument("--source", type=str, required=True, help="images: a folder of class folders, or shards")
+    parser.add_argument(
+        "--source", type=str, required=True, help="images: a folder of class folders, or of images, or shards"
+    )
     parser.add_argument(
         "--autoencoder", type=str, required=True, help="a name or path, as in --data.autoencoder of a run"
     )
@@ -35,6 +39,9 @@ def _parser() -> OneLineParser:
         "--size", type=int | tuple[int, int], default=256, help="pixels: one number, or [height, width]"
     )
     parser.add_argument("--classes", type=int | None, default=None, help="number of classes; default: the source's")
+    parser.add_argument(
+        "--labels", type=Literal["auto", "first", "deepest"], default="auto", help="as --data.labels of a run"
+    )
     parser.add_argument(
         "--mirrored", type=bool, default=True, help="store the latents of mirrored images too, for data.flip"
     )
@@ -65,13 +72,16 @@ def _encode(argv: list[str]) -> None:
     for field in ("per_shard", "batch", "threads"):
         if getattr(args, field) < 1:
             raise UserError(f"--{field} {getattr(args, field)}: must be at least 1")
-    source, autoencoder = open_source(args.source, classes=args.classes), open_autoencoder(args.autoencoder)
+    source = open_source(args.source, classes=args.classes, labels=args.labels, flat=True)
+    check_classes(source, args.classes, "--classes")
+    autoencoder = open_autoencoder(args.autoencoder)
     if source.kind != "image":
         raise UserError(f"--source {args.source}: holds no images; give a folder of class folders, or shards of images")
     size = (args.size, args.size) if isinstance(args.size, int) else args.size
     if min(size) < 1 or any(side % autoencoder.factor for side in size):
         raise UserError(f"--size {args.size}: must be a multiple of {autoencoder.factor}, as {args.autoencoder} asks")
     out = Path(args.out)
+    _check_apart(source, out)
     prepare_folder(out, f"--out {out}")
 
     # Find out which shards this rank has to write.
@@ -94,6 +104,9 @@ def _encode(argv: list[str]) -> None:
         distributed.keep_memory()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     shards = encoding.remaining(out, settings, rank, world)
+
+    if rank == 0:
+        print("".join(f"{note}\n" for note in source.notes), end="")
 
     # Write them. The last rank to end writes the manifest.
     with tqdm(total=sum(len(settings.ids(k)) for k in shards), desc="encoding", unit="image", disable=rank > 0) as bar:
@@ -123,6 +136,15 @@ def _encode(argv: list[str]) -> None:
         )
     else:
         print(f"rank {rank} is done; others are at work")
+
+
+def _check_apart(source: Source, out: Path) -> None:
+    """Raise UserError if the shards would lie among the images of a tree, or the tree among the shards."""
+    if not isinstance(source.samples, FolderSamples):
+        return  # `remaining` refuses a folder with shards of images
+    tree, out = source.samples.root.resolve(), out.resolve()
+    if tree == out or tree in out.parents or out in tree.parents:
+        raise UserError(f"--out {out}: and --source {source.path} lie one in the other; choose a folder beside it")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ def _parser() -> OneLineParser:
         "--data",
         type=str | None,
         default=None,
-        help="real images: folder, shards, shipped set, or ADM reference .npz; default: the run's",
+        help="real images: folder (of class folders or of images), shards, shipped set, or ADM reference .npz; their "
+        "channels are converted; default: the run's data",
     )
     parser.add_argument("--n_real", type=int | None, default=None, help="number of real images; default: all")
     parser.add_argument("--labels", type=Literal["balanced", "random"], default="balanced", help="class labels")

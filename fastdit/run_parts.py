@@ -116,7 +116,7 @@ def build_training(config: Config, shape: Shape, decoder: LatentDecoder | None =
 
 def open_data(config: Config) -> Source:
     """Open the run's source of samples. Raises UserError if it cannot be read."""
-    return open_source(config.data.source, classes=config.data.classes)
+    return open_source(config.data.source, classes=config.data.classes, labels=config.data.labels)
 
 
 def standardized(config: Config, source: Source) -> Config:

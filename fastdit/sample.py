@@ -10,7 +10,7 @@ from tqdm import tqdm
 from fastdit import run_parts
 from fastdit.command_line import OneLineParser
 from fastdit.config import Config
-from fastdit.data import open_source
+from fastdit.data.sources import read_class_names
 from fastdit.distributed import choose_device
 from fastdit.errors import UserError, run_command
 from fastdit.evaluation import draw_samples
@@ -34,7 +34,10 @@ def _parser() -> OneLineParser:
         help="file: .png for a grid, .npz for images uint8 (n, H, W, C) and labels (n,)",
     )
     parser.add_argument(
-        "--classes", type=str | None, default=None, help="class labels, such as 0,3,7; default: all in turn"
+        "--classes",
+        type=str | None,
+        default=None,
+        help="class labels or names, such as 0,3,7 or cat,dog; a number is a label; default: all in turn",
     )
     parser.add_argument("--n", type=int, default=64, help="number of samples")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise; sample i depends on it and on i alone")
@@ -64,7 +67,8 @@ def _sample(argv: list[str]) -> None:
             f"{run}: samples are latents of {shape.channels} channels; a picture needs their autoencoder: give "
             "--autoencoder here, or --data.autoencoder to the run"
         )
-    classes = _classes(args.classes, shape.classes)
+    names = _names(run, config, shape.classes)
+    classes = _classes(args.classes, names)
 
     # Draw the samples, and write them.
     labels = draw_samples.balanced_labels(args.n, classes)
@@ -86,31 +90,43 @@ def _sample(argv: list[str]) -> None:
         if out.suffix == ".npz":
             np.savez(file, images=images, labels=labels)
         else:
-            draw_samples.grid(images, labels, _names(config, shape.classes)).save(file, format="png")
+            draw_samples.grid(images, labels, names).save(file, format="png")
     print(f"{args.n} samples of {checkpoint} in {out}")
 
 
-def _names(config: Config, classes: int) -> Sequence[str]:
-    """Return the names of the classes, or their numbers if the training data cannot be opened."""
+def _names(run: Path, config: Config, classes: int) -> Sequence[str]:
+    """Return the names of the classes that the run keeps, else those of its data, else the classes' numbers."""
     try:
-        names = open_source(config.data.source, classes=config.data.classes).class_names
+        names = read_class_names(run) or run_parts.open_data(config).class_names
     except UserError:
         names = ()
     return names if len(names) == classes else [str(label) for label in range(classes)]
 
 
-def _classes(text: str | None, count: int) -> list[int]:
-    """Return the class labels of `--classes`. Raises UserError if one is no number or not below `count`."""
+def _classes(text: str | None, names: Sequence[str]) -> list[int]:
+    """Return the class labels of `--classes`. Raises UserError if one is neither a label nor one of `names`."""
     if text is None:
-        return list(range(count))
+        return list(range(len(names)))
+    known = {name: label for label, name in enumerate(names)}
+    if text in known and not text.isdecimal():  # a name may have a comma
+        return [known[text]]
+    return [_class(text, part.strip(), known) for part in text.split(",")]
+
+
+def _class(text: str, part: str, known: dict[str, int]) -> int:
+    """Return the class label of one part of `--classes`, a number or a name. Raises UserError if it is neither."""
+    if part in known and not part.removeprefix("-").isdecimal():
+        return known[part]
     try:
-        classes = [int(part) for part in text.split(",")]
+        label = int(part)
     except ValueError:
-        raise UserError(f"--classes {text}: must be numbers with commas between, as 0,3,7") from None
-    wrong = [label for label in classes if not 0 <= label < count]
-    if wrong:
-        raise UserError(f"--classes {text}: {wrong[0]} is out of range; the run has classes 0 to {count - 1}")
-    return classes
+        few = ", ".join(list(known)[:10]) + (", ..." if len(known) > 10 else "")
+        raise UserError(
+            f"--classes {text}: must be numbers or names of classes with commas between, as 0,3,7; the run has {few}"
+        ) from None
+    if not 0 <= label < len(known):
+        raise UserError(f"--classes {text}: {label} is out of range; the run has classes 0 to {len(known) - 1}")
+    return label
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def test_decoded_pixels_are_pillows(tmp_path, form, options, tolerance):
     for i, file in enumerate(files):
         (tmp_path / f"class {i % 2}" / "sub").mkdir(parents=True, exist_ok=True)
         (tmp_path / f"class {i % 2}" / "sub" / f"{i}.{form.lower()}").write_bytes(file)
-    source = open_source(str(tmp_path))
+    source = open_source(str(tmp_path), labels="first")
     assert source.class_names == ("class 0", "class 1")
     x, y = take(1, source, batch=3, size=(37, 53), channels=3, shuffle=False, flip=False)[0]
     expected = np.stack([decode(files[i]) for i in (0, 2, 1)])

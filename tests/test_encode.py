@@ -182,6 +182,15 @@ def test_a_folder_of_classes(encode, tmp_path):
 # -- continuing, ranks --
 
 
+def test_a_folder_of_images_without_classes(encode, tmp_path):
+    (tmp_path / "faces").mkdir()
+    for i in range(4):
+        Image.fromarray(image(i)).save(tmp_path / "faces" / f"{i}.png")
+    folder = encode(source=tmp_path / "faces", autoencoder="identity")
+    source = open_source(str(folder))
+    assert (source.n, source.class_names, source.labels.tolist()) == (4, ("faces",), [0] * 4)
+
+
 class Stopped(Exception):
     pass
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from data_helpers import encode, latent_source, picture
 from launching import TINY, Launched, checkpoint, deepspeed, forked, python, run, torchrun
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastdit import run_parts
@@ -226,6 +227,23 @@ def test_images_of_ones_own(trained, cheap, tmp_path):
     record = opened.evaluator()(opened.network, 2)
     assert record["real"] == {"data": str(tmp_path / "tree"), "n": 10, "floor_n": [5, 5]}
     assert "class agreement" not in record["figures"]
+
+
+def test_a_folder_of_images_without_classes(trained, cheap, tmp_path):
+    """The figures are those of the same images in class folders."""
+    for folder in ("flat", "tree/all"):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(8):
+            (tmp_path / folder / f"{i}.png").write_bytes(encode(picture(28, 28, 1, seed=i), "PNG"))
+    flat, tree = (Opened(trained, data=str(tmp_path / name), n_real=None).figures() for name in ("flat", "tree"))
+    assert flat == tree
+    assert "class agreement" not in flat
+
+
+def test_images_from_elsewhere_are_converted(trained, cheap, tmp_path):
+    for i, mode in enumerate(("RGB", "RGBA", "CMYK", "L")):
+        Image.fromarray(picture(28, 28, 3, seed=i)).convert(mode).save(tmp_path / f"{i}.tif")
+    assert "FD-cheap" in Opened(trained, data=str(tmp_path), n_real=None).figures()
 
 
 def archive(folder: Path, **arrays) -> str:

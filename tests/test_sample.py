@@ -146,9 +146,13 @@ def test_a_run_trained_with_a_kernel_that_is_not_here(copied, sample, two):
     assert np.array_equal(sample("--n 2", run=copied)["images"], two)
 
 
-def test_without_the_training_data_classes_are_numbers(copied, sample, two):
+def test_without_the_training_data_classes_have_names(copied, sample, two):
+    """The run keeps the names. A run of an older version does not: its classes are numbers then."""
     config = copied / "config.yaml"
     config.write_text(config.read_text().replace("source: fashion_mnist", "source: /gone"))
+    assert sample("--n 2", "x.png", run=copied).width == sample("--n 2", "x.png").width
+    assert sample("--n 3 --classes Sandal,9,Bag", run=copied)["labels"].tolist() == [5, 9, 8]
+    (copied / "classes.json").unlink()
     assert sample("--n 2", "x.png", run=copied).width < sample("--n 2", "x.png").width
     assert np.array_equal(sample("--n 2", run=copied)["images"], two)
 
@@ -161,7 +165,7 @@ def test_without_the_training_data_classes_are_numbers(copied, sample, two):
         ("--n x", ["n:", "expected int", "x"]),
         ("--classes 10", ["--classes 10", "10 is out of range", "0 to 9"]),
         ("--classes 1,-1", ["--classes 1,-1", "-1 is out of range"]),
-        ("--classes a", ["--classes a", "0,3,7"]),
+        ("--classes a", ["--classes a", "0,3,7", "T-shirt"]),
         ("--classes 1,,2", ["--classes 1,,2", "0,3,7"]),
         ("--steps 0", ["steps", "at least 1", "0"]),
         ("--sampler ddim", ["sampler", "ddim", "heun, euler"]),

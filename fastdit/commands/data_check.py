@@ -1,5 +1,7 @@
 """Check a source: `fastdit-data check SOURCE` reads all of it and prints each problem with its file and byte."""
 
+from typing import Literal
+
 from fastdit.command_line import OneLineParser
 from fastdit.data.checking import check, place_of_manifest
 from fastdit.data.manifest import build_manifest, write_json
@@ -11,6 +13,9 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(prog="fastdit-data check", description="Verify shards, labels, checksums and images.")
     parser.add_argument("source", type=str, help="path or name, as in --data.source")
     parser.add_argument("--classes", type=int | None, default=None, help="number of classes; default: the source's")
+    parser.add_argument(
+        "--labels", type=Literal["auto", "first", "deepest"], default="auto", help="as --data.labels of a run"
+    )
     parser.add_argument("--decode", type=bool, default=True, help="decode every image")
     parser.add_argument("--write_manifest", type=bool, default=False, help="write a missing manifest.json")
     parser.add_argument("--most", type=int, default=50, help="number of problems to print")
@@ -26,9 +31,12 @@ def run(argv: list[str]) -> None:
         if (value := getattr(args, field)) is not None and value < least:
             raise UserError(f"--{field} {value}: must be at least {least}")
     place = place_of_manifest(args.source) if args.write_manifest else None
-    found = check(args.source, classes=args.classes, decode=args.decode, threads=args.threads)
+    options = {field: getattr(args, field) for field in ("classes", "labels", "decode", "threads")}
+    found = check(args.source, **options)
 
     # Print the problems, or what was verified.
+    for note in found.notes:
+        print(note)
     if lines := found.problems.lines:
         rest = [f"and {len(lines) - args.most} more"] if len(lines) > args.most else []
         print("\n".join([*lines[: args.most], *rest]))

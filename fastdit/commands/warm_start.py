@@ -18,6 +18,7 @@ from tqdm import tqdm
 from fastdit import distributed, run_parts
 from fastdit.command_line import OneLineParser
 from fastdit.config import Config, DataConfig, ModelConfig
+from fastdit.data.sources import check_classes
 from fastdit.errors import UserError, run_command
 from fastdit.files import prepare_file
 from fastdit.methods.encoder_warm_start import LR, WEIGHT_DECAY, WINDOW, Diverged, warm_start_encoder
@@ -68,6 +69,7 @@ def _warm_start(argv: list[str]) -> None:
 
     # Open the data and build the encoder.
     source = run_parts.open_data(config)
+    check_classes(source, config.data.classes, "data.classes")
     if config.data.standardize != "factor":
         raise UserError(
             "data.standardize: depends on the run's noise process; give data.latent_scale and data.latent_shift of its "

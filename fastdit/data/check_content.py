@@ -37,7 +37,7 @@ def check_images(source: Source, threads: int, report: Report) -> str:
             try:
                 shapes.append(next(reader)[1])
             except BatchFailed as failure:
-                corrupt = find_corrupt(failure, source, backend, options)
+                corrupt = find_corrupt(failure)
                 bad += len(corrupt)
                 for i in corrupt:
                     report(UserError(f"{source.where(i)}: the image is corrupt and cannot be decoded; replace it"))
@@ -52,7 +52,8 @@ def check_images(source: Source, threads: int, report: Report) -> str:
     (h, w), (height, width) = by_area[0], by_area[-1]
     extents = f"{h} x {w}" if (h, w) == (height, width) else f"{h} x {w} to {height} x {width}"
     decoder = " by Pillow" if backend.name == "torch" else ""
-    return f"{source.n - bad} images decode{decoder} ({kinds}; {extents} pixels)"
+    beyond = f"; {len(reader.by_pillow)} by Pillow, because DALI refuses them" if reader.by_pillow else ""
+    return f"{source.n - bad} images decode{decoder} ({kinds}; {extents} pixels{beyond})"
 
 
 def _requests(n: int) -> Iterator[Request]:

@@ -13,9 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from fastdit.data.check_content import check_images, check_latents
-from fastdit.data.folders import FolderSamples
+from fastdit.data.folders import FolderSamples, Labels
 from fastdit.data.manifest import MANIFEST, read_manifest
-from fastdit.data.shards import Report, ShardSamples
+from fastdit.data.shards import Report, ShardSamples, shards_in
 from fastdit.data.sources import Source, check_finished, check_labels, classes_needed, locate, read_class_names
 from fastdit.errors import UserError
 from fastdit.files import sha256_of
@@ -42,12 +42,14 @@ class Findings:
         summary: one line that says which properties were verified.
         samples: the samples that can be read.
         classes: the number of classes.
+        notes: lines about files that are not taken.
     """
 
     problems: Problems
     summary: str
     samples: ShardSamples | FolderSamples
     classes: int
+    notes: tuple[str, ...] = ()
 
 
 def place_of_manifest(path: str) -> Path:
@@ -60,16 +62,19 @@ def place_of_manifest(path: str) -> Path:
     place = shards[0].parent / MANIFEST
     if place.exists():
         raise UserError(f"{place}: is there already; remove it first if the shards were changed on purpose")
-    if set(shards) != set(place.parent.glob("*.tar")):
+    if set(shards) != set(shards_in(place.parent)):
         raise UserError(f"{path}: is not all of its folder, and a manifest covers a folder; check {place.parent}")
     return place
 
 
-def check(path: str, *, classes: int | None = None, decode: bool = True, threads: int = 2) -> Findings:
+def check(
+    path: str, *, classes: int | None = None, labels: Labels = "auto", decode: bool = True, threads: int = 2
+) -> Findings:
     """Return every problem of a source, given as to `open_source`. Progress goes to stderr if that is a terminal.
 
     classes: the number of classes; by default that of `classes.json`, else of the manifest, else as many as the labels
         need.
+    labels: the folders of a tree that are its classes, as in `FolderSamples`.
     decode: whether to decode images. The CPU does that with `threads` threads, because a GPU leaves to the CPU what it
         cannot decode itself.
 
@@ -78,9 +83,10 @@ def check(path: str, *, classes: int | None = None, decode: bool = True, threads
     if path.partition(":")[0] == "synthetic":
         raise UserError(f"{path}: synthetic images are made up as they are read; there is nothing to check")
     # Read the structure: names, sizes and labels.
-    problems, location, manifest = Problems(), locate(path), None
+    problems, location, manifest, notes = Problems(), locate(path), None, ()
     if isinstance(location, Path):
-        samples, paths = FolderSamples(location), []
+        samples, paths = FolderSamples(location, labels, flat=True), []
+        notes = (f"{path}: not taken: {samples.left_out}",) if samples.left_out else ()
         names, integrity = samples.class_names, "class folders have no manifest: pixels are as the files say"
     else:
         samples, names, integrity, manifest = _shards(location, problems)
@@ -103,7 +109,7 @@ def check(path: str, *, classes: int | None = None, decode: bool = True, threads
         f"{classes} classes" + (f" ({empty} without samples)" if empty else ""),
         *([f"{len(paths)} shards", _bytes(sum(p.stat().st_size for p in paths))] if paths else []),
     ]
-    return Findings(problems, f"{path}: {', '.join(parts)}; {content}; {integrity}", samples, classes)
+    return Findings(problems, f"{path}: {', '.join(parts)}; {content}; {integrity}", samples, classes, notes)
 
 
 def _shards(paths: list[Path], report: Report) -> tuple[ShardSamples, tuple[str, ...], str, dict | None]:
@@ -149,7 +155,7 @@ def _unique_keys(samples: ShardSamples, report: Report) -> None:
 def _compare(samples: ShardSamples, manifest: dict, folder: Path, report: Report) -> None:
     """Report differences between the shards and the manifest of `folder`."""
     # Find missing shards, unless the user asked for a choice of the folder's shards.
-    whole = set(samples.paths) == set(folder.glob("*.tar"))
+    whole = set(samples.paths) == set(shards_in(folder))
     listed = manifest["shards"]
     if whole:
         for name in sorted(listed.keys() - {path.name for path in samples.paths}):

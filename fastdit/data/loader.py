@@ -278,7 +278,7 @@ class Loader:
         self.close()
         if self.source.kind != "image":
             raise failure
-        corrupt = find_corrupt(failure, self.source, self._backend, self._options)
+        corrupt = find_corrupt(failure)
         for i in corrupt:
             problem = f"{self.source.where(i)}: the image (sample {i}) is corrupt and cannot be decoded"
             if not self._skip_corrupt:

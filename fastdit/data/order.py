@@ -40,7 +40,7 @@ class Request:
 class BatchFailed(RuntimeError):
     """Report that the batch of `request` cannot be prepared. The reader can still prepare the batches after it.
 
-    corrupt: ids of the batch's images that cannot be decoded; None if the reader does not know.
+    corrupt: ids of the batch's images that cannot be decoded; None if no image is to blame.
     """
 
     def __init__(self, request: Request, corrupt: list[int] | None = None):

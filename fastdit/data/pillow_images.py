@@ -1,4 +1,4 @@
-"""Decode with Pillow. It accepts the same images as DALI does and gives the same geometry (see pipeline.py).
+"""Decode with Pillow. It accepts what DALI does, GIF and AVIF besides, and gives the same geometry (see pipeline.py).
 
     file -> decode -> turn by EXIF -> gray or RGB -> scale to cover -> crop the center -> mirror -> uint8 (C, H, W)
 
@@ -15,8 +15,8 @@ from PIL import Image
 
 from fastdit.data.image_rules import MOST_PIXELS
 
-# DALI's formats that Pillow reads. An open list would start Ghostscript for a PostScript file.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
+# An open list would start Ghostscript for a PostScript file.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000")
 _GRAY_16_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 # A palette counts as RGB, with or without a transparent color.
 _CHANNELS = {"1": 1, "L": 1, "F": 1, "LA": 2, "La": 2, "P": 3, **dict.fromkeys(_GRAY_16_BITS, 1)}
@@ -51,6 +51,20 @@ def decode(file: np.ndarray) -> tuple[Image.Image, int]:
         image_8_bits = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
         return _upright(image_8_bits, image), channels
     return _upright(image, image), channels
+
+
+def to_pnm(file: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Return the upright image of an encoded file as a PNM file, uint8 (size,): 8 bits, gray or RGB, not compressed.
+
+    With it come the height, width and channels of the encoded file. Any decoder of PNM gives Pillow's pixels. Raises
+    exceptions of many kinds for a file that is not a whole image.
+    """
+    image, channels = decode(file)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels")
+    pixels = image.convert("L" if channels < 3 else "RGB")
+    header = f"P{5 if channels < 3 else 6} {image.width} {image.height} 255\n"
+    return np.frombuffer(header.encode() + pixels.tobytes(), np.uint8), (image.height, image.width, channels)
 
 
 def _check_png(encoded: bytes) -> None:

@@ -5,22 +5,32 @@
 
 DALI's threads read the pages of the memory maps while the training step runs. They also decode, unless a GPU does. The
 same graphs run on a machine without a GPU.
+
+Pillow decodes the images that DALI's decoder refuses (GIF, AVIF, some WebP files). They enter the graph as PNM files,
+so that DALI scales and mirrors all images alike.
 """
 
+import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import lru_cache
 
 import numpy as np
 import nvidia.nvimgcodec as nvimgcodec
 import torch
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.data_node import DataNode
+from PIL import Image
 
 from fastdit.data.image_rules import MOST_PIXELS, wrong_channels
 from fastdit.data.order import BatchFailed, Request
+from fastdit.data.pillow_images import to_pnm
 from fastdit.data.sources import Source
 
+log = logging.getLogger(__name__)
+_HAS_EXIF = 0x08  # flag of a WebP file
 _PIXEL = np.frombuffer(b"P5 1 1 255\n\0", dtype=np.uint8)  # a whole image
 
 
@@ -45,7 +55,7 @@ class DaliReader:
         # DALI gets views of memory maps, not copies. These references keep the inputs in flight alive.
         self._in_flight: deque[tuple[Request, tuple]] = deque()
         self._latest: tuple[Request, tuple] | None = None
-        self._unfit: set[int] = set()  # positions of requests that fail, though DALI gets a stand-in for them
+        self._unfit: set[int] = set()  # positions of requests that fail, though DALI gets stand-ins for them
 
         # Build the pipeline.
         self._pipe = Pipeline(
@@ -123,7 +133,48 @@ class ImageReader(DaliReader):
         **options,
     ):
         self.size, self.channels, self.convert = size, channels, convert
+        self.by_pillow: set[int] = set()  # ids of the images that Pillow decodes, because DALI does not
+        self._options = {"size": size, "channels": channels, "convert": convert, **options}
+        self._shapes: dict[int, dict[int, tuple[int, int, int]]] = {}  # of those images, by position and place
+        self._pool: ThreadPoolExecutor | None = None
         super().__init__(source, requests, **options)
+
+    def __next__(self) -> tuple[Request, torch.Tensor]:
+        try:
+            return super().__next__()
+        except BatchFailed as failure:
+            return self._retry(failure)
+
+    def close(self) -> None:
+        super().close()
+        if self._pool:
+            self._pool.shutdown()
+
+    def _retry(self, failure: BatchFailed) -> tuple[Request, torch.Tensor]:
+        """Return the failed batch, with Pillow's pixels of the images that DALI refuses.
+
+        Raises the failure if DALI refuses none of them, and BatchFailed with the ids that Pillow refuses too.
+        """
+        request = failure.request
+        refused = _refused(self.source, request.ids, self._options)
+        if not refused:
+            raise failure
+        decoded = self._decode([self.source.read(i) for i in refused])
+        corrupt = [i for i, pixels in zip(refused, decoded) if pixels is None]
+        self.by_pillow.update(set(refused) - set(corrupt))
+        if corrupt:
+            raise BatchFailed(request, corrupt) from failure
+        options = {**self._options, "batch": len(request.ids), "prefetch": 0}
+        with closing(type(self)(self.source, [], **options)) as again:
+            again.by_pillow, again._requests = self.by_pillow, iter([request])
+            return DaliReader.__next__(again)
+
+    def _decode(self, files: Sequence[np.ndarray]) -> list[tuple[np.ndarray, tuple[int, int, int]] | None]:
+        """Return Pillow's `to_pnm` of each file, or None for a file that it cannot decode. Threads share the files."""
+        _tell_once(self.source.path)
+        Image.MAX_IMAGE_PIXELS = None  # MOST_PIXELS is checked instead
+        self._pool = self._pool or ThreadPoolExecutor(self._options["threads"], "fastdit-pillow")
+        return list(self._pool.map(_to_pnm, files))
 
     def _graph(self) -> tuple[DataNode, ...]:
         # Decode.
@@ -159,14 +210,31 @@ class ImageReader(DaliReader):
         return x, fn.peek_image_shape(encoded, image_type=types.ANY_DATA)
 
     def _inputs(self, request: Request) -> tuple:
-        images = [self.source.read(i) for i in request.ids.tolist()]
-        if not all(map(_parses, images)):  # DALI 2.4 crashes on such an image in a batch of 32 or more
-            self._unfit.add(request.position)
-            images = [_PIXEL] * len(images)
+        ids = request.ids.tolist()
+        images = [self.source.read(i) for i in ids]
+        # DALI 2.4 crashes on an image that does not parse in a batch of 32 or more.
+        places = [k for k, image in enumerate(images) if ids[k] in self.by_pillow or not _parses(image)]
+        if places:
+            decoded = self._decode([images[k] for k in places])
+            if None in decoded:
+                self._unfit.add(request.position)
+                images = [_PIXEL] * len(images)
+            else:
+                self.by_pillow.update(ids[k] for k in places)
+                self._shapes[request.position] = {k: shape for k, (_, shape) in zip(places, decoded)}
+                for k, (pnm, _) in zip(places, decoded):
+                    images[k] = pnm
         return images, request.flips.astype(np.int32)
 
+    def _file_shapes(self, request: Request, shapes) -> np.ndarray:
+        """Return the height, width and channels of the batch's files, int64 (b, 3)."""
+        found = np.array(shapes.as_array())
+        for k, shape in self._shapes.pop(request.position, {}).items():
+            found[k] = shape
+        return found
+
     def _tensor(self, request: Request, images, shapes) -> torch.Tensor:
-        channels = np.asarray(shapes.as_array())[:, 2]
+        channels = self._file_shapes(request, shapes)[:, 2]
         wrong = np.flatnonzero(channels != self.channels)
         if len(wrong) and not self.convert:
             raise wrong_channels(self.source, request.ids[wrong[0]], int(channels[wrong[0]]), self.channels)
@@ -175,6 +243,12 @@ class ImageReader(DaliReader):
 
 def _parses(image: np.ndarray) -> bool:
     """Return whether the decoder's library finds an image's kind and extents, which takes a few microseconds."""
+    # For these the library prints errors, or takes a padding byte of WebP for a chunk.
+    head = image[:21].tobytes()
+    if head[:4] == b"GIF8" or head[4:12] in (b"ftypavif", b"ftypavis"):
+        return False
+    if head[8:16] == b"WEBPVP8X" and head[20] & _HAS_EXIF and _has_padding(image):
+        return False
     try:
         found = nvimgcodec.CodeStream(image)
         return found.height * found.width <= MOST_PIXELS
@@ -182,11 +256,38 @@ def _parses(image: np.ndarray) -> bool:
         return False
 
 
+def _has_padding(image: np.ndarray) -> bool:
+    """Return whether a chunk of a WebP file has an odd length, so that a padding byte follows it."""
+    at = 12
+    while at + 8 <= len(image):
+        length = int.from_bytes(image[at + 4 : at + 8].tobytes(), "little")
+        if length % 2:
+            return True
+        at += 8 + length
+    return False
+
+
+def _to_pnm(file: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]] | None:
+    """Return Pillow's `to_pnm` of a file, or None if Pillow cannot decode it."""
+    try:
+        return to_pnm(file)
+    except MemoryError:
+        raise
+    except Exception:  # a damaged file makes Pillow's parsers fail in many ways
+        return None
+
+
+@lru_cache
+def _tell_once(path: str) -> None:
+    """Tell, once a source, that DALI does not decode all of its images."""
+    log.warning("%s: has images that NVIDIA DALI does not decode; Pillow is tried on them", path)
+
+
 class ShapeReader(ImageReader):
     """Decode images, and return the height, width and channels of their files, int64 (b, 3)."""
 
     def _tensor(self, request: Request, images, shapes) -> np.ndarray:
-        return np.asarray(shapes.as_array())
+        return self._file_shapes(request, shapes)
 
 
 class LatentReader(DaliReader):
@@ -206,15 +307,14 @@ class LatentReader(DaliReader):
         return torch.from_dlpack(views.as_tensor())
 
 
-def undecodable(source: Source, ids: np.ndarray, **options) -> list[int]:
+def _refused(source: Source, ids: np.ndarray, options: dict) -> list[int]:
     """Return those of `ids` (k,) that DALI cannot decode, tried one by one. `options` are those of ImageReader."""
-    singles = [Request(k, ids[k : k + 1], np.zeros(1, dtype=bool)) for k in range(len(ids))]
-    options |= {"batch": 1, "threads": 1, "prefetch": 0}
-    bad = []
-    with closing(ImageReader(source, singles, **options)) as probe:
-        for _ in singles:
+    refused = np.array([not _parses(source.read(i)) for i in ids.tolist()])
+    singles = [Request(k, ids[k : k + 1], np.zeros(1, dtype=bool)) for k in np.flatnonzero(~refused).tolist()]
+    with closing(ImageReader(source, singles, **options | {"batch": 1, "threads": 1, "prefetch": 0})) as probe:
+        for request in singles:
             try:
-                next(probe)
-            except BatchFailed as failure:
-                bad += failure.request.ids.tolist()
-    return bad
+                DaliReader.__next__(probe)
+            except BatchFailed:
+                refused[request.position] = True
+    return ids[refused].tolist()

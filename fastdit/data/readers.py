@@ -6,10 +6,9 @@ Both `pipeline` (DALI) and `torch_reader` have ImageReader, ShapeReader and Late
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 from fastdit.data.order import BatchFailed
-from fastdit.data.sources import Source
 from fastdit.errors import UserError
 
 ReaderName = Literal["auto", "dali", "torch"]
@@ -56,15 +55,11 @@ def choose_backend(reader: ReaderName) -> Backend:
     return Backend("torch", importlib.import_module("fastdit.data.torch_reader"), missing)
 
 
-def find_corrupt(failure: BatchFailed, source: Source, backend: Backend, options: dict[str, Any]) -> list[int]:
+def find_corrupt(failure: BatchFailed) -> list[int]:
     """Return the ids of the failed batch's images that cannot be decoded.
 
-    options: those of the ImageReader that failed. Raises the failure itself if no image is to blame (but a lack of
-        memory, for example).
+    Raises the failure itself if no image is to blame (but a lack of memory, for example).
     """
-    corrupt = failure.corrupt
-    if corrupt is None:
-        corrupt = backend.module.undecodable(source, failure.request.ids, **options)
-    if not corrupt:
+    if not failure.corrupt:
         raise failure
-    return corrupt
+    return failure.corrupt

@@ -55,7 +55,7 @@ def read_in_order(
                     yield request.ids, x
                     done += 1
             except BatchFailed as failure:
-                corrupt = find_corrupt(failure, source, backend, options)
+                corrupt = find_corrupt(failure)
                 for i in corrupt:
                     problem = f"{source.where(i)}: the image (sample {i}) is corrupt and cannot be decoded"
                     if on_corrupt == "stop":

@@ -1,8 +1,8 @@
 """Find WebDataset tar shards, index them, read samples from memory maps, and write shards.
 
 A sample is the set of files of one shard that share a key, which is the path up to the first dot of its last part. It
-has one image (`.png .jpg .jpeg .webp`) or one latent (`.npy`, see latents.py), and one label: `.cls`, an integer in
-ASCII, or `.json` with the integer field `label` or `cls`. Other files are ignored.
+has one image (`.png`, `.jpg` or another of IMAGE_EXTENSIONS) or one latent (`.npy`, see latents.py), and one label:
+`.cls`, an integer in ASCII, or `.json` with the integer field `label` or `cls`. Other files are ignored.
 
 This module parses the tar headers itself, because `tarfile` builds an object for every member and takes several times
 as long.
@@ -16,6 +16,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from copy import copy
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import NoReturn
@@ -26,11 +27,20 @@ import torch
 from fastdit.errors import UserError
 from fastdit.files import write_atomically
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+# Every image format that DALI or Pillow decodes without another program.
+IMAGE_EXTENSIONS = (
+    *("png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "avif", "bmp", "dib", "tif", "tiff"),
+    *("jp2", "j2k", "j2c", "jpc", "jpf", "jpx", "ppm", "pgm", "pbm", "pnm"),
+)
 LATENT_EXTENSION = "npy"
 UNFINISHED = ".unfinished"  # a folder beside shards that are still being written
 Sample = tuple[str, Mapping[str, bytes]]  # its key, and its files by extension
 Report = Callable[[UserError], None]  # called for each bad sample; if it returns, the reader leaves the sample out
+# Folders and files that macOS, Windows and Synology leave behind, in lower case.
+_LEFTOVERS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "thumbs.db", "desktop.ini"}
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+# First bytes of compressed files, and the commands that unpack them.
+_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = 512
 _END = bytes(_BLOCK)
 _NUMBER = re.compile(rb"\s*-?[0-9]{1,18}\s*")
@@ -72,13 +82,29 @@ def find_shards(path: str) -> list[Path]:
             raise UserError(f"{path}: the range {braces.group()} is empty; write the smaller number first")
         return found
     if Path(path).is_dir():
-        found = sorted(Path(path).glob("*.tar"))
+        found = shards_in(Path(path))
         if not found:
             raise UserError(f"{path}: the folder holds no .tar shards")
         return found
     if not Path(path).is_file():
         raise UserError(f"{path}: no such shard; check the path or the range of the pattern")
     return [Path(path)]
+
+
+def is_leftover(name: str) -> bool:
+    """Return whether a file or folder of this name is hidden, or left behind by a system."""
+    return name.startswith(".") or name.lower() in _LEFTOVERS
+
+
+@lru_cache(maxsize=1024)
+def _in_leftovers(folder: str) -> bool:
+    """Return whether the path of a folder in an archive leads through one that a system has left behind."""
+    return any(part.lower() in _LEFTOVERS for part in folder.split("/"))
+
+
+def shards_in(folder: Path) -> list[Path]:
+    """Return the tar files in a folder, sorted, without hidden ones, such as those that macOS adds (`._a.tar`)."""
+    return sorted(path for path in folder.glob("*.tar") if path.name[0] != ".")
 
 
 class ShardSamples:
@@ -164,7 +190,7 @@ def _grouped(path: Path, data: np.ndarray, report: Report) -> dict[str, dict[str
     for name, offset, size in tar_members(path, data, report):
         folder, _, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
-        if not stem:  # hidden files, such as the ones macOS adds
+        if not stem or _in_leftovers(folder):  # hidden files, such as the ones macOS adds
             continue
         key = f"{folder}/{stem}" if folder else stem
         members = samples.setdefault(key, {})
@@ -187,7 +213,7 @@ def _payload(
         problem = f"has {len(found)} images or latents ({', '.join(found)}); keep one"
     else:
         problem = f"has no image or .npy (its files: {', '.join(map(repr, sorted(members)))}); add it or remove them"
-    report(UserError(f"{path}: byte {_first(members)}: {key!r} {problem}"))
+    report(UserError(f"{path}: byte {_first(members)}: {key!r} {problem}{_rule(members)}"))
     return None
 
 
@@ -202,7 +228,8 @@ def _label(
             text = data[offset : offset + size].tobytes()
             break
     else:
-        report(UserError(f"{path}: byte {_first(members)}: {key!r} has no label; add '.cls' with the class number"))
+        problem = f"has no label; add '.cls' with the class number{_rule(members)}"
+        report(UserError(f"{path}: byte {_first(members)}: {key!r} {problem}"))
         return None
 
     # Parse it.
@@ -223,6 +250,13 @@ def _label(
         return None
 
 
+def _rule(members: Mapping[str, tuple[int, int]]) -> str:
+    """Return the rule of keys, if dots in the names of a sample's files may be what is wrong with it."""
+    if not any("." in extension for extension in members):
+        return ""
+    return ". A key ends at the first dot of a file name: write 22_05.png, not 22.05.png"
+
+
 def _first(members: Mapping[str, tuple[int, int]]) -> int:
     """Return the offset of a sample's first file."""
     return min(offset for offset, _ in members.values())
@@ -231,12 +265,18 @@ def _first(members: Mapping[str, tuple[int, int]]) -> int:
 def tar_members(path: Path, data: np.ndarray, report: Report = refuse) -> Iterator[tuple[str, int, int]]:
     """Yield (name, offset, size) of the regular files of a USTAR, GNU or pax archive.
 
-    A damaged header, a member cut short, an end without the end-of-archive block, and data after that block are
-    reported as UserErrors. If `report` returns, reading goes on at the next whole header.
+    A compressed archive, a damaged header, a member cut short, an end without the end-of-archive block, and data after
+    that block are reported as UserErrors. If `report` returns, reading goes on at the next whole header.
 
     data: the archive's bytes, uint8 (size,). path: the archive's name in errors.
     """
     view, position, extended = memoryview(data), 0, {}
+    for head, command in _PACKED.items():
+        if bytes(view[: len(head)]) == head:
+            new = path.with_name(path.name.split(".")[0] + "-unpacked.tar")
+            problem = f"is compressed, and shards are read in place; unpack it: {command} -dc {path} > {new}"
+            report(UserError(f"{path}: {problem}"))
+            return
     while position is not None:
         # Find the end of the archive.
         header = bytes(view[position : position + _BLOCK])

@@ -7,9 +7,18 @@ from typing import Literal
 
 import numpy as np
 
-from fastdit.data.folders import FolderSamples
+from fastdit.data.folders import FolderSamples, Labels, holds_images
 from fastdit.data.latents import LatentSamples
-from fastdit.data.shards import UNFINISHED, Report, ShardSamples, find_shards, refuse
+from fastdit.data.shards import (
+    COMPRESSED,
+    UNFINISHED,
+    Report,
+    ShardSamples,
+    find_shards,
+    is_leftover,
+    refuse,
+    shards_in,
+)
 from fastdit.data.synthetic import SyntheticSamples
 from fastdit.errors import UserError
 
@@ -27,12 +36,16 @@ class Source:
         kind: the kind of samples that `read` returns.
         samples: the samples behind this interface.
         class_names: the name of each class.
+        notes: lines for the start of a run, about files that are not taken and classes without samples.
+        own_classes: the number of classes that folders or `classes.json` give, None if only labels tell it.
     """
 
     path: str
     kind: Literal["image", "latent", "synthetic"]
     samples: Samples
     class_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    own_classes: int | None = None
 
     @property
     def n(self) -> int:
@@ -63,26 +76,28 @@ class Source:
         return self.samples.where(i)
 
 
-def open_source(path: str, *, classes: int | None = None) -> Source:
+def open_source(path: str, *, classes: int | None = None, labels: Labels = "auto", flat: bool = False) -> Source:
     """Open the source that `path` names:
 
     - the bare name of a shipped set (`fashion_mnist`; write `./fashion_mnist` for a folder of your own);
     - `synthetic` or `synthetic:CxHxW:CLASSES:N`;
     - a `.tar` shard, a folder of shards, or a pattern `shards-{000..099}.tar`: images or latents;
-    - a tree of class folders.
+    - a tree of class folders, or, with `flat` or one class, a folder of images.
 
     The number of classes is `classes` if it is set, else that of the class folders or of the names in the shards'
-    `classes.json` (a list of strings beside them), else the largest label + 1.
+    `classes.json` (a list of strings beside them), else the largest label + 1. `labels` chooses the folders of a tree
+    that are its classes, as in `FolderSamples`.
 
     Raises UserError if the source cannot be read, or if a label is not below the number of classes.
     """
     # Find the samples.
-    path = str(path)
+    path, notes = str(path), ()
     if path.partition(":")[0] == "synthetic":
         samples, kind, names = SyntheticSamples.parse(path), "synthetic", ()
     elif isinstance(location := locate(path), Path):
-        samples, kind = FolderSamples(location), "image"
+        samples, kind = FolderSamples(location, labels, flat or classes == 1), "image"
         names = samples.class_names
+        notes += (f"{path}: not taken: {samples.left_out}",) if samples.left_out else ()
     else:
         check_finished(location[0].parent)
         samples = ShardSamples(location)
@@ -91,20 +106,35 @@ def open_source(path: str, *, classes: int | None = None) -> Source:
         names = read_class_names(location[0].parent)
 
     # Check the labels, and name classes that have no name by their numbers.
-    count = classes or len(names) or classes_needed(samples)
+    own = len(names) or None
+    count = classes or own or classes_needed(samples)
     check_labels(samples, count)
+    notes += _unused_labels(path, samples.labels, count)
     names = (*names[:count], *(str(i) for i in range(len(names), count)))
-    return Source(path, kind, samples, names)
+    return Source(path, kind, samples, names, notes, own)
 
 
 def locate(path: str) -> Path | list[Path]:
     """Return the root of a tree of class folders, or a list of shards, for a path or the name of a shipped set.
 
-    Raises UserError if there is neither.
+    Raises UserError if there is neither, or if a folder holds both.
     """
-    if "{" not in path and (folder := _shipped(path)).is_dir() and not any(folder.glob("*.tar")):
+    if "{" in path or not (folder := _shipped(path)).is_dir():
+        return find_shards(str(_shipped(path)))
+    if not (shards := shards_in(folder)):
         return folder
-    return find_shards(str(_shipped(path)))
+    for beside in sorted(p for p in folder.iterdir() if not is_leftover(p.name) and p.is_dir()):
+        if holds_images(beside):
+            raise UserError(
+                f"{folder}: holds both .tar files (such as {shards[0].name}) and folders of images (such as "
+                f"{beside.name}); move one of the two elsewhere"
+            )
+    if packed := sorted(p.name for p in folder.iterdir() if p.name.endswith(COMPRESSED) and p.name[0] != "."):
+        raise UserError(
+            f"{folder}: holds .tar shards and compressed archives (such as {packed[0]}), which are not read; unpack "
+            "them, or move them elsewhere"
+        )
+    return shards
 
 
 def check_finished(folder: Path, report: Report = refuse) -> None:
@@ -123,6 +153,25 @@ def check_labels(samples: Samples, classes: int, report: Report = refuse) -> Non
     for i in np.flatnonzero((samples.labels < 0) | (samples.labels >= classes)):
         problem = f"label {samples.labels[i]} is out of range for {classes} classes (0 to {classes - 1})"
         report(UserError(f"{samples.where(i)}: {problem}; mend the label or the number of classes"))
+
+
+def check_classes(source: Source, asked: int | None, flag: str) -> None:
+    """Raise UserError if `asked`, the value of `flag`, is not the number of classes of the source's own names."""
+    own = source.own_classes
+    if asked and own and asked != own:
+        names = ", ".join(source.class_names[:3]) + (", ..." if own > 3 else "")
+        raise UserError(f"{flag}: {asked}, but {source.path} has {own} classes ({names}); leave {flag} out")
+
+
+def _unused_labels(path: str, labels: np.ndarray, classes: int) -> tuple[str, ...]:
+    """Return a line about the classes without samples, or nothing if there are none."""
+    unused = np.setdiff1d(np.arange(classes), labels).tolist()
+    if not unused:
+        return ()
+    if unused == [0]:
+        return (f"{path}: labels start at 1, so that class 0 has no samples; number them from 0 unless that is meant",)
+    listed = ", ".join(map(str, unused[:5])) + (", ..." if len(unused) > 5 else "")
+    return (f"{path}: {len(unused)} of {classes} classes have no samples ({listed}); their pictures will be noise",)
 
 
 def _shipped(path: str) -> Path:

@@ -122,6 +122,7 @@ class ImageReader:
     each, and `prefetch` batches more.
     """
 
+    by_pillow: frozenset[int] = frozenset()  # Pillow decodes all images, none of them in place of another library
     _shapes = False
 
     def __init__(

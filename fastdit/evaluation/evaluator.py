@@ -65,6 +65,8 @@ class Evaluator:
             factor = decoder.autoencoder.factor
             shape = run_parts.Shape(3, factor * shape.height, factor * shape.width, shape.classes)
             config = replace(config, data=replace(config.data, size=(shape.height, shape.width), channels=3))
+        if settings.data:  # images from elsewhere are converted, as in encoding
+            config = replace(config, data=replace(config.data, convert=True))
         self.config, self.settings, self.shape, self.runtime = config, settings, shape, runtime
         self.batch = draw_samples.BATCH[runtime.device.type]
         self.live = live and runtime.first
@@ -73,7 +75,12 @@ class Evaluator:
         self.data = settings.data or config.data.source
         self.source = None if settings.data else opened
         if self.source is None and not self.data.endswith(".npz"):
-            self.source = open_source(self.data, classes=None if settings.data else config.data.classes)
+            self.source = open_source(
+                self.data,
+                classes=None if settings.data else config.data.classes,
+                labels=config.data.labels,
+                flat=settings.data is not None,
+            )
         if shape.channels not in (1, 3) or (self.source and self.source.kind == "latent"):
             remedy = "images, or an ADM reference .npz, as data" if decoder else "the autoencoder that decodes them"
             raise UserError(
@@ -106,10 +113,16 @@ class Evaluator:
     def known(self) -> tuple[Tensor, Tensor] | None:
         """Return real images and class labels for class agreement, or None if it cannot be computed.
 
-        It needs a source with the run's classes, JUDGED_LEAST images, and at most JUDGED_PIXELS numbers an image.
+        It needs a source with the run's classes, more than one, JUDGED_LEAST images, and at most JUDGED_PIXELS numbers
+        an image.
         """
         source, pixels = self.source, self.shape.channels * self.shape.height * self.shape.width
-        if source is None or source.classes != self.shape.classes or source.n < JUDGED_LEAST or pixels > JUDGED_PIXELS:
+        if (
+            source is None
+            or not 1 < source.classes == self.shape.classes
+            or source.n < JUDGED_LEAST
+            or pixels > JUDGED_PIXELS
+        ):
             return None
         return known_images(self.config, self.source)
 

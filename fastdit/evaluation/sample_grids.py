@@ -56,7 +56,7 @@ def finish(session: Session) -> None:
         if samples:
             images, labels = samples
             _save(draw_samples.grid(images[:on_grid], labels[:on_grid], session.source.class_names), run.folder / GRID)
-            if (n := settings.agreement) and session.source.kind != "latent":
+            if (n := settings.agreement) and session.source.kind != "latent" and session.shape.classes > 1:
                 known = class_agreement.known_images(session.config, session.source)
                 share = class_agreement.agreement(images[:n], labels[:n], known)
                 figures["class agreement"] = f"{share:.1%} of {n} samples (5-NN on raw pixels of the training images)"

@@ -6,6 +6,7 @@ CHECKPOINTS = "checkpoints"
 LOCK = ".lock"  # names the process that trains
 METRICS = "metrics.jsonl"
 VERSIONS = "versions.json"
+CLASSES = "classes.json"  # names of the classes, by label
 GRID = "samples.png"
 GRIDS = "samples"  # folder of step-NNNNNNNN.png, written during training
 CURVES = "curves.png"

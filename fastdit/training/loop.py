@@ -83,7 +83,7 @@ class Run:
             keep=None if streak else self.config.keep_checkpoints,
         )
 
-    def checkpoint(self, step: int) -> Path:
+    def checkpoint_folder(self, step: int) -> Path:
         """Return the folder of the checkpoint of `step`."""
         return self.folder / CHECKPOINTS / f"step-{step:08d}"
 
@@ -104,7 +104,7 @@ class Run:
         return step
 
     @property
-    def trained(self) -> "checkpoint.Trained":
+    def trained(self) -> checkpoint.Trained:
         """Return the parts whose state a checkpoint holds."""
         return checkpoint.Trained(self.engine, self.optimizer, self.sampled_network, self.runtime)
 
@@ -190,7 +190,7 @@ def train(run: Run, first_step: int, draw_samples, evaluate=lambda step: None) -
             if done % stop_every == 0 and not last and stop.granted():
                 raise Stopped
     except Stopped:
-        path = run.checkpoint(done) if saved == done else _save(run, done)
+        path = run.checkpoint_folder(done) if saved == done else _save(run, done)
         run.say(f"stopped by {stop.name or 'a signal'} after step {done}; saved {path}; go on with --resume")
         run.say(run.describe_skipped(done))
         return False
@@ -225,7 +225,7 @@ def _save(run: Run, step: int) -> Path:
     Raises UserError if the system refuses to write, or if the run's folder is gone. No part of the checkpoint is left.
     """
     run.runtime.decide(lambda: _check_folder(run.folder))
-    final = run.checkpoint(step)
+    final = run.checkpoint_folder(step)
     try:
         with writing(final):
             return run.save(step)

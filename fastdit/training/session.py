@@ -10,6 +10,7 @@ from torch import nn
 
 from fastdit import run_parts
 from fastdit.config import CONFIG_FILE, Config
+from fastdit.data.sources import check_classes
 from fastdit.distributed import Runtime
 from fastdit.errors import UserError
 from fastdit.files import write_text
@@ -19,7 +20,7 @@ from fastdit.models.dit import Block, keep_biases
 from fastdit.parser import dump
 from fastdit.rundir.checkpoint_files import newest_good
 from fastdit.rundir.metrics_log import Recorder, versions
-from fastdit.rundir.run_files import CHECKPOINTS, VERSIONS
+from fastdit.rundir.run_files import CHECKPOINTS, CLASSES, VERSIONS
 from fastdit.training import cuda_graphs
 from fastdit.training.deepspeed_config import DeepSpeedConfig, make_deepspeed_config
 from fastdit.training.deepspeed_internals import shorten_step_on_one_rank, skip_muon
@@ -57,6 +58,8 @@ class Session:
         for kind in methods_of(config.method):
             kind.check_batch(settings.micro_batch * runtime.world)
         self.source = run_parts.open_data(config)
+        if not config.resume:  # a run that has begun keeps its number
+            check_classes(self.source, config.data.classes, "data.classes")
         self.config = config = run_parts.standardized(config, self.source)
         self.shape = run_parts.shape_of(config, self.source.classes)
         self.process = run_parts.build_noise(config)
@@ -124,6 +127,7 @@ class Session:
         folder = self.run.folder
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / CONFIG_FILE, dump(self.config))
+        write_text(folder / CLASSES, json.dumps(self.source.class_names))
         write_text(folder / VERSIONS, json.dumps(versions(), indent=1))
         self.run.recorder = Recorder(folder, self.first_step, self.config.steps)
         self.run.say(self._introduction())
@@ -156,7 +160,7 @@ class Session:
         batch = (
             f"{settings.batch} = {settings.micro_batch} x {settings.accumulation} accumulated x {runtime.world} ranks"
         )
-        return (
+        return "".join(f"{note}\n" for note in self.source.notes) + (
             f"{config.method} on {source}, {shape.classes} classes\n"
             f"{self.parameters / 1e6:.1f} M parameters, {self._arithmetic()}, {self.process.name}; "
             f"{'; '.join(filter(None, (self.attention, self.graphs, describe_native(runtime.device), optimizer)))}\n"
