@@ -27,12 +27,14 @@ LAUNCHER = "deepspeed.launcher.launch"
 
 
 def join(backend: str) -> None:
-    """Form the process group of all ranks, whose places and address are in the environment.
+    """Form the process group of all ranks, whose places and address are in the environment, unless there is one.
 
     Raises UserError if the port cannot be used, or if a rank does not start in time.
     """
     from deepspeed.constants import default_pg_timeout  # 30 minutes, or DEEPSPEED_TIMEOUT
 
+    if dist.is_initialized():
+        return
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     end = time.monotonic() + start_timeout()
     published = _published_port()

@@ -416,4 +416,4 @@ def test_samples_of_latents_are_decoded(trained, cheap, tmp_path):
 
 def test_a_damaged_list_of_evaluations(copied):
     (copied / "eval.json").write_text("{")
-    assert "eval.json: is no list of evaluations; move it away" in refusal("--run", copied)
+    assert "eval.json: cannot be read (it is no JSON); move it away" in refusal("--run", copied)
