@@ -202,6 +202,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 27
         (b"404: Not Found\n", "it is a text file"),
         (b'{"weight_map": {}}', "it is a text file"),
     ],
+    ids=lambda value: "" if isinstance(value, bytes) else value,
 )
 def test_other_files_are_named(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
