@@ -83,6 +83,8 @@ class Launched:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # A shell without job control lets its background jobs, such as a whole test run, ignore Ctrl-C.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def __enter__(self) -> "Launched":
@@ -197,6 +199,7 @@ def forked(*flags, ranks: int = 1, program: str = "fastdit.train") -> Outcome:
 
 def _train(program: str, argv: list[str], environment: dict[str, str], log: str) -> None:
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # see `Launched`
     handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for standard in (1, 2):
         os.dup2(handle, standard)

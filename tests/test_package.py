@@ -92,7 +92,7 @@ print(kernels.__file__, *presets())
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PYTHONPATH": str(site)}
     ended = subprocess.run([sys.executable, "-c", code], cwd=elsewhere, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    where, *presets = ended.stdout.split()
+    where, *presets = ended.stdout.splitlines()[-1].split()  # DeepSpeed logs its own lines before
     assert Path(where).is_relative_to(site)
     assert presets == sorted(path.stem for path in (FASTDIT / "presets").glob("*.yaml"))
 
@@ -150,7 +150,16 @@ ROOMS = {
     "models": ("kernels",),
     "methods": ("noise", "models", "kernels"),
 }
-SETTINGS = ("command_line", "config", "distributed", "parser", "rendezvous", "settings_help")
+SETTINGS = (
+    "command_line",
+    "config",
+    "distributed",
+    "other_trainers",
+    "parser",
+    "rendezvous",
+    "settings_help",
+    "weights_description",
+)
 for name in ("run_parts", "rundir", "training", "evaluation", "commands"):  # each may import all those before it
     ROOMS[name] = (*ROOMS, *SETTINGS, "kernels")
 

@@ -45,6 +45,7 @@ from fastdit.methods.self_discrimination import SDDiT
 from fastdit.models import DiT, EncoderDecoder, SplitDiT, load_checkpoint
 from fastdit.noise import EDM, sample
 from fastdit.parser import load, parse
+from fastdit.rundir.checkpoint_files import seal
 
 launch = pytest.mark.launch
 
@@ -265,11 +266,11 @@ def test_a_run_of_before_the_split_decoder_goes_on_as_extra(trained, tmp_path):
     for recent in ("decoder", "split", "every", "share", "until", "momentum_share"):
         del config["sd_dit"][recent]
     (copy / "config.yaml").write_text(yaml.safe_dump(config))
-    path = checkpoint(copy, 6) / "manifest.json"
-    written = json.loads(path.read_text())
+    path = checkpoint(copy, 6)
+    written = json.loads((path / "manifest.json").read_text())
     assert written.pop("sd_dit.decoder") == "extra"
     assert written.pop("sd_dit.teacher") == "moving"
-    path.write_text(json.dumps(written))
+    seal(path, {key: value for key, value in written.items() if key not in ("sha256", "seal")})
     _export(["--run", str(copy), "--out", str(tmp_path / "x.safetensors")])
     opened = open_run(argparse.Namespace(run=str(copy), checkpoint=None), load(copy / "config.yaml"))
     assert isinstance(opened.network, EncoderDecoder)
