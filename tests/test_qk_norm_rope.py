@@ -30,7 +30,7 @@ from fastdit.models import (
 )
 from fastdit.models.dit import copy_blocks, run_blocks
 from fastdit.parser import parse
-from fastdit.rundir.checkpoint_files import MANIFEST, manifest
+from fastdit.rundir.checkpoint_files import MANIFEST, manifest, seal
 
 SIZES = {"input_size": (6, 10), "patch": 2, "channels": 3, "width": 72, "depth": 3, "heads": 3, "classes": 7}
 OPTIONS = [{"qk_norm": True}, {"rope": True}, {"qk_norm": True, "rope": True}]
@@ -327,10 +327,10 @@ def test_checkpoints_of_other_attention_are_not_resumed_nor_exported(tmp_path):
 def test_manifests_from_before_the_settings(tmp_path):
     """Such checkpoints have neither, and stay readable."""
     forked(*TINY, "--steps", 1, "--out", tmp_path).succeeded()
-    path = checkpoint(tmp_path, 1) / MANIFEST
-    written = json.loads(path.read_text())
+    path = checkpoint(tmp_path, 1)
+    written = json.loads((path / MANIFEST).read_text())
     assert (written.pop("model.qk_norm"), written.pop("model.rope")) == ("none", False)
-    path.write_text(json.dumps(written))
-    assert manifest(path.parent)["model.qk_norm"] == "none"
-    assert manifest(path.parent)["model.rope"] is False
+    seal(path, {key: value for key, value in written.items() if key not in ("sha256", "seal")})
+    assert manifest(path)["model.qk_norm"] == "none"
+    assert manifest(path)["model.rope"] is False
     forked("--resume", "--out", tmp_path, "--steps", 2).succeeded()
