@@ -18,7 +18,7 @@ from fastdit.errors import UserError
 from fastdit.methods.ranks import sum_over_ranks
 from fastdit.rendezvous import join
 
-ALONE = "FASTDIT_ALONE"  # environment variable: the id of a process that is one rank without a launcher
+ALONE = "FASTDIT_ALONE"  # environment variable: the port of one rank that no launcher started
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt, from malloc.h
 
 
@@ -157,9 +157,10 @@ def start(config: Config) -> Runtime:
     _quiet()
 
     # Read this process's place from the environment, and prepare its device.
-    if "RANK" not in os.environ or os.environ.get(ALONE) == str(os.getpid()):
+    alone = ALONE in os.environ and os.environ[ALONE] == os.environ.get("MASTER_PORT")
+    if alone or "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
-        os.environ[ALONE] = str(os.getpid())  # a later start in this process needs another port
+        os.environ[ALONE] = os.environ["MASTER_PORT"]  # a later start here or in a child needs another port
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     device = choose_device(config.device, local_rank)
