@@ -287,7 +287,7 @@ def test_bf16_needs_a_stage_with_fp32_masters(agree):
 
 
 def test_sections_that_are_off_are_left_alone(agree):
-    """As other trainers' files have them; names of ZeRO-3 may have their prefix or not."""
+    """Files of other trainers have them; names of ZeRO-3 may have their prefix or not."""
     off = {name: {"enabled": False} for name in ("wandb", "fp16", "flops_profiler", "tensorboard")}
     zero = {"stage": 3, "stage3_prefetch_bucket_size": 1000, "param_persistence_threshold": 10}
     merged = agree({**off, "zero_optimization": zero, "optimizer": {}, "wall_clock_breakdown": False}, batch=8).merged
