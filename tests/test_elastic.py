@@ -91,7 +91,7 @@ def test_the_losses_are_those_of_the_straight_run(half, straight, tmp_path, setu
     forked(*flags, "--log_every", 1, ranks=ranks).succeeded()
     mine, other = metrics(folder), metrics(straight)
     for line in other:
-        if line["step"] > HALF:
+        if line["step"] > HALF + 1:  # the line of that step also has the one before it
             (found,) = (m for m in mine if m["step"] == line["step"])
             assert found["loss"] == pytest.approx(line["loss"], rel=1e-4)
             assert found["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-3)
