@@ -32,7 +32,7 @@ RUN = shlex.split(
     "--device cpu --threads 1 --data.source fashion_mnist --data.size 28 --data.channels 1 --data.threads 1 "
     "--model.depth 2 --model.width 32 --model.heads 2 --model.patch 7 --batch 12 --lr 2e-3 --eps 1e-4 --steps 60 "
     "--log_every 3 --save_every 5 --sample_every 20 --sample.steps 2 --sample.per_class 1 "
-    "--eval.every 20 --eval.n 40 --eval.n_real 80 --eval.steps 2 --keep_checkpoints 2"
+    "--eval.every 20 --eval.n 40 --eval.n_real 80 --keep_checkpoints 2"
 )
 TIMES = ("seconds", "seconds_per_step", "images_per_sec", "mfu")  # what equal runs may differ in
 LAST = "checkpoints/step-00000060"
