@@ -140,9 +140,9 @@ def _lines(path: Path) -> list[dict]:
 
 
 def _evaluations(run: Path) -> list[dict]:
-    """Return a run's evaluations without their times."""
-    entries = json.loads((run / "eval.json").read_text())
-    return [{key: value for key, value in entry.items() if "seconds" not in key} for entry in entries]
+    """Return the figures of a run's evaluations, and what they depend on."""
+    kept = ("step", "figures", "n", "real", "sampling")
+    return [{key: entry[key] for key in kept} for entry in json.loads((run / "eval.json").read_text())]
 
 
 if __name__ == "__main__":
