@@ -18,6 +18,8 @@ from pathlib import Path
 
 import psutil
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from fastdit.rundir.checkpoint_files import METHOD_FILE, SHARDS, sampled_weights
 from fastdit.rundir.shards import PieceReader
@@ -195,6 +197,23 @@ def forked(*flags, ranks: int = 1, program: str = "fastdit.train") -> Outcome:
         return Outcome(next((code for code in codes if code), 0), log.read_text())
     finally:
         log.unlink()
+
+
+def on_ranks(ranks: int, function: Callable, *args, folder: Path) -> list:
+    """Return what `function(rank, *args)` returns on each of `ranks` gloo ranks, one process each.
+
+    The processes fork from a server: this one may have a process group of its own.
+    """
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    mp.start_processes(_one_rank, (ranks, str(folder), function, args), nprocs=ranks, start_method="forkserver")
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
+
+
+def _one_rank(rank: int, ranks: int, folder: str, function: Callable, args: tuple) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    torch.save(function(rank, *args), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
 
 
 def _train(program: str, argv: list[str], environment: dict[str, str], log: str) -> None:

@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from adamw_ema_helpers import tensors
+from launching import on_ranks
 
 from fastdit.kernels import AdamWEMA
 
 
-def _sharded_rank(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def sharded(rank: int) -> dict[str, tuple[torch.Tensor, float]]:
+    """Return one rank's weights after its steps, and the norm, by implementation."""
     (start,), (grad,) = tensors("cpu", 1001), tensors("cpu", 1001, seed=1)
     mine = slice(0, 501) if rank == 0 else slice(501, None)
     found = {}
@@ -35,13 +34,12 @@ def _sharded_rank(rank, folder):
         assert torch.equal(param, before)
         assert float(optimizer.nonfinite) == 1
         found[implementation] = before, norm
-    torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return found
 
 
 def test_max_norm_over_shards(tmp_path):
     """Two ranks with half of the gradient each clip by the norm of the whole, and skip together."""
-    mp.start_processes(_sharded_rank, (str(tmp_path),), nprocs=2, start_method="fork")
+    parts = on_ranks(2, sharded, folder=tmp_path)
     (start,), (grad,) = tensors("cpu", 1001), tensors("cpu", 1001, seed=1)
     param = torch.nn.Parameter(start)
     plain = torch.optim.AdamW([param], lr=1e-2, weight_decay=0)
@@ -49,7 +47,6 @@ def test_max_norm_over_shards(tmp_path):
         param.grad = grad * (step + 1)
         torch.nn.utils.clip_grad_norm_([param], 0.5)
         plain.step()
-    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for implementation in ("auto", "reference"):
         whole = torch.cat([part[implementation][0] for part in parts])
         for part in parts:

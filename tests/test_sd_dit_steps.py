@@ -1,12 +1,10 @@
 """Test SD-DiT from step to step: schedules, centers over micro-batches and ranks, what is saved, and counted FLOPs."""
 
 import math
-import multiprocessing
 
 import pytest
 import torch
-import torch.distributed as dist
-from launching import free_port
+from launching import on_ranks
 from sd_dit_reference import randomise
 from test_self_discrimination import CLASSES, PROCESSES, PROTOTYPES, batch, make, seeded
 from torch.utils.flop_counter import FlopCounterMode
@@ -302,24 +300,10 @@ def share(rank: int, ranks: int) -> list[float]:
     return [terms["discriminative_loss"].item(), signals["prototype_usage"].item(), *method.centers.flatten().tolist()]
 
 
-def one_of_two(rank: int, port: str, results) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    results.put(share(rank, 2))
-    dist.destroy_process_group()
-
-
 @pytest.mark.launch
-def test_two_ranks_balance_their_assignments_together():
+def test_two_ranks_balance_their_assignments_together(tmp_path):
     """Sinkhorn's sums, means and wins run over both ranks: together they are one rank with the whole batch."""
-    context = multiprocessing.get_context("spawn")
-    results, port = context.Queue(), free_port()
-    processes = [context.Process(target=one_of_two, args=(rank, port, results)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    (loss, *rest), (other_loss, *other_rest) = (results.get(timeout=120) for _ in processes)
-    for process in processes:
-        process.join()
+    (loss, *rest), (other_loss, *other_rest) = on_ranks(2, share, 2, folder=tmp_path)
     whole = share(0, 1)
     assert abs(loss - other_loss) > 1e-3
     assert (loss + other_loss) / 2 == pytest.approx(whole[0], rel=1e-5)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from kernel_checks import assert_exact
+from launching import on_ranks
 from structure_game_helpers import (
     CHANNELS,
     CLASSES,
@@ -246,8 +247,7 @@ def rounding(structure_loss: float) -> float:
 
 
 def test_two_ranks_play_as_one_with_all_samples(tmp_path):
-    torch.multiprocessing.spawn(one_of_two_ranks, (str(tmp_path), RANKS), nprocs=2)
-    both = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    both = on_ranks(2, one_of_two_ranks, RANKS, folder=tmp_path)
     for first, second, case in zip(*both, RANKS, strict=True):
         alone = scripted_step(TOGETHER, **case)
         tolerance = rounding(alone["terms"]["structure_loss"].item())
