@@ -22,7 +22,8 @@ from test_data_bad import npy
 from fastdit.commands import data_check
 from fastdit.data import open_source, write_shards
 from fastdit.data.manifest import build_manifest, write_json
-from fastdit.data.shards import ShardSamples, tar_members
+from fastdit.data.shards import ShardSamples
+from fastdit.data.tar_archives import tar_members
 from fastdit.errors import UserError
 
 CASES, CLASSES = 200, 4

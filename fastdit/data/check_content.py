@@ -11,8 +11,9 @@ from tqdm import tqdm
 from fastdit.data.latents import LatentSamples, read_header
 from fastdit.data.order import BatchFailed, Request
 from fastdit.data.readers import choose_backend, find_corrupt
-from fastdit.data.shards import Report, ShardSamples
+from fastdit.data.shards import ShardSamples
 from fastdit.data.sources import Source
+from fastdit.data.tar_archives import Report
 from fastdit.errors import UserError
 
 _BATCH = 32

@@ -13,10 +13,11 @@ import numpy as np
 from tqdm import tqdm
 
 from fastdit.data.check_content import check_images, check_latents
-from fastdit.data.folders import FolderSamples, Labels
+from fastdit.data.folders import FolderSamples
 from fastdit.data.manifest import MANIFEST, read_manifest
-from fastdit.data.shards import Report, ShardSamples, shards_in
+from fastdit.data.shards import ShardSamples, shards_in
 from fastdit.data.sources import Source, check_finished, check_labels, classes_needed, locate, read_class_names
+from fastdit.data.tar_archives import Report
 from fastdit.errors import UserError
 from fastdit.files import sha256_of
 
@@ -68,13 +69,13 @@ def place_of_manifest(path: str) -> Path:
 
 
 def check(
-    path: str, *, classes: int | None = None, labels: Labels = "auto", decode: bool = True, threads: int = 2
+    path: str, *, classes: int | None = None, labels: str = "auto", decode: bool = True, threads: int = 2
 ) -> Findings:
     """Return every problem of a source, given as to `open_source`. Progress goes to stderr if that is a terminal.
 
     classes: the number of classes; by default that of `classes.json`, else of the manifest, else as many as the labels
         need.
-    labels: the folders of a tree that are its classes, as in `FolderSamples`.
+    labels: the folders of a tree that are its classes, or a file of labels, as in `FolderSamples`.
     decode: whether to decode images. The CPU does that with `threads` threads, because a GPU leaves to the CPU what it
         cannot decode itself.
 

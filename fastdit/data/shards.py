@@ -3,9 +3,6 @@
 A sample is the set of files of one shard that share a key, which is the path up to the first dot of its last part. It
 has one image (`.png`, `.jpg` or another of IMAGE_EXTENSIONS) or one latent (`.npy`, see latents.py), and one label:
 `.cls`, an integer in ASCII, or `.json` with the integer field `label` or `cls`. Other files are ignored.
-
-This module parses the tar headers itself, because `tarfile` builds an object for every member and takes several times
-as long.
 """
 
 import io
@@ -13,17 +10,16 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from copy import copy
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
 
+from fastdit.data.tar_archives import ANY_NAME, Report, refuse, tar_members
 from fastdit.errors import UserError
 from fastdit.files import write_atomically
 
@@ -35,21 +31,11 @@ IMAGE_EXTENSIONS = (
 LATENT_EXTENSION = "npy"
 UNFINISHED = ".unfinished"  # a folder beside shards that are still being written
 Sample = tuple[str, Mapping[str, bytes]]  # its key, and its files by extension
-Report = Callable[[UserError], None]  # called for each bad sample; if it returns, the reader leaves the sample out
 # Folders and files that macOS, Windows and Synology leave behind, in lower case.
 _LEFTOVERS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "thumbs.db", "desktop.ini"}
+_PACKED_FILES = (".gz", ".bz2", ".xz", ".zst", ".zip")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-# First bytes of compressed files, and the commands that unpack them.
-_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_BLOCK = 512
-_END = bytes(_BLOCK)
 _NUMBER = re.compile(rb"\s*-?[0-9]{1,18}\s*")
-_LONGEST = 1 << 16  # the most bytes of a long name or a pax header
-
-
-def refuse(error: UserError) -> NoReturn:
-    """Raise `error`: the `Report` of a reader that stops at the first problem."""
-    raise error
 
 
 def map_file(path: str | os.PathLike) -> np.ndarray:
@@ -102,6 +88,15 @@ def _in_leftovers(folder: str) -> bool:
     return any(part.lower() in _LEFTOVERS for part in folder.split("/"))
 
 
+def nested_shards(folder: Path) -> Path | None:
+    """Return a shard that lies deeper in a folder, or None. The search ends at the first one."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not is_leftover(name))
+        if Path(parent) != folder and (found := sorted(name for name in files if name.endswith(".tar"))):
+            return Path(parent, found[0])
+    return None
+
+
 def shards_in(folder: Path) -> list[Path]:
     """Return the tar files in a folder, sorted, without hidden ones, such as those that macOS adds (`._a.tar`)."""
     return sorted(path for path in folder.glob("*.tar") if path.name[0] != ".")
@@ -141,7 +136,7 @@ class ShardSamples:
                 shard.append(s)
                 offset.append(start)
                 size.append(length)
-                keys.append(key.encode())
+                keys.append(key.encode(**ANY_NAME))
                 latent.append(extension == LATENT_EXTENSION)
 
         # Keep them in arrays, which take less memory than lists.
@@ -181,7 +176,7 @@ class ShardSamples:
 
     def where(self, i: int) -> str:
         """Return the name of sample `i` for error messages: shard, byte and key."""
-        return f"{self.paths[self.shard[i]]}: byte {self._offset[i]}: {self.keys[i].decode()!r}"
+        return f"{self.paths[self.shard[i]]}: byte {self._offset[i]}: {self.keys[i].decode(**ANY_NAME)!r}"
 
 
 def _grouped(path: Path, data: np.ndarray, report: Report) -> dict[str, dict[str, tuple[int, int]]]:
@@ -210,10 +205,13 @@ def _payload(
     if len(found) == 1:
         return found[0], members[found[0]]
     if found:
-        problem = f"has {len(found)} images or latents ({', '.join(found)}); keep one"
+        problem = f"has {len(found)} images or latents ({', '.join(found)}); keep one" + _rule(members)
+    elif packed := [e for e in members if e.endswith(_PACKED_FILES)]:
+        problem = f"has no image but a compressed one ('.{packed[0]}'); unpack it, and make the archive again"
     else:
-        problem = f"has no image or .npy (its files: {', '.join(map(repr, sorted(members)))}); add it or remove them"
-    report(UserError(f"{path}: byte {_first(members)}: {key!r} {problem}{_rule(members)}"))
+        listed = ", ".join(map(repr, sorted(members)))
+        problem = f"has no image or .npy (its files: {listed}); add it or remove them" + _rule(members)
+    report(UserError(f"{path}: byte {_first(members)}: {key!r} {problem}"))
     return None
 
 
@@ -260,119 +258,6 @@ def _rule(members: Mapping[str, tuple[int, int]]) -> str:
 def _first(members: Mapping[str, tuple[int, int]]) -> int:
     """Return the offset of a sample's first file."""
     return min(offset for offset, _ in members.values())
-
-
-def tar_members(path: Path, data: np.ndarray, report: Report = refuse) -> Iterator[tuple[str, int, int]]:
-    """Yield (name, offset, size) of the regular files of a USTAR, GNU or pax archive.
-
-    A compressed archive, a damaged header, a member cut short, an end without the end-of-archive block, and data after
-    that block are reported as UserErrors. If `report` returns, reading goes on at the next whole header.
-
-    data: the archive's bytes, uint8 (size,). path: the archive's name in errors.
-    """
-    view, position, extended = memoryview(data), 0, {}
-    for head, command in _PACKED.items():
-        if bytes(view[: len(head)]) == head:
-            new = path.with_name(path.name.split(".")[0] + "-unpacked.tar")
-            problem = f"is compressed, and shards are read in place; unpack it: {command} -dc {path} > {new}"
-            report(UserError(f"{path}: {problem}"))
-            return
-    while position is not None:
-        # Find the end of the archive.
-        header = bytes(view[position : position + _BLOCK])
-        if len(header) < _BLOCK:
-            report(UserError(f"{path}: byte {len(data)}: truncated (no end of archive); copy or make it again"))
-            return
-        if header == _END:
-            if not data[position:].any():
-                return
-            problem = "more data after the end of archive; copy it again, or write one archive"
-            report(UserError(f"{path}: byte {position}: {problem}"))
-            position, extended = _next_header(data, position + _BLOCK), {}
-            continue
-
-        # Parse the header.
-        kind = header[156:157]
-        try:
-            if not _checksum_matches(header):
-                raise ValueError("checksum")
-            size = extended.get("size") or _number(header[124:136])
-            if size < 0 or (size > _LONGEST and kind in (b"L", b"x")):
-                raise ValueError("size")
-        except ValueError:
-            report(UserError(f"{path}: byte {position}: damaged tar header; copy or make it again"))
-            position, extended = _next_header(data, position + _BLOCK), {}
-            continue
-        name = extended.get("path") or _name(header)
-        offset = position + _BLOCK
-        if offset + size > len(data):
-            problem = f"truncated: {name!r} ends at byte {offset + size}, the file at {len(data)}"
-            report(UserError(f"{path}: byte {position}: {problem}; copy or make it again"))
-            return
-
-        # Yield a regular file, or keep the fields that describe the next member.
-        if kind == b"L":  # GNU: the next member's long name
-            extended["path"] = bytes(view[offset : offset + size]).rstrip(b"\0").decode(errors="replace")
-        elif kind == b"x":  # pax: the next member's fields
-            try:
-                extended |= _pax(bytes(view[offset : offset + size]))
-            except ValueError:
-                report(UserError(f"{path}: byte {position}: damaged pax header; copy or make it again"))
-        else:
-            extended = {}
-            if kind in (b"0", b"\0"):
-                yield name, offset, size
-        position = offset + -(-size // _BLOCK) * _BLOCK
-
-
-def _checksum_matches(header: bytes) -> bool:
-    """Return whether a header's checksum is right. Raises ValueError if it is no number."""
-    return int(header[148:156].strip(b"\0 ") or b"x", 8) == sum(header) - sum(header[148:156]) + 8 * 32
-
-
-def _next_header(data: np.ndarray, position: int) -> int | None:
-    """Return the position of the first whole header at `position` or a number of blocks after it, or None."""
-    blocks = data[position : position + (len(data) - position) // _BLOCK * _BLOCK].reshape(-1, _BLOCK)
-    for k in np.flatnonzero((blocks[:, 257:262] == np.frombuffer(b"ustar", np.uint8)).all(1)):
-        with suppress(ValueError):
-            if _checksum_matches(blocks[k].tobytes()):
-                return position + int(k) * _BLOCK
-    return None
-
-
-def _number(field: bytes) -> int:
-    """Return the number in a header's field. Raises ValueError if it holds none."""
-    if field[0] & 0x80:  # GNU: base 256, for sizes of 8 GiB and more
-        return int.from_bytes(field[1:], "big")
-    return int(field.strip(b"\0 ") or b"0", 8)
-
-
-def _name(header: bytes) -> str:
-    """Return the member's name in a header."""
-    name = header[:100].partition(b"\0")[0]
-    prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
-    return (prefix + b"/" + name if prefix else name).decode(errors="replace")
-
-
-def _pax(records: bytes) -> dict[str, str | int]:
-    """Return `path` and `size` of a pax header, if it has them. Raises ValueError if it is damaged.
-
-    The header consists of records "LENGTH KEY=VALUE\\n", where LENGTH counts the whole record.
-    """
-    fields: dict[str, str | int] = {}
-    start = 0
-    while start < len(records):
-        space = records.index(b" ", start)
-        end = start + int(records[start:space])
-        if not space < end <= len(records) or records[end - 1 : end] != b"\n":
-            raise ValueError("record length")
-        key, _, value = records[space + 1 : end - 1].partition(b"=")
-        if key == b"path":
-            fields["path"] = value.decode(errors="replace")
-        elif key == b"size":
-            fields["size"] = int(value)
-        start = end
-    return fields
 
 
 def write_shards(pattern: str | os.PathLike, samples: Iterable[Sample], per_shard: int) -> list[Path]:

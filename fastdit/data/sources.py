@@ -7,19 +7,19 @@ from typing import Literal
 
 import numpy as np
 
-from fastdit.data.folders import FolderSamples, Labels, holds_images
+from fastdit.data.folders import FOLDERS, FolderSamples, holds_images
 from fastdit.data.latents import LatentSamples
 from fastdit.data.shards import (
     COMPRESSED,
     UNFINISHED,
-    Report,
     ShardSamples,
     find_shards,
     is_leftover,
-    refuse,
+    nested_shards,
     shards_in,
 )
 from fastdit.data.synthetic import SyntheticSamples
+from fastdit.data.tar_archives import Report, refuse
 from fastdit.errors import UserError
 
 Samples = ShardSamples | FolderSamples | LatentSamples | SyntheticSamples
@@ -76,7 +76,7 @@ class Source:
         return self.samples.where(i)
 
 
-def open_source(path: str, *, classes: int | None = None, labels: Labels = "auto", flat: bool = False) -> Source:
+def open_source(path: str, *, classes: int | None = None, labels: str = "auto", flat: bool = False) -> Source:
     """Open the source that `path` names:
 
     - the bare name of a shipped set (`fashion_mnist`; write `./fashion_mnist` for a folder of your own);
@@ -86,7 +86,7 @@ def open_source(path: str, *, classes: int | None = None, labels: Labels = "auto
 
     The number of classes is `classes` if it is set, else that of the class folders or of the names in the shards'
     `classes.json` (a list of strings beside them), else the largest label + 1. `labels` chooses the folders of a tree
-    that are its classes, as in `FolderSamples`.
+    that are its classes, or names a file of labels, as in `FolderSamples`.
 
     Raises UserError if the source cannot be read, or if a label is not below the number of classes.
     """
@@ -105,6 +105,9 @@ def open_source(path: str, *, classes: int | None = None, labels: Labels = "auto
         samples = LatentSamples(samples) if samples.is_latent else samples
         names = read_class_names(location[0].parent)
 
+    if labels not in FOLDERS and not isinstance(samples, FolderSamples):
+        raise UserError(f"--data.labels {labels}: is for a folder of images, and {path} has labels of its own")
+
     # Check the labels, and name classes that have no name by their numbers.
     own = len(names) or None
     count = classes or own or classes_needed(samples)
@@ -117,12 +120,19 @@ def open_source(path: str, *, classes: int | None = None, labels: Labels = "auto
 def locate(path: str) -> Path | list[Path]:
     """Return the root of a tree of class folders, or a list of shards, for a path or the name of a shipped set.
 
-    Raises UserError if there is neither, or if a folder holds both.
+    Raises UserError if there is neither, if a folder holds both, or if shards lie in folders below it.
     """
     if "{" in path or not (folder := _shipped(path)).is_dir():
         return find_shards(str(_shipped(path)))
     if not (shards := shards_in(folder)):
+        if (nested := nested_shards(folder)) and not holds_images(folder):
+            raise UserError(f"{folder}: its shards lie in folders; point --data.source at one of them: {nested.parent}")
         return folder
+    if nested := nested_shards(folder):
+        raise UserError(
+            f"{folder}: holds shards (such as {shards[0].name}), and so does a folder in it ({nested.parent}); move "
+            "all that belong together into one folder"
+        )
     for beside in sorted(p for p in folder.iterdir() if not is_leftover(p.name) and p.is_dir()):
         if holds_images(beside):
             raise UserError(

@@ -20,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastdit.files import stand_in
+
 State = dict[str, Tensor]
 
 # First bytes of files that are no checkpoints: what such a file is, and what to do.
 _SIGNATURES = (
-    (b"version https://git-lfs", "it is a Git LFS pointer, not the file itself; fetch the file with: git lfs pull"),
     (b"\x1f\x8b", "it is compressed with gzip; unpack it with: gunzip, or tar xzf"),
     (b"BZh", "it is compressed with bzip2; unpack it with: bunzip2, or tar xjf"),
     (b"\xfd7zXZ", "it is compressed with xz; unpack it with: unxz, or tar xJf"),
@@ -34,7 +35,6 @@ _SIGNATURES = (
     (b"\x93NUMPY", "it is a NumPy array; give a .pt or .safetensors file"),
     (b"GGUF", "it is a GGUF file; give a .pt or .safetensors file"),
 )
-_PAGE = re.compile(rb"\s*(<!doctype html|<html|<head|<\?xml)", re.IGNORECASE)
 _AGAIN = "copy or download it again"
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colors in a message
 _TYPE = re.compile(r"\bGLOBAL ([\w.]+)")  # in a message of torch's weights-only loader
@@ -147,8 +147,8 @@ def other_kind(path: Path) -> str | None:
     for start, fault in _SIGNATURES:
         if head.startswith(start):
             return fault
-    if _PAGE.match(head):
-        return "it is an HTML page; download the file itself (its raw link, not the page that shows it)"
+    if fault := stand_in(head):
+        return f"it {fault}"
     if head[257:262] == b"ustar":
         return "it is a tar archive; unpack it with: tar xf"
     if head.startswith(b"PK"):

@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fastdit.data.manifest import MANIFEST, check_same, read_manifest, write_json
-from fastdit.data.shards import UNFINISHED, Sample, tar_members, write_shard
+from fastdit.data.shards import UNFINISHED, Sample, write_shard
+from fastdit.data.tar_archives import tar_members
 from fastdit.errors import UserError
 from fastdit.files import sha256_of
 
