@@ -26,7 +26,8 @@ class DataConfig:
         channels: channels of an image (1 or 3) or latent.
         classes: number of classes; none reads it from the source.
         labels: folders that are the classes of a tree: the first below the source, or the deepest, which hold images.
-            auto is first, and refuses trees whose first folders hold only folders, or are named like splits.
+            auto is first, and refuses trees whose first folders hold only folders, or are named like splits. Or a file
+            of labels: CSV, text or JSON with paths and labels, or a list of paths.
         flip: mirror each sample with probability one half. Latents need the mirrored latent in the shards.
         on_corrupt: an undecodable image stops the run, or is replaced by the next one and counted.
         convert: images with other than `channels` channels are made to fit (gray repeated, color made gray,
@@ -51,7 +52,7 @@ class DataConfig:
     size: int | tuple[int, int] = 256
     channels: int = 3
     classes: int | None = None
-    labels: Literal["auto", "first", "deepest"] = "auto"
+    labels: str = "auto"
     flip: bool = True
     on_corrupt: Literal["stop", "skip"] = "stop"
     convert: bool = False

@@ -39,9 +39,7 @@ def _parser() -> OneLineParser:
         "--size", type=int | tuple[int, int], default=256, help="pixels: one number, or [height, width]"
     )
     parser.add_argument("--classes", type=int | None, default=None, help="number of classes; default: the source's")
-    parser.add_argument(
-        "--labels", type=Literal["auto", "first", "deepest"], default="auto", help="as --data.labels of a run"
-    )
+    parser.add_argument("--labels", type=str, default="auto", help="as --data.labels of a run")
     parser.add_argument(
         "--mirrored", type=bool, default=True, help="store the latents of mirrored images too, for data.flip"
     )

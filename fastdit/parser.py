@@ -15,6 +15,7 @@ from jsonargparse import Namespace
 
 from fastdit.command_line import OneLineParser, preset_of
 from fastdit.config import CONFIG_FILE, Config
+from fastdit.data.folders import FOLDERS
 from fastdit.errors import UserError
 from fastdit.models import SIZES
 from fastdit.other_trainers import check_model, ours
@@ -28,8 +29,21 @@ RENAMED_PRESETS = {
     **{f"imagenet256_sd_dit_{size.lower()}2": ["imagenet256_sd_dit", "--model.size", size] for size in SIZES},
 }
 # Settings that may be paths, and their values that are names of something shipped.
-PATHS = ("init_from", "ds_config", "data.source", "data.autoencoder", "sadm.psi_weights", "psi_align.psi_weights")
-NAMES = ("fashion_mnist", "identity", *(path.stem for path in (Path(__file__).parent / "ds_configs").glob("*.json")))
+PATHS = (
+    "init_from",
+    "ds_config",
+    "data.source",
+    "data.labels",
+    "data.autoencoder",
+    "sadm.psi_weights",
+    "psi_align.psi_weights",
+)
+NAMES = (
+    "fashion_mnist",
+    "identity",
+    *FOLDERS,
+    *(path.stem for path in (Path(__file__).parent / "ds_configs").glob("*.json")),
+)
 # Older names of settings, each in the section of the current one.
 RENAMED_SETTINGS = {"data.standardise": "data.standardize", "sadm.normalise": "sadm.normalize"}
 

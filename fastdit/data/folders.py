@@ -1,5 +1,7 @@
 """List class-folder trees of images, `root/CLASS/**/*.{png,jpg,...}`. Labels number the sorted class names.
 
+Labels may come from a file instead (label_files.py).
+
 A tree that may mean two things is refused with the ways to say which one is meant: folders that look like splits
 (train, val), class folders that hold only folders, images beside class folders, and one file in two classes.
 """
@@ -8,14 +10,15 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from fastdit.data.label_files import read_label_file
 from fastdit.data.shards import COMPRESSED, IMAGE_EXTENSIONS, is_leftover, map_file
 from fastdit.errors import UserError
 
-Labels = Literal["auto", "first", "deepest"]
+FOLDERS = ("auto", "first", "deepest")  # choices of folders as classes; another text is a file of labels
 _SUFFIXES = tuple(f".{e}" for e in IMAGE_EXTENSIONS)
 _SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 _THUMBNAILS = {"thumbnails", "thumbnail", "thumbs", "_thumbs"}
@@ -33,39 +36,41 @@ class FolderSamples:
     """Number the images of a class-folder tree by class and then by path.
 
     Attributes:
-        class_names: the names of the classes, in the order of their labels.
+        class_names: the names of the classes, in the order of their labels; empty if a file labels by numbers.
         labels: class labels, (n,) int64.
         left_out: a phrase that counts the files that are not taken, by suffix; empty if there are none.
     """
 
     is_latent = False
 
-    def __init__(self, root: Path, labels: Labels = "auto", flat: bool = False):
+    def __init__(self, root: Path, labels: str = "auto", flat: bool = False):
         """List the tree without opening an image.
 
         labels: "first" names a class by the folder below `root`, "deepest" by the path of the folder that holds the
             image. "auto" is "first", but refuses folders named like splits and class folders that hold only folders.
+            Another text is the path of a file that labels images, as in label_files.py; others are not taken.
         flat: whether a folder of images without class folders is taken, as one class.
 
-        Raises UserError that names a folder without classes or images, or a tree that may mean two things.
+        Raises UserError that names a folder without classes or images, or a tree that may mean two things, or a line of
+        the file.
         """
         self.root = root
         walk = _Walk(str(root))
-        folders, loose = walk.top()
-        found = {name: walk.images(name, real) for name, real in folders.items()}
-        if loose and flat and not any(found.values()):
-            found = {"": loose}
-            self.class_names: tuple[str, ...] = (root.resolve().name,)
+        if labels in FOLDERS:
+            self.class_names, found = _by_folder(root, walk, labels, flat)
+            numbers = range(len(found))
         else:
-            _check_tree(root, found, loose, labels, walk)
-            found = _by_parent(root, found) if labels == "deepest" else found
-            self.class_names = tuple(found)
+            images = [image.path for image in walk.below("", walk.real, False, (walk.real,))]
+            by_file = read_label_file(labels, root, images)
+            found = list(by_file.classes.values())
+            self.class_names = tuple(by_file.classes) if by_file.named else ()
+            numbers = range(len(found)) if by_file.named else map(int, by_file.classes)
+            if more := len(images) - sum(map(len, found)):
+                walk.left_out[f"images that {os.path.basename(labels)} does not name"] += more
 
         # Keep paths and labels in arrays, which take less memory than lists.
-        found = _each_file_once(root, found, walk)
-        sizes = [len(images) for images in found.values()]
-        self.labels = np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)
-        self._paths = np.array([os.fsencode(image.path) for images in found.values() for image in images])
+        self.labels = np.repeat(np.fromiter(numbers, np.int64), [len(paths) for paths in found])
+        self._paths = np.array([os.fsencode(path) for paths in found for path in paths])
         self.left_out = walk.describe()
 
     def read(self, i: int) -> np.ndarray:
@@ -149,7 +154,21 @@ def holds_images(folder: Path) -> bool:
     return next(walk.below("", walk.real, False, (walk.real,)), None) is not None
 
 
-def _check_tree(root: Path, found: dict[str, list[_Image]], loose: list[_Image], labels: Labels, walk: _Walk) -> None:
+def _by_folder(root: Path, walk: _Walk, labels: str, flat: bool) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Return the names of the classes, and the paths of each one's images. Raises UserError as `FolderSamples`."""
+    folders, loose = walk.top()
+    found = {name: walk.images(name, real) for name, real in folders.items()}
+    if loose and flat and not any(found.values()):
+        names, found = (root.resolve().name,), {"": loose}
+    else:
+        _check_tree(root, found, loose, labels, walk)
+        found = _by_parent(root, found) if labels == "deepest" else found
+        names = tuple(found)
+    found = _each_file_once(root, found, walk)
+    return names, [[image.path for image in images] for images in found.values()]
+
+
+def _check_tree(root: Path, found: dict[str, list[_Image]], loose: list[_Image], labels: str, walk: _Walk) -> None:
     """Raise UserError unless the folders `found` are class folders with images and no image is `loose` beside them."""
     # Refuse folders without classes.
     if loose and not any(found.values()):
