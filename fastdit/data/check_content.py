@@ -53,7 +53,7 @@ def check_images(source: Source, threads: int, report: Report) -> str:
     (h, w), (height, width) = by_area[0], by_area[-1]
     extents = f"{h} x {w}" if (h, w) == (height, width) else f"{h} x {w} to {height} x {width}"
     decoder = " by Pillow" if backend.name == "torch" else ""
-    beyond = f"; {len(reader.by_pillow)} by Pillow, because DALI refuses them" if reader.by_pillow else ""
+    beyond = f"; {len(reader.by_pillow)} by Pillow instead of DALI" if reader.by_pillow else ""
     return f"{source.n - bad} images decode{decoder} ({kinds}; {extents} pixels{beyond})"
 
 

@@ -1,10 +1,12 @@
-"""Define rules for image files that every reader follows: the largest size, and the number of channels."""
+"""Define rules for image files that every reader follows: the largest and longest size, and the number of channels."""
 
 from fastdit.data.sources import Source
 from fastdit.errors import UserError
 
 # Two damaged bytes of a JPEG can claim 4 billion pixels, which take minutes and 12 GB to decode.
 MOST_PIXELS = 1 << 28
+# An image of 1 x 12,000 pixels, scaled to cover 256 x 256, would take 2.4 GB.
+MOST_ELONGATED = 64
 _KINDS = {1: "gray", 2: "gray and alpha", 3: "color", 4: "color and alpha, or CMYK"}
 
 

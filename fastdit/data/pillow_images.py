@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from fastdit.data.image_rules import MOST_PIXELS
+from fastdit.data.image_rules import MOST_ELONGATED, MOST_PIXELS
 
 # An open list would start Ghostscript for a PostScript file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000")
@@ -56,14 +56,14 @@ def decode(file: np.ndarray) -> tuple[Image.Image, int]:
 def to_pnm(file: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
     """Return the upright image of an encoded file as a PNM file, uint8 (size,): 8 bits, gray or RGB, not compressed.
 
-    With it come the height, width and channels of the encoded file. Any decoder of PNM gives Pillow's pixels. Raises
-    exceptions of many kinds for a file that is not a whole image.
+    With it come the height, width and channels of the encoded file. Any decoder of PNM gives Pillow's pixels. Of a very
+    long image it holds the `middle`. Raises exceptions of many kinds for a file that is not a whole image.
     """
     image, channels = decode(file)
     if image.mode == "F":
         raise ValueError("floating-point pixels")
-    pixels = image.convert("L" if channels < 3 else "RGB")
-    header = f"P{5 if channels < 3 else 6} {image.width} {image.height} 255\n"
+    pixels = middle(image).convert("L" if channels < 3 else "RGB")
+    header = f"P{5 if channels < 3 else 6} {pixels.width} {pixels.height} 255\n"
     return np.frombuffer(header.encode() + pixels.tobytes(), np.uint8), (image.height, image.width, channels)
 
 
@@ -92,9 +92,22 @@ def _upright(image: Image.Image, opened: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
+def middle(image: Image.Image) -> Image.Image:
+    """Return the middle of an image that is over MOST_ELONGATED times as long as wide, and any other one unchanged.
+
+    Whole, it could take gigabytes once it is scaled to cover a square, and all but the middle would be cut off.
+    """
+    most = MOST_ELONGATED * min(image.size)
+    width, height = min(image.width, most), min(image.height, most)
+    if (width, height) == image.size:
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
 def fit(image: Image.Image, size: tuple[int, int], channels: int) -> np.ndarray:
     """Return the center of `image`, scaled until it just covers `size`, as uint8 (channels, *size), maybe a view."""
-    mode = "L" if channels == 1 else "RGB"
+    mode, image = "L" if channels == 1 else "RGB", middle(image)
     if image.mode != mode:
         image = image.convert(mode)
     # DALI computes extents in float32 and rounds halves up; other arithmetic gives another extent for some images.

@@ -6,7 +6,7 @@
 DALI's threads read the pages of the memory maps while the training step runs. They also decode, unless a GPU does. The
 same graphs run on a machine without a GPU.
 
-Pillow decodes the images that DALI's decoder refuses (GIF, AVIF, some WebP files). They enter the graph as PNM files,
+Pillow decodes very long images and those that DALI's decoder refuses (GIF, AVIF, some WebP). They enter as PNM files,
 so that DALI scales and mirrors all images alike.
 """
 
@@ -24,7 +24,7 @@ from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.data_node import DataNode
 from PIL import Image
 
-from fastdit.data.image_rules import MOST_PIXELS, wrong_channels
+from fastdit.data.image_rules import MOST_ELONGATED, MOST_PIXELS, wrong_channels
 from fastdit.data.order import BatchFailed, Request
 from fastdit.data.pillow_images import to_pnm
 from fastdit.data.sources import Source
@@ -116,7 +116,7 @@ class ImageReader(DaliReader):
     The image is scaled until it just covers `size`, and its center is cut out. The filter is cubic with antialiasing,
     extents are rounded to whole pixels, and values to 8 bits. That is Pillow's bicubic filter, except that the edge is
     repeated beyond the border. EXIF orientation is applied. A palette image counts as RGB. An image of more than 2^28
-    pixels counts as corrupt.
+    pixels counts as corrupt. One that is over 64 times as long as wide is cut to its middle before it is scaled.
 
     convert: convert an image with other than `channels` channels: repeat gray, make color gray, drop transparency.
         Without `convert` such an image raises UserError.
@@ -242,7 +242,10 @@ class ImageReader(DaliReader):
 
 
 def _parses(image: np.ndarray) -> bool:
-    """Return whether the decoder's library finds an image's kind and extents, which takes a few microseconds."""
+    """Return whether the decoder's library finds an image's kind and extents, which takes a few microseconds.
+
+    An image that is too large or too long for DALI's graph counts as one that does not parse.
+    """
     # For these the library prints errors, or takes a padding byte of WebP for a chunk.
     head = image[:21].tobytes()
     if head[:4] == b"GIF8" or head[4:12] in (b"ftypavif", b"ftypavis"):
@@ -251,7 +254,8 @@ def _parses(image: np.ndarray) -> bool:
         return False
     try:
         found = nvimgcodec.CodeStream(image)
-        return found.height * found.width <= MOST_PIXELS
+        short, long = sorted((found.height, found.width))
+        return short * long <= MOST_PIXELS and long <= MOST_ELONGATED * short
     except RuntimeError:
         return False
 
@@ -280,7 +284,7 @@ def _to_pnm(file: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]] | None:
 @lru_cache
 def _tell_once(path: str) -> None:
     """Tell, once a source, that DALI does not decode all of its images."""
-    log.warning("%s: has images that NVIDIA DALI does not decode; Pillow is tried on them", path)
+    log.warning("%s: has images that NVIDIA DALI does not decode, or very long ones; Pillow is tried on them", path)
 
 
 class ShapeReader(ImageReader):
