@@ -33,11 +33,12 @@ _REWORDED = (
     (r"^argument (\S+): expected one argument", r"\1: expected a value"),
     (r'^"([\w.]+)": ', r"\1: "),
     (r"Unable to load config '(.*?)'.*", r"expected settings as {name: value}, got \1"),
-    (r"Does not validate against any .* Subtypes: \[(.*)\] Errors: .* Given value: ", _any_of),
+    (r"Does not validate against any .* Subtypes: \[(.*)\] Errors: .* Given value: ?", _any_of),
     (r"Expected an? (.*)\. Got value: ", r"expected \1, got "),
     (r"typing\.Literal\[(.*?)\]", r"one of \1"),
     (r"expected tuple( with 2 elements)?", "expected a pair [a, b]"),
     (r"tuple\[(.*?)\]", r"[\1]"),
+    (r"expected (bool|int|float|str)\b", lambda match: f"expected {_TYPES[match[1]]}"),
     (r"NoneType", "null"),
     (r"^functools\.partial.*", "a section is null; fill it or leave it out"),
 )

@@ -356,7 +356,7 @@ def refusal(*flags) -> str:
         ("--n 1", ["eval.n:", "at least 2", "1"]),
         ("--n_real 3", ["eval.n_real:", "at least 4"]),
         ("--seed -1", ["eval.seed:", "at least 0"]),
-        ("--n x", ["n:", "expected int"]),
+        ("--n x", ["n:", "expected a whole number"]),
         ("--labels none", ["labels:", "balanced"]),
         ("--features vgg", ["features:", "lite0", "inception"]),
         ("--steps 0", ["steps", "at least 1"]),

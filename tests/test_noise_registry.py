@@ -178,7 +178,7 @@ path.write_text(dump(config))
 assert load(path) == config
 assert refusal("--noise.name", "x") == "noise.name: expected one of 'edm', 'ddpm', 'flow', 'toy', got x"
 assert refusal("--noise.toy.highest", "-1") == "noise.toy.highest: -1.0; must be positive"
-assert refusal("--noise.toy.highest", "abc") == "noise.toy.highest: expected float, got abc"
+assert refusal("--noise.toy.highest", "abc") == "noise.toy.highest: expected a number, got abc"
 assert refusal("--noise.name", "toy", "--sample.steps", "8") == "sample.steps: 8; a toy takes at most 7"
 assert "euler, heun" in refusal("--noise.name", "toy", "--sample.steps", "7", "--sample.sampler", "ddim")
 

@@ -162,7 +162,7 @@ def test_without_the_training_data_classes_have_names(copied, sample, two):
     [
         ("--n 0", ["--n 0", "from 1"]),
         ("--seed -1", ["--seed -1", "from 0"]),
-        ("--n x", ["n:", "expected int", "x"]),
+        ("--n x", ["n:", "expected a whole number", "x"]),
         ("--classes 10", ["--classes 10", "10 is out of range", "0 to 9"]),
         ("--classes 1,-1", ["--classes 1,-1", "-1 is out of range"]),
         ("--classes a", ["--classes a", "0,3,7", "T-shirt"]),

@@ -149,7 +149,7 @@ def test_a_preset_gives_what_is_not_given():
         (f"{FASHION} --steps 1 --out psi.pt", ["--out psi.pt: must end in .safetensors"]),
         (f"{FASHION} --steps 9 --lr 1e30", ["--lr 1e+30", "not finite", "lower it"]),
         (f"{FASHION} --stepz 1 --steps 1", ["--stepz", "--steps?"]),
-        (f"{FASHION} --steps x", ["steps", "expected int", "x"]),
+        (f"{FASHION} --steps x", ["steps", "expected a whole number", "x"]),
         (FASHION, ["steps", "required"]),
         ("--preset nope --steps 1", ["--preset nope", "quickstart"]),
         ("--preset imagenet256 --steps 1", ["data/imagenet256: no such"]),
