@@ -248,6 +248,8 @@ class _RunConfig:
         resume: continue from the newest good checkpoint in `out`.
         trust: resume from a checkpoint of an older version, although reading it can run code that somebody put there.
             Only the command line can set it.
+        dry_run: build everything, take a few training steps, and print what the run needs of time, memory and disk.
+            Nothing is written. Only the command line can set it.
         ds_config: DeepSpeed configuration: zero0, zero1, zero2, zero3, zero3_offload, or a path to a JSON file.
         init_from: start from these weights: official DiT .pt, a folder saved by diffusers, or fastdit's own export.
         init_weights: name of the weights in `init_from`, such as ema, model, or fp16 (a diffusers variant). none: the
@@ -292,6 +294,7 @@ class _RunConfig:
     out: str = "runs/default"
     resume: bool = False
     trust: bool = False
+    dry_run: bool = False
     ds_config: str = "zero1"
     init_from: str | None = None
     init_weights: str | None = None

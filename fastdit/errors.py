@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -43,6 +44,18 @@ def explain(error: OSError, path: object = None) -> UserError | None:
         return None
     where = "a file" if named is None else named
     return UserError(f"{where}: cannot be read or written ({os.strerror(error.errno)}); {REMEDIES[error.errno]}")
+
+
+def _explain_memory(error: RuntimeError) -> UserError | None:
+    """Return an error of torch that memory ran out as a UserError, or None if `error` is another one."""
+    text = str(error)
+    if "out of memory" not in text and "can't allocate memory" not in text:
+        return None
+    asked = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.IGNORECASE)
+    return UserError(
+        f"out of memory{f': {asked[1]} more are not free' if asked else ''}; end what else uses the device, or in "
+        "training lower --micro_batch, set --model.grad_checkpoint blocks, or take a higher ZeRO stage"
+    )
 
 
 def check_ranges(settings: object, group: str, ranges: dict[str, tuple[float, ...]]) -> None:
@@ -89,6 +102,8 @@ def run_command(body: Callable[[list[str]], None], argv: list[str] | None = None
             raise
         _fail(explained)
     except RuntimeError as error:
+        if explained := _explain_memory(error):
+            _fail(explained)
         if "Connection closed by peer" not in str(error) and "Connection reset by peer" not in str(error):
             raise
         print(f"rank {os.environ.get('RANK')} ends: another rank has left", file=sys.stderr, flush=True)

@@ -131,6 +131,12 @@ def read_json(path: Path, remedy: str) -> object:
         raise UserError(f"{path}: cannot be read ({reason}); {remedy}") from None
 
 
+def describe_bytes(n: int) -> str:
+    """Return a number of bytes in words, such as 23.2 MB."""
+    power = min(max(0, len(str(n)) - 1) // 3, 4)
+    return f"{n / 1000**power:.{min(power, 1)}f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
 def sha256_of(*paths: str | os.PathLike) -> str:
     """Return the SHA-256 of the bytes of `paths`, one after the other, in hexadecimal. Raises OSError."""
     digest = hashlib.sha256()

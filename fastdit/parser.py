@@ -97,13 +97,13 @@ def parse(argv: list[str]) -> Config:
     argv = [word for word in argv if word != "--print_config"]
     args = []
     for arg, after in zip(argv, [*argv[1:], None]):
-        if arg in ("--resume", "--trust") and after not in ("true", "false"):
+        if arg in ("--resume", "--trust", "--dry_run") and after not in ("true", "false"):
             args += [arg, "true"]
         else:
             args += arg.split("=", 1) if arg.startswith(("--preset=", "--out=", "--resume=")) else [arg]
     files = _saved_settings(args)
     given = dict(pairwise(args))
-    nothing_else = set(args[::2]) <= {"--resume", "--trust", "--out", "--local_rank"}
+    nothing_else = set(args[::2]) <= {"--resume", "--trust", "--dry_run", "--out", "--local_rank"}
     if not files and given.get("--resume") == "true" and nothing_else:
         raise UserError(f"--out {given.get('--out', Config.out)}: holds no run to resume; name the folder of one")
     while "--preset" in args:
@@ -119,8 +119,12 @@ def parse(argv: list[str]) -> Config:
     for file in files:
         base = parser.read(file, base)
         base.trust = False  # the file may come with the checkpoints that are not to be trusted
+        if base.dry_run:
+            raise UserError(f"{file}: dry_run: is no setting of a run; remove it, and give --dry_run to the command")
     config = _config(parser.parse(args, base))
     if shows:
+        if config.dry_run:
+            raise UserError("--dry_run: --print_config shows the settings and ends; give one of the two")
         print(dump(config), end="")
         raise SystemExit(0)
     return config
@@ -163,7 +167,7 @@ def dump(config: Config) -> str:
         return list(value) if isinstance(value, tuple) else value
 
     settings = plain(asdict(config))
-    del settings["trust"]  # it is for one command line
+    del settings["trust"], settings["dry_run"]  # they are for one command line
     for path in PATHS:
         *sections, name = path.split(".")
         inner = settings

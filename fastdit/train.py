@@ -25,10 +25,11 @@ def _train(argv: list[str]) -> None:
 
     ranks = distributed.start(config)
     lock = RunLock(Path(config.out))
-    ranks.decide(lock.acquire)
+    if not config.dry_run:
+        ranks.decide(lock.acquire)
     from fastdit.evaluation import evaluator, sample_grids
     from fastdit.rundir.report import check_files
-    from fastdit.training import loop
+    from fastdit.training import dry_run, loop
     from fastdit.training.session import Session
 
     try:
@@ -40,7 +41,9 @@ def _train(argv: list[str]) -> None:
     except (UserError, KeyboardInterrupt):
         lock.withdraw()
         raise
-    if loop.train(session.run, session.first_step, partial(sample_grids.write_grid, session), evaluate):
+    if config.dry_run:
+        dry_run.estimate(session)
+    elif loop.train(session.run, session.first_step, partial(sample_grids.write_grid, session), evaluate):
         try:
             sample_grids.finish(session)
         except distributed.Stopped:

@@ -19,7 +19,7 @@ from fastdit.data.shards import ShardSamples, shards_in
 from fastdit.data.sources import Source, check_finished, check_labels, classes_needed, locate, read_class_names
 from fastdit.data.tar_archives import Report
 from fastdit.errors import UserError
-from fastdit.files import sha256_of
+from fastdit.files import describe_bytes, sha256_of
 
 
 class Problems:
@@ -108,7 +108,7 @@ def check(
     parts = [
         f"{len(samples.labels)} samples",
         f"{classes} classes" + (f" ({empty} without samples)" if empty else ""),
-        *([f"{len(paths)} shards", _bytes(sum(p.stat().st_size for p in paths))] if paths else []),
+        *([f"{len(paths)} shards", describe_bytes(sum(p.stat().st_size for p in paths))] if paths else []),
     ]
     return Findings(problems, f"{path}: {', '.join(parts)}; {content}; {integrity}", samples, classes, notes)
 
@@ -194,9 +194,3 @@ def _counts(manifest: dict) -> list[int]:
     """Return the number of samples of each class, or an empty list if the manifest has none."""
     counts = manifest.get("counts")
     return counts if isinstance(counts, list) else []
-
-
-def _bytes(n: int) -> str:
-    """Return a number of bytes in words, such as 23.2 MB."""
-    power = min(max(0, len(str(n)) - 1) // 3, 4)
-    return f"{n / 1000**power:.{min(power, 1)}f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -213,7 +213,7 @@ def during_training(session) -> Callable[[int], None]:
     """
     # Remove the evaluations that a resumed run repeats, and open what an evaluation needs.
     run, settings = session.run, session.config.eval
-    if session.runtime.first:
+    if session.runtime.first and not session.config.dry_run:
         eval_log.truncate_after(run.folder, session.first_step)
         _complete_metrics(run, session.first_step)
     if not settings.every:

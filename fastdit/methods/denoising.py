@@ -146,6 +146,10 @@ class Denoising:
         batches: this rank's (x0, y) from the first on; training starts over with the first. say: prints a line once.
         """
 
+    def preparation_batches(self, steps: int) -> int:
+        """Return the number of batches on which `prepare` trains before a run of `steps` steps."""
+        return 0
+
     def begin_step(self, step: int, steps: int) -> dict[str, float]:
         """Set the values of all schedules for the next step, `step` (0-based) of `steps`.
 

@@ -222,6 +222,11 @@ class PsiAlignment(Wrapper):
         elif count := self.settings.warm_steps(steps, self.classes):
             warm_start_before_run("psi_align", self.psi, self.classes, batches, count, self.autocast, say)
 
+    def preparation_batches(self, steps: int) -> int:
+        """Return the number of batches on which the base and an own Psi are prepared."""
+        own = self.settings.warm_steps(steps, self.classes) if self.shared is None else 0
+        return super().preparation_batches(steps) + own
+
     def begin_step(self, step: int, steps: int) -> dict[str, float]:
         """Decide whether the step has the alignment loss, and begin the base's step."""
         self.aligns = step < self.settings.until * steps

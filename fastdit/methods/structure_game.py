@@ -228,6 +228,10 @@ class StructureGame(Wrapper):
             return
         warm_start_before_run("sadm", self.psi, self.classes, batches, count, self.autocast, say)
 
+    def preparation_batches(self, steps: int) -> int:
+        """Return the number of batches on which the base and Psi are prepared."""
+        return super().preparation_batches(steps) + self.settings.warm_steps(steps, self.classes)
+
     def end_step(self) -> dict[str, Tensor]:
         """Set lambda, update Psi in one of `psi_every` steps, and return the health signals of base and game."""
         terms = super().end_step()

@@ -32,6 +32,10 @@ class Wrapper(Denoising):
         """Prepare the base."""
         self.base.prepare(batches, steps, say)
 
+    def preparation_batches(self, steps: int) -> int:
+        """Return the number of batches on which the base prepares itself."""
+        return self.base.preparation_batches(steps)
+
     def begin_step(self, step: int, steps: int) -> dict[str, float]:
         """Begin the base's step, and return the decays of its EMAs."""
         return self.base.begin_step(step, steps)

@@ -33,6 +33,14 @@ def load_state(path: Path) -> object:
         raise UserError(f"{path}: cannot be read ({error}); use another checkpoint") from None
 
 
+def count_bytes(state: object) -> int:
+    """Return the bytes of the tensors in a state that `save_state` takes."""
+    if isinstance(state, Tensor):
+        return state.nbytes
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return sum(map(count_bytes, parts))
+
+
 def _encoded(state: object, tensors: dict[str, Tensor]) -> object:
     """Return the state as JSON, and add its tensors to `tensors`."""
     if isinstance(state, Tensor):

@@ -31,7 +31,7 @@ from fastdit.rundir.checkpoint_files import (
     sync,
 )
 from fastdit.rundir.shards import Piece, PieceReader, write_pieces
-from fastdit.rundir.state_files import load_state, save_state
+from fastdit.rundir.state_files import count_bytes, load_state, save_state
 from fastdit.training import older_checkpoint
 from fastdit.training.deepspeed_internals import Part, full_shape, local_parts, rewrite_weights, set_counters
 
@@ -138,6 +138,12 @@ def restore(
     set_counters(engine, progress["engine_steps"], progress["engine_skipped"])
     rank_state = _state_of_rank(progress["ranks"], runtime, accumulation / progress["accumulation"])
     return written["step"], rank_state, load_state(checkpoint / METHOD_FILE)
+
+
+def bytes_of_rank(trained: Trained, method_state: dict) -> int:
+    """Return the bytes of the tensors that this rank writes into a checkpoint, without JSON and headers of files."""
+    pieces = sum(piece.values.nbytes for kind in _pieces(trained).values() for piece in kind)
+    return pieces + (count_bytes(method_state) if trained.runtime.first else 0)
 
 
 def _write_pieces(trained: Trained, partial: Path) -> dict[str, str] | UserError:

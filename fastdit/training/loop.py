@@ -127,6 +127,8 @@ class Run:
         """Print a line, on rank 0 only."""
         if self.recorder:
             self.recorder.say(text)
+        elif self.runtime.first:  # in a dry run, which records nothing
+            print(text, flush=True)
 
 
 @dataclass

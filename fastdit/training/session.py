@@ -120,17 +120,18 @@ class Session:
         )
         self.first_step = self._resume() if config.resume else 0
         if runtime.first:
-            self._open_folder()
+            if not config.dry_run:
+                self._open_folder()
+            self.run.say(self._introduction())
 
     def _open_folder(self) -> None:
-        """Write the run's settings and versions, open its metrics, and print its first lines."""
+        """Write the run's settings and versions, and open its metrics."""
         folder = self.run.folder
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / CONFIG_FILE, dump(self.config))
         write_text(folder / CLASSES, json.dumps(self.source.class_names))
         write_text(folder / VERSIONS, json.dumps(versions(), indent=1))
         self.run.recorder = Recorder(folder, self.first_step, self.config.steps)
-        self.run.say(self._introduction())
 
     def _resume(self) -> int:
         """Load the newest undamaged checkpoint, if there is any. Return the number of finished steps.
@@ -166,6 +167,7 @@ class Session:
             f"{'; '.join(filter(None, (self.attention, self.graphs, describe_native(runtime.device), optimizer)))}\n"
             f"{versions()['device']}, ZeRO-{settings.stage}, batch {batch}\n"
             f"steps {self.first_step} to {config.steps} into {self.run.folder}"
+            + (" (a dry run: nothing is written)" if config.dry_run else "")
             + "".join(f"\n{n}" for n in config.notes)
         )
 
