@@ -25,6 +25,18 @@ _FAILED_WRITE = re.compile(
 _PROBE = 1 << 20  # bytes that are written to learn why a file could not be
 
 
+_PAGE = re.compile(rb"\s*(<!doctype html|<html|<head|<\?xml)", re.IGNORECASE)
+
+
+def stand_in(head: bytes) -> str | None:
+    """Return what a file with the first bytes `head` is, and what to do, if it stands in for the one that was meant."""
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself; fetch the file with: git lfs pull"
+    if _PAGE.match(head):
+        return "is an HTML page; download the file itself (its raw link, not the page that shows it)"
+    return None
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Raise a UserError that names `path`, or the file in it, if the block fails because the system refuses to write.

@@ -16,6 +16,8 @@ def _parser() -> OneLineParser:
     parser.add_argument(
         "--labels", type=Literal["auto", "first", "deepest"], default="auto", help="as --data.labels of a run"
     )
+    for name in ("image_column", "label_column"):
+        parser.add_argument(f"--{name}", type=str | None, default=None, help=f"as --data.{name} of a run")
     parser.add_argument("--decode", type=bool, default=True, help="decode every image")
     parser.add_argument("--write_manifest", type=bool, default=False, help="write a missing manifest.json")
     parser.add_argument("--most", type=int, default=50, help="number of problems to print")
@@ -31,7 +33,8 @@ def run(argv: list[str]) -> None:
         if (value := getattr(args, field)) is not None and value < least:
             raise UserError(f"--{field} {value}: must be at least {least}")
     place = place_of_manifest(args.source) if args.write_manifest else None
-    options = {field: getattr(args, field) for field in ("classes", "labels", "decode", "threads")}
+    fields = ("classes", "labels", "image_column", "label_column", "decode", "threads")
+    options = {field: getattr(args, field) for field in fields}
     found = check(args.source, **options)
 
     # Print the problems, or what was verified.

@@ -80,6 +80,8 @@ class Evaluator:
                 classes=None if settings.data else config.data.classes,
                 labels=config.data.labels,
                 flat=settings.data is not None,
+                image_column=config.data.image_column,
+                label_column=config.data.label_column,
             )
         if shape.channels not in (1, 3) or (self.source and self.source.kind == "latent"):
             remedy = "images, or an ADM reference .npz, as data" if decoder else "the autoencoder that decodes them"
