@@ -21,13 +21,17 @@ class DataConfig:
 
     Args:
         source: training samples: name of a shipped set (fashion_mnist), folder of class folders, WebDataset shards (a
-            tar, a folder of tars, or a pattern `x-{000..099}.tar`), or `synthetic`. With one class, a folder of images.
+            tar, a folder of tars, or a pattern `x-{000..099}.tar`), a Hugging Face data set (a parquet or Arrow file,
+            a folder of one split, or a pattern 'data/train-*.parquet'), or `synthetic`. With one class, a folder of
+            images.
         size: height and width the network sees, in pixels (or latent cells); one number means square.
         channels: channels of an image (1 or 3) or latent.
         classes: number of classes; none reads it from the source.
         labels: folders that are the classes of a tree: the first below the source, or the deepest, which hold images.
             auto is first, and refuses trees whose first folders hold only folders, or are named like splits. Or a file
             of labels: CSV, text or JSON with paths and labels, or a list of paths.
+        image_column: column of a Hugging Face data set that holds the images; none takes the only one.
+        label_column: its column that holds the class labels, as numbers or text; none takes the only one.
         flip: mirror each sample with probability one half. Latents need the mirrored latent in the shards.
         on_corrupt: an undecodable image stops the run, or is replaced by the next one and counted.
         convert: images with other than `channels` channels are made to fit (gray repeated, color made gray,
@@ -53,6 +57,8 @@ class DataConfig:
     channels: int = 3
     classes: int | None = None
     labels: str = "auto"
+    image_column: str | None = None
+    label_column: str | None = None
     flip: bool = True
     on_corrupt: Literal["stop", "skip"] = "stop"
     convert: bool = False

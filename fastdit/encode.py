@@ -29,7 +29,7 @@ def _parser() -> OneLineParser:
     """Return the parser of the command's flags."""
     parser = OneLineParser(prog="fastdit-encode", description="Encode images into latent shards.")
     parser.add_argument(
-        "--source", type=str, required=True, help="images: a folder of class folders, or of images, or shards"
+        "--source", type=str, required=True, help="images, as --data.source of a run, or a folder of images"
     )
     parser.add_argument(
         "--autoencoder", type=str, required=True, help="a name or path, as in --data.autoencoder of a run"
@@ -40,6 +40,8 @@ def _parser() -> OneLineParser:
     )
     parser.add_argument("--classes", type=int | None, default=None, help="number of classes; default: the source's")
     parser.add_argument("--labels", type=str, default="auto", help="as --data.labels of a run")
+    for name in ("image_column", "label_column"):
+        parser.add_argument(f"--{name}", type=str | None, default=None, help=f"as --data.{name} of a run")
     parser.add_argument(
         "--mirrored", type=bool, default=True, help="store the latents of mirrored images too, for data.flip"
     )
@@ -70,7 +72,8 @@ def _encode(argv: list[str]) -> None:
     for field in ("per_shard", "batch", "threads"):
         if getattr(args, field) < 1:
             raise UserError(f"--{field} {getattr(args, field)}: must be at least 1")
-    source = open_source(args.source, classes=args.classes, labels=args.labels, flat=True)
+    columns = {"image_column": args.image_column, "label_column": args.label_column}
+    source = open_source(args.source, classes=args.classes, labels=args.labels, flat=True, **columns)
     check_classes(source, args.classes, "--classes")
     autoencoder = open_autoencoder(args.autoencoder)
     if source.kind != "image":
@@ -96,6 +99,7 @@ def _encode(argv: list[str]) -> None:
         dtype=args.dtype,
         mirrored=args.mirrored,
         per_shard=args.per_shard,
+        **columns,
     )
     device = distributed.choose_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cpu":

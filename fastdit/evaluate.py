@@ -38,9 +38,11 @@ def _parser() -> OneLineParser:
         "--data",
         type=str | None,
         default=None,
-        help="real images: folder (of class folders or of images), shards, shipped set, or ADM reference .npz; their "
-        "channels are converted; default: the run's data",
+        help="real images: folder (of class folders or of images), shards, Hugging Face data set, shipped set, or ADM "
+        "reference .npz; their channels are converted; default: the run's data",
     )
+    for name in ("image_column", "label_column"):
+        parser.add_argument(f"--{name}", type=str | None, default=None, help=f"as --data.{name}; default: the run's")
     parser.add_argument("--n_real", type=int | None, default=None, help="number of real images; default: all")
     parser.add_argument("--labels", type=Literal["balanced", "random"], default="balanced", help="class labels")
     parser.add_argument("--features", type=Literal["lite0", "inception"], default="lite0", help="feature network")
@@ -65,6 +67,8 @@ def _evaluate(argv: list[str]) -> None:
     fields = ("n", "data", "n_real", "labels", "features", "weights", "seed")
     settings = EvalConfig(**{field: getattr(args, field) for field in fields})
     config = replace(settings_of(args), eval=settings, device=args.device, threads=args.threads)
+    columns = {name: getattr(args, name) for name in ("image_column", "label_column") if getattr(args, name)}
+    config = replace(config, data=replace(config.data, **columns))
     run = Path(args.run)
     ranks = distributed.start(config)
     ranks.decide(lambda: prepare_folder(run, f"--run {run}"))

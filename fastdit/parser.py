@@ -151,10 +151,10 @@ def _from_anywhere(value: str) -> str:
     """Return the relative path of something that exists as an absolute path, and anything else unchanged.
 
     So a run can be resumed and sampled from any directory. The last part of a path may be a pattern, such as
-    `shards-{000..099}.tar`.
+    `shards-{000..099}.tar` or `train-*.parquet`.
     """
     path = Path(value)
-    found = path.exists() or ("{" in path.name and path.parent.is_dir())
+    found = path.exists() or (any(sign in path.name for sign in "{*") and path.parent.is_dir())
     return os.path.abspath(value) if found and value not in NAMES else value
 
 

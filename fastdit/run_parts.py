@@ -11,6 +11,7 @@ from fastdit.config import Config, DataConfig
 from fastdit.data import Loader, Source, make_loader, open_source
 from fastdit.data.cache import Cache, choose_cache
 from fastdit.data.manifest import read_manifest
+from fastdit.data.tables import TableSamples
 from fastdit.distributed import ranks_here
 from fastdit.errors import UserError
 from fastdit.methods.denoising import Denoising, Shape
@@ -115,8 +116,14 @@ def build_training(config: Config, shape: Shape, decoder: LatentDecoder | None =
 
 
 def open_data(config: Config) -> Source:
-    """Open the run's source of samples. Raises UserError if it cannot be read."""
-    return open_source(config.data.source, classes=config.data.classes, labels=config.data.labels)
+    """Open the run's source of samples. Raises UserError if it cannot be read, or has none of the columns asked for."""
+    data = config.data
+    columns = {"image_column": data.image_column, "label_column": data.label_column}
+    source = open_source(data.source, classes=data.classes, labels=data.labels, **columns)
+    for name, column in columns.items():
+        if column is not None and not isinstance(source.samples, TableSamples):
+            raise UserError(f"data.{name}: {source.path} is no Hugging Face data set and has no columns; leave it out")
+    return source
 
 
 def standardized(config: Config, source: Source) -> Config:

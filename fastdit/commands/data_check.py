@@ -12,6 +12,8 @@ def _parser() -> OneLineParser:
     parser.add_argument("source", type=str, help="path or name, as in --data.source")
     parser.add_argument("--classes", type=int | None, default=None, help="number of classes; default: the source's")
     parser.add_argument("--labels", type=str, default="auto", help="as --data.labels of a run")
+    for name in ("image_column", "label_column"):
+        parser.add_argument(f"--{name}", type=str | None, default=None, help=f"as --data.{name} of a run")
     parser.add_argument("--decode", type=bool, default=True, help="decode every image")
     parser.add_argument("--write_manifest", type=bool, default=False, help="write a missing manifest.json")
     parser.add_argument("--most", type=int, default=50, help="number of problems to print")
@@ -27,7 +29,8 @@ def run(argv: list[str]) -> None:
         if (value := getattr(args, field)) is not None and value < least:
             raise UserError(f"--{field} {value}: must be at least {least}")
     place = place_of_manifest(args.source) if args.write_manifest else None
-    options = {field: getattr(args, field) for field in ("classes", "labels", "decode", "threads")}
+    fields = ("classes", "labels", "image_column", "label_column", "decode", "threads")
+    options = {field: getattr(args, field) for field in fields}
     found = check(args.source, **options)
 
     # Print the problems, or what was verified.

@@ -1,4 +1,4 @@
-"""Obtain and verify sets of images: `fastdit-data fetch NAME`, `convert-imagenet TAR` and `check SOURCE`."""
+"""Obtain, convert and verify images: `fastdit-data fetch`, `convert`, `convert-imagenet` and `check`."""
 
 import importlib
 
@@ -6,6 +6,7 @@ from fastdit.errors import UserError, run_command
 
 COMMANDS = {
     "fetch": "fastdit.commands.data_fetch",
+    "convert": "fastdit.commands.data_convert",
     "convert-imagenet": "fastdit.commands.data_convert_imagenet",
     "check": "fastdit.commands.data_check",
 }

@@ -44,6 +44,7 @@ class Settings:
         dtype: type of the stored latents; uint8 keeps only the posteriors' means, quantized.
         mirrored: whether the latent of each mirrored image is stored too.
         per_shard: number of samples in a shard.
+        image_column, label_column: the columns of a Hugging Face data set, as given to `open_source`.
     """
 
     source: str
@@ -53,6 +54,8 @@ class Settings:
     dtype: Literal["float16", "float32", "uint8"]
     mirrored: bool
     per_shard: int
+    image_column: str | None = None
+    label_column: str | None = None
 
     @property
     def shards(self) -> range:

@@ -13,10 +13,12 @@ import numpy as np
 from tqdm import tqdm
 
 from fastdit.data.check_content import check_images, check_latents
+from fastdit.data.find_tables import is_table
 from fastdit.data.folders import FolderSamples
 from fastdit.data.manifest import MANIFEST, read_manifest
 from fastdit.data.shards import ShardSamples, shards_in
 from fastdit.data.sources import Source, check_finished, check_labels, classes_needed, locate, read_class_names
+from fastdit.data.tables import TableSamples
 from fastdit.data.tar_archives import Report
 from fastdit.errors import UserError
 from fastdit.files import describe_bytes, sha256_of
@@ -48,7 +50,7 @@ class Findings:
 
     problems: Problems
     summary: str
-    samples: ShardSamples | FolderSamples
+    samples: ShardSamples | FolderSamples | TableSamples
     classes: int
     notes: tuple[str, ...] = ()
 
@@ -58,7 +60,7 @@ def place_of_manifest(path: str) -> Path:
 
     Raises UserError if `path` is no folder of shards, is a part of a folder, or has a manifest already.
     """
-    if path.partition(":")[0] == "synthetic" or isinstance(shards := locate(path), Path):
+    if path.partition(":")[0] == "synthetic" or isinstance(shards := locate(path), Path) or is_table(shards[0]):
         raise UserError(f"{path}: holds no shards; a manifest is for shards")
     place = shards[0].parent / MANIFEST
     if place.exists():
@@ -69,13 +71,21 @@ def place_of_manifest(path: str) -> Path:
 
 
 def check(
-    path: str, *, classes: int | None = None, labels: str = "auto", decode: bool = True, threads: int = 2
+    path: str,
+    *,
+    classes: int | None = None,
+    labels: str = "auto",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    decode: bool = True,
+    threads: int = 2,
 ) -> Findings:
     """Return every problem of a source, given as to `open_source`. Progress goes to stderr if that is a terminal.
 
     classes: the number of classes; by default that of `classes.json`, else of the manifest, else as many as the labels
         need.
     labels: the folders of a tree that are its classes, or a file of labels, as in `FolderSamples`.
+    image_column, label_column: the columns of a Hugging Face data set, as in `TableSamples`.
     decode: whether to decode images. The CPU does that with `threads` threads, because a GPU leaves to the CPU what it
         cannot decode itself.
 
@@ -89,6 +99,11 @@ def check(
         samples, paths = FolderSamples(location, labels, flat=True), []
         notes = (f"{path}: not taken: {samples.left_out}",) if samples.left_out else ()
         names, integrity = samples.class_names, "class folders have no manifest: pixels are as the files say"
+    elif is_table(location[0]):
+        columns = {"image_column": image_column, "label_column": label_column}
+        samples = TableSamples(path, location, **columns, unlabeled=True, report=problems, verify=True)
+        paths, names, notes = [], samples.class_names, samples.notes
+        integrity = f"{len(location)} tables, which have no manifest: pixels are as the files say"
     else:
         samples, names, integrity, manifest = _shards(location, problems)
         paths = location

@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from fastdit.data.find_tables import find_tables, is_table, tables_in
 from fastdit.data.folders import FOLDERS, FolderSamples, holds_images
 from fastdit.data.latents import LatentSamples
 from fastdit.data.shards import (
@@ -19,10 +20,11 @@ from fastdit.data.shards import (
     shards_in,
 )
 from fastdit.data.synthetic import SyntheticSamples
+from fastdit.data.tables import TableSamples
 from fastdit.data.tar_archives import Report, refuse
 from fastdit.errors import UserError
 
-Samples = ShardSamples | FolderSamples | LatentSamples | SyntheticSamples
+Samples = ShardSamples | FolderSamples | TableSamples | LatentSamples | SyntheticSamples
 _MOST_CLASSES = 1_000_000  # a larger label is taken for a damaged one
 _SHIPPED = Path(__file__).parents[1] / "assets"
 
@@ -76,17 +78,27 @@ class Source:
         return self.samples.where(i)
 
 
-def open_source(path: str, *, classes: int | None = None, labels: str = "auto", flat: bool = False) -> Source:
+def open_source(
+    path: str,
+    *,
+    classes: int | None = None,
+    labels: str = "auto",
+    flat: bool = False,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Source:
     """Open the source that `path` names:
 
     - the bare name of a shipped set (`fashion_mnist`; write `./fashion_mnist` for a folder of your own);
     - `synthetic` or `synthetic:CxHxW:CLASSES:N`;
     - a `.tar` shard, a folder of shards, or a pattern `shards-{000..099}.tar`: images or latents;
+    - a Hugging Face data set: a parquet or Arrow file, a folder of them, or a pattern `train-*.parquet`;
     - a tree of class folders, or, with `flat` or one class, a folder of images.
 
-    The number of classes is `classes` if it is set, else that of the class folders or of the names in the shards'
-    `classes.json` (a list of strings beside them), else the largest label + 1. `labels` chooses the folders of a tree
-    that are its classes, or names a file of labels, as in `FolderSamples`.
+    The number of classes is `classes` if it is set, else that of the class folders, of the data set's class names, or
+    of the names in the shards' `classes.json` (a list of strings beside them), else the largest label + 1. `labels`
+    chooses the folders of a tree that are its classes, or names a file of labels, as in `FolderSamples`. `image_column`
+    and `label_column` choose the columns of a Hugging Face data set, as in `TableSamples`.
 
     Raises UserError if the source cannot be read, or if a label is not below the number of classes.
     """
@@ -98,6 +110,10 @@ def open_source(path: str, *, classes: int | None = None, labels: str = "auto", 
         samples, kind = FolderSamples(location, labels, flat or classes == 1), "image"
         names = samples.class_names
         notes += (f"{path}: not taken: {samples.left_out}",) if samples.left_out else ()
+    elif is_table(location[0]):
+        columns = {"image_column": image_column, "label_column": label_column}
+        samples, kind = TableSamples(path, location, **columns, unlabeled=flat or classes == 1), "image"
+        names, notes = samples.class_names, samples.notes
     else:
         check_finished(location[0].parent)
         samples = ShardSamples(location)
@@ -118,12 +134,16 @@ def open_source(path: str, *, classes: int | None = None, labels: str = "auto", 
 
 
 def locate(path: str) -> Path | list[Path]:
-    """Return the root of a tree of class folders, or a list of shards, for a path or the name of a shipped set.
+    """Return the root of a tree of class folders, or a list of shards or tables, for a path or a shipped set's name.
 
     Raises UserError if there is neither, if a folder holds both, or if shards lie in folders below it.
     """
+    if is_table(path) and not Path(path).is_dir():  # Spark names folders so
+        return find_tables(path)
     if "{" in path or not (folder := _shipped(path)).is_dir():
         return find_shards(str(_shipped(path)))
+    if tables := tables_in(folder):
+        return tables
     if not (shards := shards_in(folder)):
         if (nested := nested_shards(folder)) and not holds_images(folder):
             raise UserError(f"{folder}: its shards lie in folders; point --data.source at one of them: {nested.parent}")

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from fastdit import run_parts
 from fastdit.config import Config
 from fastdit.data import Source, open_source
+from fastdit.data.folders import FOLDERS
 from fastdit.distributed import Runtime
 from fastdit.errors import UserError
 from fastdit.evaluation import draw_samples, reference
@@ -78,8 +79,10 @@ class Evaluator:
             self.source = open_source(
                 self.data,
                 classes=None if settings.data else config.data.classes,
-                labels=config.data.labels,
+                labels=config.data.labels if config.data.labels in FOLDERS or not settings.data else "auto",
                 flat=settings.data is not None,
+                image_column=config.data.image_column,
+                label_column=config.data.label_column,
             )
         if shape.channels not in (1, 3) or (self.source and self.source.kind == "latent"):
             remedy = "images, or an ADM reference .npz, as data" if decoder else "the autoencoder that decodes them"
