@@ -129,10 +129,11 @@ def draw(network: nn.Module, config: Config, reference: Reference, n: int, scale
 def count_sampling(network: nn.Module, config: Config, n: int, scales: list[float]) -> float:
     """Return the FLOPs of drawing n samples at each scale: the matrix products of all blocks.
 
-    Guidance doubles the network's calls. Heun's method calls it twice a step but the last.
+    Guidance doubles the network's calls. Heun's method calls it twice a step; `heun` once in the last.
     """
     sampler = config.sample.sampler or run_parts.build_noise(config).samplers[0]
-    calls = 2 * config.sample.steps - 1 if sampler == "heun" else config.sample.steps
+    steps = config.sample.steps
+    calls = {"heun": 2 * steps - 1, "full_heun": 2 * steps}.get(sampler, steps)
     size = config.data.size
     height, width = (size, size) if isinstance(size, int) else size
     tokens = height * width // config.model.patch**2

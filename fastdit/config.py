@@ -10,7 +10,7 @@ from typing import Literal
 from fastdit.errors import UserError, check_ranges
 from fastdit.methods.registry import METHODS, canonical_name, methods_of
 from fastdit.models import SIZES, check_fp8_width, check_head_dim
-from fastdit.noise import PROCESSES, NoiseProcess
+from fastdit.noise import PROCESSES, SDE, DiffusionForm, NoiseProcess
 
 CONFIG_FILE = "config.yaml"  # in a run's folder
 
@@ -187,11 +187,16 @@ class SampleConfig:
     """Choose how pictures are drawn, during and after training.
 
     Args:
-        sampler: name of a sampler; none takes the default of the noise process (edm, flow: heun; ddpm: ddpm).
+        sampler: name of a sampler; none takes the default of the noise process (edm, flow: heun; ddpm: ddpm). edm and
+            flow have heun, whose last step is Euler's, and euler. flow has full_heun too, Heun's method in all steps,
+            and euler_maruyama, which solves an SDE. ddpm has ddpm and ddim.
         steps: sampler steps.
         guidance: classifier-free guidance scale; 1 is off.
         interval: lowest and highest noise-to-signal ratio at which guidance acts; none is everywhere.
         guided_channels: guide only the first so many channels (official DiT checkpoints: 3); none guides all.
+        diffusion_form: diffusion coefficient of the SDE that euler_maruyama solves, by SiT's names.
+        diffusion_norm: factor on the diffusion coefficient.
+        last_step_size: time that the last step of euler_maruyama takes; it draws no noise.
         per_class: pictures of each class in the grid.
         max_classes: classes shown in the grid.
         agreement: samples for the class-agreement figure at the end (a k-NN on the training images, so not for
@@ -203,6 +208,9 @@ class SampleConfig:
     guidance: float = 1.0
     interval: tuple[float, float] | None = None
     guided_channels: int | None = None
+    diffusion_form: DiffusionForm = SDE.diffusion_form
+    diffusion_norm: float = SDE.diffusion_norm
+    last_step_size: float = SDE.last_step_size
     per_class: int = 8
     max_classes: int = 16
     agreement: int = 0
@@ -213,6 +221,21 @@ class SampleConfig:
         check_ranges(self, "sample.", {counts: (1,), "interval agreement": (0,)})
         if self.interval and not self.interval[0] < self.interval[1]:
             raise UserError(f"sample.interval: {list(self.interval)}; the first must be below the second")
+        sde = self.sde  # which checks its settings
+        if self.sampler == "euler_maruyama":
+            sde.times(self.steps)  # which checks the number of steps
+
+    @property
+    def sde(self) -> SDE:
+        """Return what euler_maruyama solves."""
+        return SDE(self.diffusion_form, self.diffusion_norm, self.last_step_size)
+
+    def describe_sampler(self, process: NoiseProcess) -> str:
+        """Return the name of the sampler that draws from `process`, with its settings if it solves an SDE."""
+        name, sde = self.sampler or process.samplers[0], self.sde
+        if name != "euler_maruyama":
+            return name
+        return f"{name} ({sde.diffusion_form} x {sde.diffusion_norm:g}, last step {sde.last_step_size:g})"
 
 
 @dataclass(frozen=True)

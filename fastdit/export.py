@@ -5,6 +5,7 @@ with a description of the run: its noise process, scale of latents, size and cla
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from fastdit import run_parts
@@ -15,7 +16,7 @@ from fastdit.models import fold_block_scales, save_official
 from fastdit.noise import DDPM, NoiseProcess
 from fastdit.parser import OneLineParser, load
 from fastdit.rundir.checkpoint_files import choose, classes_of, sampled_weights
-from fastdit.weights_description import describe
+from fastdit.weights_description import describe, process_flags
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,7 +62,7 @@ def _export(argv: list[str]) -> None:
         print(
             "note: the original DiT's sampler cannot run them: it takes DDPM with 1000 steps, and this run's noise "
             f"process is {_process(config.noise.process)}; sample them with fastdit, and start from them with "
-            f"--noise.name {config.noise.name}"
+            f"{process_flags(config.noise.name, asdict(config.noise.process))}"
         )
 
 

@@ -25,7 +25,7 @@ from fastdit.models import (
     use_fp8,
 )
 from fastdit.noise import NoiseProcess
-from fastdit.weights_description import check_description
+from fastdit.weights_description import check_description, check_process
 
 
 def shape_of(config: Config, classes: int) -> Shape:
@@ -94,13 +94,15 @@ def build_training(config: Config, shape: Shape, decoder: LatentDecoder | None =
     # Build the sampled network, and load the weights that it starts from.
     network = build_network(config, shape)
     if config.init_from:
-        classes = check_description(config, config.init_from, _say)
+        process, classes = build_noise(config), check_description(config, config.init_from, _say)
         load_checkpoint(
             network,
             config.init_from,
             new_labels=config.finetune is not None,
             weights=config.init_weights,
             classes=classes,
+            check_noise=lambda trained: check_process(process, trained, config.init_from),
+            spare_outputs=process.spare_outputs,
             say=_say,
         )
     if config.finetune == "diffit":
@@ -202,6 +204,7 @@ def build_loader(
 
 def checkpoint_signature(config: Config, shape: Shape) -> dict:
     """Return, by field, the values in which a checkpoint must agree with the run that reads it."""
+    noise = build_noise(config)
     signatures = [method.checkpoint_signature(config) for method in methods_of(config.method)]
     return {
         "method": config.method,
@@ -212,7 +215,8 @@ def checkpoint_signature(config: Config, shape: Shape) -> dict:
         "model.mlp_ratio": config.model.mlp_ratio,
         "model.qk_norm": config.model.qk_norm,
         "model.rope": config.model.rope,
-        "noise.name": config.noise.name,
+        "noise.name": noise.name,
+        **{f"noise.{noise.name}.{field}": getattr(noise, field) for field in noise.network_settings},
         "channels": shape.channels,
         "size": [shape.height, shape.width],
         "classes": shape.classes,

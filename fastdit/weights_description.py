@@ -13,6 +13,7 @@ from fastdit.config import Config
 from fastdit.errors import UserError
 from fastdit.methods.denoising import Shape
 from fastdit.models import read_metadata
+from fastdit.noise import PROCESSES, NoiseProcess
 
 KEY = "fastdit"  # in the metadata
 FORMAT = 1  # version of the description
@@ -61,6 +62,40 @@ def read_description(path: str | Path) -> dict | None:
     return description
 
 
+def process_flags(name: str, settings: dict) -> str:
+    """Return the flags that choose the noise process `name` with those of its settings that weights depend on.
+
+    settings: the process's settings, by name. Those that are left out, or are the defaults, need no flag.
+    """
+    flags = [f"--noise.name {name}"]
+    if kind := PROCESSES.get(str(name)):
+        default = kind()
+        chosen = {field: settings.get(field, getattr(default, field)) for field in kind.network_settings}
+        flags += [f"--noise.{name}.{k} {v}" for k, v in chosen.items() if v != getattr(default, k)]
+    return " ".join(flags)
+
+
+def check_process(process: NoiseProcess, trained: dict, path: str | Path) -> None:
+    """Raise UserError, naming the flags that fit, if the weights in `path` were trained for another noise process.
+
+    trained: the process's name and settings. Of a setting that it lacks, because an earlier version of fastdit wrote
+    it, the default is taken.
+    """
+    name = trained.get("name", process.name)
+    if name != process.name:
+        raise UserError(
+            f"{path}: its weights were trained with the noise process {name}, this run has {process.name}; "
+            f"take {process_flags(name, trained)}"
+        )
+    for field in process.network_settings:
+        value, before = getattr(process, field), trained.get(field, getattr(type(process)(), field))
+        if before != value:
+            flag = f"noise.{name}.{field}"
+            raise UserError(
+                f"{path}: its weights were trained with {flag} {before}, this run has {value}; take --{flag} {before}"
+            )
+
+
 def check_description(config: Config, path: str | Path, say: Callable[[str], None]) -> int | None:
     """Return the number of classes that a file of weights was trained for, or None if it has no description.
 
@@ -70,20 +105,7 @@ def check_description(config: Config, path: str | Path, say: Callable[[str], Non
     """
     if (description := read_description(path)) is None:
         return None
-    # Compare the noise process, and those of its settings that the weights depend on.
-    process, trained = config.noise.process, description["noise"]
-    if trained.get("name", process.name) != process.name:
-        raise UserError(
-            f"{path}: its weights were trained with the noise process {trained['name']}, this run has {process.name}; "
-            f"take --noise.name {trained['name']}"
-        )
-    for field in process.network_settings:
-        value = getattr(process, field)
-        if trained.get(field, value) != value:
-            raise UserError(
-                f"{path}: its weights were trained with noise.{process.name}.{field} {trained[field]}, this run has "
-                f"{value}; take --noise.{process.name}.{field} {trained[field]}"
-            )
+    check_process(config.noise.process, description["noise"], path)
 
     # Compare the number of heads, which no tensor tells, unless the width differs as well.
     sizes, dims = description["model"], config.model.dims()

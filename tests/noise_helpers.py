@@ -3,6 +3,7 @@
 import torch
 
 SHAPE = (5, 3, 3, 7)
+SIGNS = {"own": 1, "sit": -1, "repa": 1}  # of the velocity eps - x0 in a flow's output, by convention
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -17,6 +18,13 @@ def batch(process, seed=0, scale=0.5):
     channels = process.out_channels(SHAPE[1])
     out = randn(SHAPE[0], channels, *SHAPE[2:], seed=seed + 1)
     return out, scale * randn(*SHAPE, seed=seed + 2), randn(*SHAPE, seed=seed + 3), level
+
+
+def level_of(process, t):
+    """The level that a network is told by its time input `t`."""
+    if process.name == "flow":
+        return {"own": t / 1000, "sit": 1 - t, "repa": t}[process.convention]
+    return (4 * t).exp() if process.name == "edm" else t
 
 
 def wavy(process):
@@ -46,7 +54,7 @@ def raw_output(process, x0_hat, x_t, level):
         total, sd = level**2 + process.sigma_data**2, process.sigma_data
         return (x0_hat - sd**2 / total * x_t) * total.sqrt() / (level * sd)
     if process.name == "flow":
-        return (x_t - x0_hat) / level
+        return SIGNS[process.convention] * (x_t - x0_hat) / level
     signal, noise = marginal(process, level)
     eps = (x_t - signal * x0_hat) / noise
     return torch.cat([eps, torch.zeros_like(eps)], dim=1)

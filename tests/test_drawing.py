@@ -23,7 +23,7 @@ from fastdit.run_parts import Shape
 BATCH = BATCHES["cpu"]
 
 SHAPE = Shape(channels=1, height=12, width=8, classes=5)
-PROCESSES = {"heun": EDM(), "ddpm": DDPM(), "euler": Flow()}
+PROCESSES = {"heun": EDM(), "ddpm": DDPM(), "euler": Flow(), "euler_maruyama": Flow(convention="sit")}
 
 
 def trained_like(process) -> DiT:

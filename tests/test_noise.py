@@ -13,7 +13,8 @@ from fastdit.errors import UserError
 from fastdit.noise import DDPM, EDM, Flow
 
 PROCESSES = [EDM(), DDPM(), Flow(), Flow(law="uniform"), EDM(weighting="x0"), Flow(weighting="x0")]
-IDS = ["edm", "ddpm", "flow", "flow_uniform", "edm_x0", "flow_x0"]
+PROCESSES += [Flow(convention="sit"), Flow(convention="repa", weighting="x0")]
+IDS = ["edm", "ddpm", "flow", "flow_uniform", "edm_x0", "flow_x0", "flow_sit", "flow_repa_x0"]
 BY_NAME = pytest.mark.parametrize("process", PROCESSES, ids=IDS)
 
 
@@ -327,6 +328,7 @@ def test_only_a_ddpm_limits_the_sampling_steps():
         (DDPM, {"beta_end": 1.0}, "noise.ddpm.beta_start, noise.ddpm.beta_end"),
         (Flow, {"law": "cosine"}, "noise.flow.law: unknown law 'cosine'; choose one of logit_normal, uniform"),
         (Flow, {"std": 0.0}, "noise.flow.std: 0.0"),
+        (Flow, {"convention": "sd3"}, "noise.flow.convention: unknown convention 'sd3'; choose one of own, sit, repa"),
         (Flow, {"weighting": "eps"}, "noise.flow.weighting: unknown weighting 'eps'; choose one of output, x0"),
     ],
 )

@@ -96,6 +96,7 @@ class Toy:
     samplers: ClassVar[tuple[str, ...]] = ("euler", "heun")
     network_settings: ClassVar[tuple[str, ...]] = ()
     data_std: ClassVar[float] = 0.25
+    spare_outputs: ClassVar[bool] = False
 
     def __post_init__(self):
         if not self.highest > 0:

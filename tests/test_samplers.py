@@ -5,27 +5,30 @@ import math
 import numpy as np
 import pytest
 import torch
-from noise_helpers import SHAPE, marginal, randn, raw_output, wavy
+from noise_helpers import SHAPE, SIGNS, level_of, marginal, randn, raw_output, wavy
 from scipy import stats
 
 from fastdit.errors import UserError
-from fastdit.noise import DDPM, EDM, Flow, PerSampleNoise, sample
+from fastdit.noise import DDPM, EDM, SDE, Flow, PerSampleNoise, sample
 
 # ---------------------------------------------------------------- samplers on Gaussian data
 
 MU, STD = 0.7, 0.4
+PROCESSES = (EDM(), DDPM(), Flow())
 
 
 def optimal_network(process, variance=None):
     """E[x0 | x_t] for x0 ~ N(MU, STD^2), as a raw network; `variance(t)` gives a DDPM's variance channels."""
 
     def network(x, t, y):
-        level = {"edm": (4 * t.double()).exp(), "flow": t.double() / 1000, "ddpm": t.double()}[process.name]
-        x = x.double()
+        level, x = level_of(process, t.double()), x.double()
         if process.name == "edm":
             x = x * (level**2 + process.sigma_data**2).sqrt()[:, None, None, None]
         signal, noise = marginal(process, level[:, None, None, None])
         gain = signal * STD**2 / (signal**2 * STD**2 + noise**2)
+        if process.name == "flow":  # E[eps - x0 | x_t], at level 0 too
+            eps_hat = noise * (x - signal * MU) / (signal**2 * STD**2 + noise**2)
+            return SIGNS[process.convention] * (eps_hat - MU - gain * (x - signal * MU))
         out = raw_output(process, MU + gain * (x - signal * MU), x, level)
         if variance is not None:
             out[:, x.shape[1] :] = variance(int(t[0]))
@@ -50,8 +53,17 @@ def ode_error(process, sampler, steps):
 
 @pytest.mark.parametrize(
     ("process", "sampler", "order"),
-    [(EDM(), "heun", 2), (EDM(), "euler", 1), (Flow(), "heun", 2), (Flow(), "euler", 1), (DDPM(), "ddim", 1)],
-    ids=["edm_heun", "edm_euler", "flow_heun", "flow_euler", "ddim"],
+    [
+        (EDM(), "heun", 2),
+        (EDM(), "euler", 1),
+        (Flow(), "heun", 2),
+        (Flow(), "euler", 1),
+        (Flow(), "full_heun", 2),
+        (Flow(convention="sit"), "full_heun", 2),
+        (Flow(convention="repa"), "euler", 1),
+        (DDPM(), "ddim", 1),
+    ],
+    ids=["edm_heun", "edm_euler", "flow_heun", "flow_euler", "flow_full_heun", "sit_full_heun", "repa_euler", "ddim"],
 )
 def test_ode_samplers_converge_to_the_exact_solution_at_their_order(process, sampler, order):
     coarse, fine = ode_error(process, sampler, 40), ode_error(process, sampler, 80)
@@ -59,7 +71,7 @@ def test_ode_samplers_converge_to_the_exact_solution_at_their_order(process, sam
     assert fine < (0.004 if order == 2 else 0.06)
 
 
-@pytest.mark.parametrize(("process", "sampler"), [(p, s) for p in (EDM(), DDPM(), Flow()) for s in p.samplers])
+@pytest.mark.parametrize(("process", "sampler"), [(p, s) for p in PROCESSES for s in p.samplers])
 def test_samplers_reproduce_the_data_distribution(process, sampler):
     steps, n = 100, 1000
     chain = process.chain(steps) if process.name == "ddpm" else None
@@ -76,7 +88,8 @@ def test_samplers_reproduce_the_data_distribution(process, sampler):
     network = optimal_network(process, variance if sampler == "ddpm" else None)
     fresh = PerSampleNoise(0, range(n), "cpu")
     y = torch.zeros(n, dtype=torch.int64)
-    result = sample(process, network, fresh((n, 2, 3, 5)), y, steps=steps, sampler=sampler, draw_noise=fresh)
+    sde = SDE(last_step_size=0.01)  # which draws no noise, so that a long one takes variance away
+    result = sample(process, network, fresh((n, 2, 3, 5)), y, steps=steps, sampler=sampler, sde=sde, draw_noise=fresh)
     assert result.dtype == torch.float32
     # 30,000 numbers: standard errors 0.0023 and 0.0016; 100 steps of a first-order ODE method leave some more
     assert abs(result.mean().item() - MU) < 0.005
@@ -110,9 +123,7 @@ def run(process, network, sampler=None, steps=6, **settings):
     return sample(process, network, fresh(SHAPE), y, steps=steps, sampler=sampler, draw_noise=fresh, **settings)
 
 
-EVERY_SAMPLER = pytest.mark.parametrize(
-    ("process", "sampler"), [(p, s) for p in (EDM(), DDPM(), Flow()) for s in p.samplers]
-)
+EVERY_SAMPLER = pytest.mark.parametrize(("process", "sampler"), [(p, s) for p in PROCESSES for s in p.samplers])
 
 
 @EVERY_SAMPLER
@@ -120,7 +131,7 @@ def test_guidance_of_one_is_no_guidance(process, sampler):
     plain, guided = Recorder(process, wavy(process)), Recorder(process, wavy(process))
     expected = run(process, plain, sampler)
     assert torch.equal(run(process, guided, sampler, guidance=1.0, null_label=3), expected)
-    calls = 11 if sampler == "heun" else 6
+    calls = {"heun": 11, "full_heun": 12}.get(sampler, 6)
     assert [len(x) for x, _, _ in guided.calls] == [SHAPE[0]] * calls
 
 
@@ -163,7 +174,7 @@ def test_guidance_interval(process, sampler):
     run(process, network, sampler, steps=9, guidance=2.0, null_label=3, guidance_interval=(low, high))
     inside = 0
     for x, t, _ in network.calls:
-        level = {"edm": (4 * t).exp(), "flow": t / 1000, "ddpm": t}[process.name]
+        level = level_of(process, t)
         expected = bool(low < process.noise_to_signal(level)[0] <= high)
         assert len(x) == SHAPE[0] * (2 if expected else 1)
         inside += expected
@@ -265,5 +276,7 @@ def test_ill_fitting_arguments_are_refused():
     noise, y = randn(*SHAPE), torch.zeros(SHAPE[0], dtype=torch.int64)
     with pytest.raises(ValueError, match="needs draw_noise"):
         sample(DDPM(), wavy(DDPM()), noise, y, steps=2)
+    with pytest.raises(ValueError, match="needs draw_noise"):
+        sample(Flow(), wavy(Flow()), noise, y, steps=2, sampler="euler_maruyama")
     with pytest.raises(ValueError, match="labels for noise"):
         sample(DDPM(), wavy(DDPM()), noise, y[:2], steps=2, sampler="ddim")

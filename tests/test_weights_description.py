@@ -45,6 +45,16 @@ def start(path, *flags):
             ["--noise.name", "ddpm"],
             "trained with noise.ddpm.steps 500, this run has 1000; take --noise.ddpm.steps 500",
         ),
+        (
+            ["--noise.name", "flow", "--noise.flow.convention", "sit"],
+            [],
+            "take --noise.name flow --noise.flow.convention sit$",
+        ),
+        (
+            ["--noise.name", "flow"],
+            ["--noise.name", "flow", "--noise.flow.convention", "repa"],
+            "trained with noise.flow.convention own, this run has repa; take --noise.flow.convention own$",
+        ),
         (["--model.heads", "4"], [], "4 attention heads, this run's has 2; take --model.heads 4"),
     ],
 )
@@ -62,6 +72,17 @@ def test_settings_of_training_and_sampling_may_differ(tmp_path):
     start(
         written(tmp_path / "flow.safetensors", "--noise.name", "flow"), "--noise.name", "flow", "--noise.flow.std", "2"
     )
+
+
+def test_an_export_without_a_convention_has_ours(tmp_path):
+    """Versions before the setting wrote none, and had no other."""
+    flags = ["--noise.name", "flow"]
+    described = json.loads(describe(parse([*SMALL, *flags]), SHAPE)[KEY])
+    del described["noise"]["convention"]
+    path = written(tmp_path / "w.safetensors", *flags, metadata={KEY: json.dumps(described)})
+    start(path, *flags)
+    with pytest.raises(UserError, match=r"take --noise\.flow\.convention own"):
+        start(path, *flags, "--noise.flow.convention", "sit")
 
 
 def test_another_scale_of_latents_is_said(tmp_path, capsys):
@@ -131,7 +152,14 @@ def test_an_export_describes_its_run(trained, tmp_path, capsys):
     names = run_parts.open_data(config).class_names
     assert found == {
         "format": 1,
-        "noise": {"name": "flow", "law": "logit_normal", "mean": 0.0, "std": 1.0, "weighting": "output"},
+        "noise": {
+            "name": "flow",
+            "law": "logit_normal",
+            "mean": 0.0,
+            "std": 1.0,
+            "weighting": "output",
+            "convention": "own",
+        },
         "latent_scale": 0.5,
         "latent_shift": 0.0,
         "channels": 1,

@@ -43,7 +43,7 @@ def draw(
     repetition, so that the rounding of a sample does not depend on how many are drawn with it.
 
     network, decoder: on `device`, in eval mode. With a decoder, it returns the decoded images, (len(indices), 3, H, W).
-    settings: steps, sampler and guidance.
+    settings: steps, sampler, guidance and SDE.
     progress: wraps the list of batches, as tqdm does.
     """
     # Split the indices into batches.
@@ -67,6 +67,7 @@ def draw(
             guidance_interval=settings.interval,
             guided_channels=settings.guided_channels,
             null_label=shape.classes,
+            sde=settings.sde,
             draw_noise=source,
         )
         parts.append(decode(x)[: len(chunk)].cpu())

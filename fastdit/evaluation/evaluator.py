@@ -195,7 +195,7 @@ class Evaluator:
             "real": {"data": self.reference.data, "n": self.reference.n, "floor_n": list(self.reference.floor_n)},
             "features": {"name": self.net.name, "weights": self.net.weights, "resize": self.net.resize},
             "sampling": {
-                "sampler": sample.sampler or run_parts.build_noise(config).samplers[0],
+                "sampler": sample.describe_sampler(run_parts.build_noise(config)),
                 "steps": sample.steps,
                 "guidance": sample.guidance,
                 "interval": list(sample.interval) if sample.interval else None,

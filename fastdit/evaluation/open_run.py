@@ -12,10 +12,12 @@ from fastdit import run_parts
 from fastdit.command_line import OneLineParser
 from fastdit.config import CONFIG_FILE, Config
 from fastdit.errors import UserError
+from fastdit.noise import DiffusionForm
 from fastdit.parser import load
-from fastdit.rundir.checkpoint_files import choose, classes_of, manifest, sampled_weights
+from fastdit.rundir.checkpoint_files import choose, classes_of, first_difference, manifest, sampled_weights
 
 SAMPLER_FLAGS = ("steps", "sampler", "guidance", "interval", "guided_channels")
+SAMPLER_FLAGS += ("diffusion_form", "diffusion_norm", "last_step_size")
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,13 @@ def add_sampler_flags(parser: OneLineParser) -> None:
         "--steps",
         type=int | None,
         default=None,
-        help="sampler steps; this and the next four flags default to the run's settings",
+        help="sampler steps; this and the next seven flags default to the run's settings",
     )
     parser.add_argument(
-        "--sampler", type=str | None, default=None, help="heun or euler for edm and flow; ddpm or ddim for ddpm"
+        "--sampler",
+        type=str | None,
+        default=None,
+        help="heun or euler for edm and flow; full_heun or euler_maruyama for flow; ddpm or ddim for ddpm",
     )
     parser.add_argument("--guidance", type=float | None, default=None, help="guidance scale, classifier-free; 1 is off")
     parser.add_argument(
@@ -70,6 +75,13 @@ def add_sampler_flags(parser: OneLineParser) -> None:
         help="guide only at noise-to-signal ratios in [lo, hi]",
     )
     parser.add_argument("--guided_channels", type=int | None, default=None, help="guide only this many first channels")
+    parser.add_argument(
+        "--diffusion_form", type=DiffusionForm | None, default=None, help="diffusion coefficient for euler_maruyama"
+    )
+    parser.add_argument("--diffusion_norm", type=float | None, default=None, help="factor on it")
+    parser.add_argument(
+        "--last_step_size", type=float | None, default=None, help="time of euler_maruyama's last step, without noise"
+    )
     parser.add_argument(
         "--autoencoder", type=str | None, default=None, help="decoder of latents; default: the run's data.autoencoder"
     )
@@ -101,10 +113,9 @@ def open_run(args: Namespace, config: Config, decide: Callable[[Callable], objec
     run = Path(args.run)
     checkpoint = decide(lambda: choose(run, args.checkpoint))
     shape = run_parts.shape_of(config, classes_of(checkpoint))
-    written = manifest(checkpoint)
-    for field, value in run_parts.checkpoint_signature(config, shape).items():
-        if written.get(field) != value:
-            raise UserError(f"{checkpoint}: has {field} {written.get(field)}, {run} has {value}; give one of that run")
+    if difference := first_difference(checkpoint, run_parts.checkpoint_signature(config, shape)):
+        field, before, now = difference
+        raise UserError(f"{checkpoint}: has {field} {before}, {run} has {now}; give one of that run")
 
     # Build the network with the EMA weights.
     network = run_parts.build_network(config, shape)

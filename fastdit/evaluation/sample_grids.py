@@ -132,7 +132,7 @@ def _facts(session: Session) -> dict[str, str]:
     config, run, settings = session.config, session.run, session.config.sample
     lines = [line for line in read_metrics(run.folder) if "loss" in line]
     last = lines[-1] if lines else {}
-    sampler = f"{settings.sampler or session.process.samplers[0]}, {settings.steps} steps"
+    sampler = f"{settings.describe_sampler(session.process)}, {settings.steps} steps"
     return {
         "method": f"{config.method}, noise {session.process.name}, {session.parameters / 1e6:.1f} M parameters",
         "data": f"{session.source.n:,} samples of {session.source.path}",

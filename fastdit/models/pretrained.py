@@ -23,9 +23,9 @@ from fastdit.errors import UserError
 from .dit import DiT, Encoder
 from .embeddings import sincos_positions
 from .encoder_decoder import EncoderDecoder
-from .weight_entries import choose_entry, declared_classes, find_entries, without_additions
+from .weight_entries import choose_entry, declared_classes, declared_noise, find_entries, without_additions
 from .weight_files import State, read_content
-from .weight_fit import ATTENTION, check_fits, fit_labels, fit_positions, number_of_blocks, other_grid
+from .weight_fit import ATTENTION, check_fits, fit_labels, fit_outputs, fit_positions, number_of_blocks, other_grid
 
 _OFFICIAL_TOP = {
     "patch_embed": "x_embedder.proj",
@@ -63,13 +63,14 @@ class _Read(NamedTuple):
     """Hold weights in our layout, and what their file tells beside them.
 
     lines: what a user should know. positions: the position table, if the file has one. classes: the number of classes,
-    if the file states it.
+    if the file states it. noise: the noise process, if the file states it.
     """
 
     state: State
     lines: list[str]
     positions: Tensor | None = None
     classes: int | None = None
+    noise: dict[str, str] | None = None
 
 
 def load_checkpoint(
@@ -79,6 +80,8 @@ def load_checkpoint(
     new_labels: bool = False,
     weights: str | None = None,
     classes: int | None = None,
+    check_noise: Callable[[dict], None] = lambda trained: None,
+    spare_outputs: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Fill `model` from a checkpoint in any of the three layouts, which is recognized by its content.
@@ -98,6 +101,8 @@ def load_checkpoint(
             any, else the first.
         classes: number of classes of the file, the null class not counted, where it is known. None takes what the file
             states, or guesses from the number of rows.
+        check_noise: called with the noise process that the file states, if it does: its name and settings.
+        spare_outputs: whether a file with twice the outputs fits, whose second half is left out, as in SiT's.
         say: called with a line for each choice that a user should know of.
 
     Raises UserError, which names the file and the flag, if it cannot be read or does not hold exactly this model.
@@ -108,8 +113,12 @@ def load_checkpoint(
         encoder = model if isinstance(model, DiT) else model.encoder
         read = _read_folder(encoder, path, weights) if path.is_dir() else _read_file(path, weights)
         state, lines = read.state, read.lines
+        if read.noise is not None:
+            check_noise(read.noise)
         if encoder is model and "encoder.patch_embed.weight" in state:
             raise ValueError("it holds an extra decoder, no plain DiT; take --method sd_dit --sd_dit.decoder extra")
+
+        lines.append(fit_outputs(encoder, state, spare_outputs))
 
         # Complete them with those that the model keeps, and check that all fit.
         prefix = "" if "patch_embed.weight" in state or encoder is model else "encoder."
@@ -248,7 +257,7 @@ def _read_file(path: Path, weights: str | None) -> _Read:
         raise ValueError("it holds weights of diffusers; give the folder with this file and its config.json")
     if "x_embedder.proj.weight" not in state:
         return _Read(state, lines)
-    return _Read(from_official(state), lines, state["pos_embed"], declared_classes(content))
+    return _Read(from_official(state), lines, state["pos_embed"], declared_classes(content), declared_noise(content))
 
 
 def _holds_tensors(content: dict) -> bool:

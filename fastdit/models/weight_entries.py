@@ -20,9 +20,14 @@ _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _EMA = re.compile(r"(?<![a-z])(?<!non_)(?<!no_)(ema|averaged?)(?![a-z])", re.IGNORECASE)
 # Tensors that training adds to a DiT and sampling does not need, and where they come from.
 _ADDITIONS = {
-    re.compile(r"projectors?\."): "REPA's projectors",
+    re.compile(r"projectors?\."): "REPA's projectors, whose networks take --noise.flow.convention repa",
     re.compile(r"(n_averaged|initted|step|num_updates|decay)$"): "an EMA's counters",
 }
+# Values of `path_type` and `prediction` in the arguments of SiT's and REPA's trainers: those that mean a convention of
+# Flow, and those that no process of fastdit has.
+_CONVENTIONS = {("Linear", "velocity"): "sit", ("linear", "v"): "repa"}
+_OTHER_FLOWS = {(path, prediction) for path in ("GVP", "VP") for prediction in ("velocity", "noise", "score")}
+_OTHER_FLOWS |= {("Linear", "noise"), ("Linear", "score"), ("cosine", "v")}
 _DEEPEST = 8  # containers in containers
 
 
@@ -123,8 +128,29 @@ def without_additions(state: State) -> tuple[State, list[str]]:
 
 def declared_classes(content: object) -> int | None:
     """Return the number of classes that the file's training arguments state, without a null class; None if unknown."""
+    classes = _arguments(content).get("num_classes")
+    return classes if isinstance(classes, int) and not isinstance(classes, bool) and classes > 0 else None
+
+
+def declared_noise(content: object) -> dict[str, str] | None:
+    """Return name and convention of the noise process that the arguments of SiT's or REPA's trainer state, or None.
+
+    Raises ValueError if they state a path or a prediction that no process of fastdit has.
+    """
+    arguments = _arguments(content)
+    path, prediction = (str(arguments.get(name)) for name in ("path_type", "prediction"))
+    if (path, prediction) in _OTHER_FLOWS:
+        raise ValueError(
+            f"it was trained on the path {path} to predict {prediction}; fastdit has the linear path and velocities "
+            "alone: give weights that were trained so"
+        )
+    convention = _CONVENTIONS.get((path, prediction))
+    return convention and {"name": "flow", "convention": convention}
+
+
+def _arguments(content: object) -> Mapping:
+    """Return the training arguments in the content of a file, empty if there are none."""
     arguments = content.get("args") if isinstance(content, Mapping) else None
     if isinstance(arguments, argparse.Namespace):
         arguments = vars(arguments)
-    classes = arguments.get("num_classes") if isinstance(arguments, Mapping) else None
-    return classes if isinstance(classes, int) and not isinstance(classes, bool) and classes > 0 else None
+    return arguments if isinstance(arguments, Mapping) else {}

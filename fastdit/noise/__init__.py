@@ -9,6 +9,6 @@ from fastdit.noise.edm import EDM
 from fastdit.noise.flow import Flow
 from fastdit.noise.process import NoiseProcess
 from fastdit.noise.registry import PROCESSES
-from fastdit.noise.sampling import PerSampleNoise, sample
+from fastdit.noise.sampling import SDE, DiffusionForm, PerSampleNoise, sample
 
-__all__ = ["DDPM", "EDM", "PROCESSES", "Flow", "NoiseProcess", "PerSampleNoise", "sample"]
+__all__ = ["DDPM", "EDM", "PROCESSES", "SDE", "DiffusionForm", "Flow", "NoiseProcess", "PerSampleNoise", "sample"]

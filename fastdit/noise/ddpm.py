@@ -48,6 +48,7 @@ class DDPM:
     summary: ClassVar[str] = "Ho et al. 2020 with learned-range variance (Nichol and Dhariwal 2021)"
     samplers: ClassVar[tuple[str, ...]] = ("ddpm", "ddim")
     network_settings: ClassVar[tuple[str, ...]] = ("steps", "beta_start", "beta_end")
+    spare_outputs: ClassVar[bool] = False
 
     def __post_init__(self):
         check_ranges(self, "noise.ddpm.", {"steps": (2, LONGEST)})

@@ -41,6 +41,7 @@ class EDM:
     summary: ClassVar[str] = "Karras et al. 2022"
     samplers: ClassVar[tuple[str, ...]] = ("heun", "euler")
     network_settings: ClassVar[tuple[str, ...]] = ("sigma_data",)
+    spare_outputs: ClassVar[bool] = False
 
     def __post_init__(self):
         check_ranges(self, "noise.edm.", {})

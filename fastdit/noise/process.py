@@ -35,7 +35,8 @@ class NoiseProcess(Protocol):
 
     "heun" and "euler" also call `ode_levels(steps)`, which returns (steps + 1,) falling float64 levels, the last one 0.
     They integrate dx/dlevel = (x - x0_hat) / level. That holds where x_t = (1 - c level) x0 + level eps with a constant
-    c, which is 0 for EDM and 1 for flow matching. "ddpm" and "ddim" also call `chain(steps)`, as DDPM defines it.
+    c, which is 0 for EDM and 1 for flow matching. "full_heun" and "euler_maruyama" also call `velocity(out)`, as Flow
+    defines it; they are for c = 1. "ddpm" and "ddim" also call `chain(steps)`, as DDPM defines it.
     """
 
     network_settings: ClassVar[tuple[str, ...]]
@@ -44,6 +45,14 @@ class NoiseProcess(Protocol):
     @property
     def data_std(self) -> float:
         """Return the standard deviation of x0, in the data's units, that the process is made for."""
+        ...
+
+    @property
+    def spare_outputs(self) -> bool:
+        """Return whether other trainers' weights for this process may have twice the outputs, the second half unused.
+
+        Such outputs are left out when the weights are read.
+        """
         ...
 
     def out_channels(self, channels: int) -> int:

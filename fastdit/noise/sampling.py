@@ -1,23 +1,74 @@
-"""From noise to samples: ODE and ancestral samplers with classifier-free guidance, for every noise process.
+"""From noise to samples: ODE, SDE and ancestral samplers with classifier-free guidance, for every noise process.
 
 `sample` is the one entry point. `_GuidedNetwork` wraps the network as a function of (x, level) for the samplers. The
 sampler's state is float64; the network is called in float32.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastdit.errors import UserError
+from fastdit.errors import UserError, check_ranges
 from fastdit.noise.process import NoiseProcess
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 DrawNoise = Callable[[Sequence[int]], Tensor]
 Progress = Callable[[Iterable[int]], Iterable[int]]
+DiffusionForm = Literal["constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing"]
+
+# Diffusion coefficients w of the time t, which is 1 at noise, and of the norm, as in github.com/willisma/SiT,
+# transport/path.py: ICPlan.compute_diffusion. On the straight path, sigma and linear are the same.
+_DIFFUSION: dict[str, Callable[[float, float], float]] = {
+    "constant": lambda t, norm: norm,
+    "SBDM": lambda t, norm: norm * t / (1 - t),
+    "sigma": lambda t, norm: norm * t,
+    "linear": lambda t, norm: norm * t,
+    "decreasing": lambda t, norm: 0.25 * (1 - norm * math.cos(math.pi * t)) ** 2,
+    "increasing-decreasing": lambda t, norm: norm * math.sin(math.pi * t) ** 2,
+}
+
+
+@dataclass(frozen=True)
+class SDE:
+    """Choose the SDE that `euler_maruyama` solves. Names and defaults are those of SiT's sampler.
+
+    diffusion_form, diffusion_norm: the diffusion coefficient. Every choice has the same marginals.
+    last_step_size: length of the last step, in time, which draws no noise.
+
+    Raises UserError for an unknown form, a negative norm or a step that is not inside (0, 1).
+    """
+
+    diffusion_form: DiffusionForm = "sigma"
+    diffusion_norm: float = 1.0
+    last_step_size: float = 0.04
+
+    def __post_init__(self):
+        check_ranges(self, "sample.", {"diffusion_norm": (0,), "last_step_size": (0.0001, 0.9999)})
+        if self.diffusion_form not in _DIFFUSION:
+            raise UserError(
+                f"sample.diffusion_form: unknown form {self.diffusion_form!r}; choose one of {', '.join(_DIFFUSION)}"
+            )
+
+    def diffusion(self, t: float) -> float:
+        """Return the diffusion coefficient w at time t: the noise of a step dt has the variance 2 w dt."""
+        return _DIFFUSION[self.diffusion_form](t, self.diffusion_norm)
+
+    def times(self, steps: int) -> np.ndarray:
+        """Return (steps + 1,) float64 times, evenly spaced from 1 to the last step's, then 0.
+
+        SBDM's coefficient is infinite at 1, so it starts at 1 - 0.001, the epsilon of SiT's code. Raises UserError for
+        fewer than 2 steps.
+        """
+        if steps < 2:
+            raise UserError(f"sample.steps: {steps}; euler_maruyama takes at least 2, the last one without noise")
+        first = 0.999 if self.diffusion_form == "SBDM" else 1.0
+        return np.append(np.linspace(first, self.last_step_size, steps), 0.0)
 
 
 @torch.no_grad()
@@ -33,13 +84,14 @@ def sample(
     guidance_interval: tuple[float, float] | None = None,
     guided_channels: int | None = None,
     null_label: int | None = None,
+    sde: SDE | None = None,
     draw_noise: DrawNoise | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Draw samples (n, C, H, W) float32 of classes y (n,) int64 from unit-variance `noise` (n, C, H, W).
 
     network: the raw model, (x (m, C, H, W) float32, t (m,) float32, y (m,)) -> (m, out_channels(C), H, W).
-    steps: sampler steps. Heun calls the network 2 steps - 1 times, the others `steps` times.
+    steps: sampler steps. `heun` calls the network 2 steps - 1 times, `full_heun` 2 steps, the others `steps` times.
     sampler: one of process.samplers; the first if None.
     guidance: null + guidance * (conditional - null) of the prediction (Ho, Salimans 2022), both from one
         batch of 2n, labels y then null_label. At 1 the network is called on the conditional n alone.
@@ -47,7 +99,8 @@ def sample(
         (Kynkaanniemi et al. 2024); elsewhere the network is called on the conditional n alone.
     guided_channels: guide only the first so many channels (the original DiT: 3), the others are conditional.
         By default all C. A predicted variance is never guided.
-    draw_noise: shape -> fresh unit-variance noise, for `ddpm`; see PerSampleNoise.
+    sde: what `euler_maruyama` solves; SiT's defaults if None.
+    draw_noise: shape -> fresh unit-variance noise, for `ddpm` and `euler_maruyama`; see PerSampleNoise.
     progress: wraps the iterable of steps, for example tqdm.tqdm.
 
     Raises UserError for settings a user can mend, ValueError for tensors or callables that do not fit.
@@ -70,7 +123,7 @@ def sample(
     channels = guided_channels or noise.shape[1]
     predict = _GuidedNetwork(process, network, y, null_label, guidance, guidance_interval, channels)
     progress = progress or (lambda order: order)
-    return _SAMPLERS[sampler](process, predict, noise.double(), steps, draw_noise, progress).float()
+    return _SAMPLERS[sampler](process, predict, noise.double(), steps, sde or SDE(), draw_noise, progress).float()
 
 
 class PerSampleNoise:
@@ -128,13 +181,16 @@ class _GuidedNetwork:
         return self.interval[0] < noise_to_signal <= self.interval[1]
 
 
-def _ode(process, predict, noise, steps, draw_noise, progress, *, second_order: bool) -> Tensor:
+def _ode(process, predict, noise, steps, sde, draw_noise, progress, *, second_order: bool, full=False) -> Tensor:
     """Solve the probability-flow ODE dx/dlevel = (x - x0_hat) / level of EDM (Karras Alg. 1) and of straight flows.
 
-    The method is Heun's or Euler's. The step to level 0, where the slope is not defined, is always Euler's.
+    The method is Heun's or Euler's. The step to level 0, where this slope is not defined, is Euler's. With `full`,
+    which is for flows, the slope is the predicted velocity, so that the last step is Heun's too.
     """
 
     def slope(x: Tensor, level: float) -> Tensor:
+        if full:
+            return process.velocity(predict(x, level))
         levels = torch.full(x.shape[:1], level, dtype=x.dtype, device=x.device)
         return (x - process.clean(predict(x, level), x, levels)) / level
 
@@ -144,13 +200,32 @@ def _ode(process, predict, noise, steps, draw_noise, progress, *, second_order: 
         now, then = levels[i], levels[i + 1]
         d = slope(x, now)
         x_then = x + (then - now) * d
-        if second_order and then > 0:
+        if second_order and (full or then > 0):
             x_then = x + (then - now) * (d + slope(x_then, then)) / 2
         x = x_then
     return x
 
 
-def _ddpm(process, predict, noise, steps, draw_noise, progress) -> Tensor:
+def _euler_maruyama(process, predict, noise, steps, sde, draw_noise, progress) -> Tensor:
+    """Solve SiT's reverse SDE dx = (v - w score) dt + sqrt(2 w) dW on the straight path, with falling t.
+
+    v is the velocity eps - x0, and w the diffusion coefficient (Ma et al. 2024). The last step has no noise: SiT's
+    choice "Mean".
+    """
+    if draw_noise is None:
+        raise ValueError("the euler_maruyama sampler needs draw_noise")
+    times, x = sde.times(steps).tolist(), noise
+    for i in progress(range(steps)):
+        t, dt, w = times[i], times[i] - times[i + 1], sde.diffusion(times[i])
+        v = process.velocity(predict(x, t))
+        score = -(x + (1 - t) * v) / t  # -eps_hat / t, since x_t + (1 - t) (eps - x0) = eps
+        x = x - dt * (v - w * score)
+        if i < steps - 1:
+            x = x + math.sqrt(2 * w * dt) * draw_noise(x.shape)
+    return x
+
+
+def _ddpm(process, predict, noise, steps, sde, draw_noise, progress) -> Tensor:
     """Draw ancestral samples with the learned variance (Ho Alg. 2, Nichol Eq. 15) on a chain of `steps`."""
     if draw_noise is None and steps > 1:
         raise ValueError("the ddpm sampler needs draw_noise")
@@ -167,7 +242,7 @@ def _ddpm(process, predict, noise, steps, draw_noise, progress) -> Tensor:
     return x
 
 
-def _ddim(process, predict, noise, steps, draw_noise, progress) -> Tensor:
+def _ddim(process, predict, noise, steps, sde, draw_noise, progress) -> Tensor:
     """Draw samples by deterministic DDIM (Song, Meng, Ermon 2021, Eq. 12 with sigma = 0) on a chain of `steps`."""
     c, x = process.chain(steps), noise
     signal, sigma = np.sqrt(c.alpha_bar).tolist(), np.sqrt(1 - c.alpha_bar).tolist()
@@ -180,7 +255,9 @@ def _ddim(process, predict, noise, steps, draw_noise, progress) -> Tensor:
 
 _SAMPLERS = {
     "heun": partial(_ode, second_order=True),
+    "full_heun": partial(_ode, second_order=True, full=True),
     "euler": partial(_ode, second_order=False),
+    "euler_maruyama": _euler_maruyama,
     "ddpm": _ddpm,
     "ddim": _ddim,
 }

@@ -43,7 +43,8 @@ WEIGHTS, BUFFERS, STEP, SAMPLED_EMA = "weights", "buffers", "step", "ema"
 
 NAME = r"step-\d{8,}"
 LARGEST_MANIFEST = 2**26  # bytes; a checkpoint of a thousand ranks has about a megabyte
-OLDER_SIGNATURE = {"model.qk_norm": "none", "model.rope": False}  # of manifests that lack these fields
+# Values that manifests without these fields stand for.
+OLDER_SIGNATURE = {"model.qk_norm": "none", "model.rope": False, "noise.flow.convention": "own"}
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -249,6 +250,19 @@ def manifest(checkpoint: Path) -> dict:
         if name in METHODS:
             written = METHODS[name].older_signature | written
     return written
+
+
+def first_difference(checkpoint: Path, signature: dict) -> tuple[str, object, object] | None:
+    """Return (field, value in the manifest, value in `signature`) of the first field in which both differ, or None.
+
+    Older manifests hold no settings of EDM and DDPM; these are not compared then.
+    """
+    written = manifest(checkpoint)
+    for field, value in signature.items():
+        before = written.get(field, value if field.startswith(("noise.edm.", "noise.ddpm.")) else None)
+        if before != value:
+            return field, before, value
+    return None
 
 
 def sampled_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

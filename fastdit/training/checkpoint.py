@@ -23,6 +23,7 @@ from fastdit.rundir.checkpoint_files import (
     SHARDS,
     STEP,
     WEIGHTS,
+    first_difference,
     manifest,
     prune,
     publish,
@@ -116,11 +117,9 @@ def restore(
     """
     # Check that the checkpoint fits this run.
     written, engine, runtime = manifest(checkpoint), trained.engine, trained.runtime
-    for field, expected in meta.items():
-        if written.get(field) != expected:
-            raise UserError(
-                f"{checkpoint}: was written with {field} {written.get(field)}, this run has {expected}; make them equal"
-            )
+    if difference := first_difference(checkpoint, meta):
+        field, before, now = difference
+        raise UserError(f"{checkpoint}: was written with {field} {before}, this run has {now}; make them equal")
     if "format" not in written:
         return older_checkpoint.restore(engine, runtime, checkpoint, written, trust)
 
