@@ -18,7 +18,7 @@ BUILT = ("*.so", "_native.json", "__pycache__", "*.pyc", "*.egg-info")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> tuple[Path, str]:
-    """The wheel of this tree, and what building it said. No compiler: tests/test_build.py has the compiled parts."""
+    """The wheel of this tree, and what building it said. No compiler: test_build.py has the compiled parts."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("fastdit", "kernels", "csrc"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns(*BUILT))
