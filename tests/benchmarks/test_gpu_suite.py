@@ -1,6 +1,7 @@
 """benchmarks/gpu_suite.py: real parts on a CPU, kills, the time budget, and the record that is built from lines."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def test_a_killed_suite_goes_on_and_loses_nothing(tmp_path):
     assert row["record"]["rows"][0]["case"] == first["case"]
     run(python("benchmarks/gpu_suite.py", "--record", "--out", out), tmp_path / "record.log").succeeded()
 
-    ended = run([*command, "--continue"], tmp_path / "second.log").succeeded()
+    ended = run([*command, "--continue"], tmp_path / "second.log", patience=1800).succeeded()
     assert "without a module: not run: no_such_module is not installed" in ended.text
     assert [line for line in lines_of(out, "profile") if line["case"] == first["case"]] == [first], "measured once"
     assert len([*out.iterdir()]) <= 8
@@ -117,11 +118,9 @@ def test_parts_end_inside_the_budget(tmp_path, quick):
     assert time.monotonic() - began < 4 + 0.5 + 2
     assert results == [True, False, False]
     ended = {line["part"]: line["ended"] for line in journal.lines if line["what"] == "part ended"}
-    assert ended == {
-        "short": "well",
-        "stubborn": "cut off after 4 s",
-        "late": "not run: it needs 0 s, and 0 s were left",
-    }
+    assert ended["short"] == "well"
+    assert ended["late"] == "not run: it needs 0 s, and 0 s were left"
+    assert re.fullmatch(r"cut off after [1-4] s", ended["stubborn"]), "what the first part left of the 4 s"
     assert "said" in (tmp_path / LOG).read_text()
     pids = pids_in(tmp_path / LOG)
     assert len(pids) == 2

@@ -5,9 +5,7 @@ import csv
 import io
 import json
 import math
-import os
 import shlex
-import signal
 from pathlib import Path
 
 import pytest
@@ -42,24 +40,12 @@ class DiT(torch.nn.Module):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def surroundings():
-    """Put benchmarks/ on the path, and restore what the runs change in this process.
-
-    All runs share one process group, because DeepSpeed keeps the groups of the first.
-    """
-    before, threads = dict(os.environ), torch.get_num_threads()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+def surroundings(as_it_was):
+    """Put benchmarks/ on the path, and let all runs share one process group, because DeepSpeed keeps the first's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
         patch.setattr(torch.distributed, "destroy_process_group", lambda: None)
         yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(before)
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def benchmark(*argv) -> str:

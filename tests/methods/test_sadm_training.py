@@ -110,9 +110,8 @@ def test_two_ranks_train_as_the_reference(trained):
 
 
 @launch
-@pytest.mark.parametrize("method", RUNS)
-def test_two_ranks_killed_after_a_checkpoint(trained, tmp_path, method):
-    folder = tmp_path / "run"
+def test_two_ranks_killed_after_a_checkpoint(trained, tmp_path):
+    method, folder = "sd_dit+sadm", tmp_path / "run"  # whose checkpoints hold those of sadm
     flags = [*RUNS[method], "--out", folder]
     # Drawing pictures at step 7 takes so long that the kill falls between two checkpoints.
     with Launched(deepspeed(*flags, "--sample_every", 7, "--sample.steps", 2000), tmp_path / "log") as launched:
@@ -132,7 +131,7 @@ def test_two_ranks_killed_after_a_checkpoint(trained, tmp_path, method):
         assert all(isinstance(line[key], float) for key in SIGNALS), "JSON has no number for what is not finite"
         assert line["structure_loss"] > 0
         assert line["psi_grad_norm"] > 0
-        assert ("discriminative_loss" in line) == (method == "sd_dit+sadm")
+        assert "discriminative_loss" in line
 
 
 @launch

@@ -1,6 +1,7 @@
 """Test `model.qk_norm` and `model.rope`: values against a transcription, masking, checkpoints, training and errors."""
 
 import json
+import math
 import shlex
 import shutil
 
@@ -33,6 +34,7 @@ from fastdit.parser import parse
 from fastdit.rundir.checkpoint_files import MANIFEST, manifest, seal
 
 SIZES = {"input_size": (6, 10), "patch": 2, "channels": 3, "width": 72, "depth": 3, "heads": 3, "classes": 7}
+SMALL = SIZES | {"input_size": (4, 6), "depth": 2}  # for the interpreter
 OPTIONS = [{"qk_norm": True}, {"rope": True}, {"qk_norm": True, "rope": True}]
 BOTH = OPTIONS[-1]
 
@@ -41,13 +43,13 @@ def dit(**options):
     return DiT(**SIZES, out_channels=6, **options)
 
 
-def split_dit(**options):
-    return SplitDiT(split=2, **SIZES, out_channels=6, **options)
+def split_dit(sizes=SIZES, **options):
+    return SplitDiT(split=sizes["depth"] - 1, **sizes, out_channels=6, **options)
 
 
-def encoder_decoder(class_token=True, **options):
-    encoder = Encoder(**SIZES, class_token=class_token, **options)
-    return EncoderDecoder(encoder, out_channels=6, width=24, depth=2, heads=2)
+def encoder_decoder(class_token=True, sizes=SIZES, **options):
+    encoder = Encoder(**sizes, class_token=class_token, **options)
+    return EncoderDecoder(encoder, out_channels=6, width=24, depth=sizes["depth"] - 1, heads=2)
 
 
 def made(make, **options):
@@ -56,14 +58,15 @@ def made(make, **options):
     return network.to(DEVICE)
 
 
-def batch():
+def batch(sizes=SIZES):
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(3, 3, *SIZES["input_size"], generator=generator)
+    x = torch.randn(3, 3, *sizes["input_size"], generator=generator)
     return x, torch.tensor([0.0, -1.5, 17.5]), torch.tensor([0, 7, 3])
 
 
-def ids_of(keep=9):
-    return split_tokens(3, 15, keep, generator=torch.Generator().manual_seed(3), device="cpu")
+def ids_of(sizes=SIZES):
+    patches = math.prod(sizes["input_size"]) // 4
+    return split_tokens(3, patches, patches * 3 // 5, generator=torch.Generator().manual_seed(3), device="cpu")
 
 
 # Values
@@ -77,7 +80,8 @@ def ids_of(keep=9):
 def test_values_and_every_gradient(monkeypatch, make, hides, kernels, options):
     """With nothing hidden, a split DiT is the plain one. Each sample hides other patches."""
     monkeypatch.setenv("FASTDIT_KERNELS", kernels)
-    network, (x, t, y), ids = made(make, **options), batch(), ids_of() if hides else None
+    sizes = SMALL if kernels == "triton" else SIZES
+    network, (x, t, y), ids = made(make, sizes=sizes, **options), batch(sizes), ids_of(sizes) if hides else None
     weights = {name: w.detach().cpu().double().requires_grad_() for name, w in network.named_parameters()}
     expected, _ = generate(weights, network, x.double(), t, y, ids)
     on_device = ids and tuple(part.to(DEVICE) for part in ids)
@@ -89,7 +93,8 @@ def test_values_and_every_gradient(monkeypatch, make, hides, kernels, options):
     for name, p in network.named_parameters():
         close(p.grad.cpu(), weights[name].grad, 1e-4, name)
     norms = [name for name in weights if name.endswith("_norm")]
-    assert len(norms) == (2 * (5 if make is encoder_decoder else 3) if options.get("qk_norm") else 0)
+    blocks = sizes["depth"] + (sizes["depth"] - 1 if make is encoder_decoder else 0)
+    assert len(norms) == (2 * blocks if options.get("qk_norm") else 0)
     assert all(weights[name].grad.any() for name in norms)
 
 
@@ -161,9 +166,9 @@ def test_gradient_checkpointing_changes_no_bit(monkeypatch):
     monkeypatch.setenv("FASTDIT_KERNELS", "triton")
     results = []
     for grad_checkpoint in (False, True):
-        network = made(encoder_decoder, grad_checkpoint=grad_checkpoint, **BOTH)
-        x, t, y = (tensor.to(DEVICE) for tensor in batch())
-        out, _ = network.generate(x, t, y, tuple(part.to(DEVICE) for part in ids_of()))
+        network = made(encoder_decoder, sizes=SMALL, grad_checkpoint=grad_checkpoint, **BOTH)
+        x, t, y = (tensor.to(DEVICE) for tensor in batch(SMALL))
+        out, _ = network.generate(x, t, y, tuple(part.to(DEVICE) for part in ids_of(SMALL)))
         out.square().sum().backward()
         results.append([out, *(p.grad for p in network.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
