@@ -80,7 +80,7 @@ def make_inputs(home: Path) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """What is wrong, beside a tiny run on grey 8x8 images; `words` must be in the line."""
+    """Hold the flags that are wrong beside a tiny run on grey 8x8 images; `words` must be in the line."""
 
     name: str
     flags: dict
@@ -161,7 +161,7 @@ def home(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def told(home) -> dict[str, dict]:
-    """What came of each case, by its name; "good" and "skip" first, which must train."""
+    """Return how each case ended, by its name; "good" and "skip", which must train, come first."""
     runs = [Case("good", {"out": "{home}/done"}, ())]
     runs += [Case("skip", {"data.source": "{home}/corrupt", "data.on_corrupt": "skip", "batch": 9}, ())]
     runs += [*CASES, NO_GPU, UNUSABLE]

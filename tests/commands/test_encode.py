@@ -27,7 +27,7 @@ SIZE, NAMES, N = 16, ["bird", "cat", "dog"], 23
 
 
 def image(i: int) -> np.ndarray:
-    """Of every shape."""
+    """Return a small picture, whose height and width depend on `i`."""
     return picture(20 + 3 * (i % 5), 33 - 2 * (i % 7), seed=i)
 
 
@@ -65,7 +65,7 @@ def encode(home, tmp_path):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """As launched processes have: with another number of threads convolutions round otherwise."""
+    """Take one thread, as launched processes do: with another number convolutions round otherwise."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -88,7 +88,7 @@ def refusal(call, *args, **options) -> str:
 
 
 def cropped(home: Path) -> torch.Tensor:
-    """What the loader shows a network of all images, in order."""
+    """Return what the loader shows a network of all images, in order."""
     options = {"batch": N, "size": SIZE, "channels": 3, "shuffle": False, "flip": False}
     loader = make_loader(open_source(str(home / "images")), **options)
     x, _ = next(loader)
@@ -149,7 +149,7 @@ def test_channel_statistics_are_those_of_the_draws(encode):
 
 
 def test_grey_transparent_and_cmyk_images_become_colour(encode, tmp_path):
-    """As Pillow makes them so."""
+    """Compare with Pillow's own conversion."""
     colours = Image.fromarray(image(3))
     clear = colours.copy()
     clear.putalpha(Image.fromarray(image(4)[..., 0]).resize(clear.size))
@@ -226,7 +226,7 @@ def test_it_goes_on_where_it_was_stopped(encode, tmp_path, monkeypatch, capsys):
 
 
 def test_a_shard_without_its_record_is_written_again(encode, tmp_path):
-    """As when the process died between the two."""
+    """Such a shard is left when the process dies between the two."""
     whole = contents(encode(out="whole"))
     folder = encode()
     (folder / "manifest.json").unlink()
@@ -262,7 +262,7 @@ def test_ranks_write_disjoint_shards(encode, monkeypatch, capsys):
 
 @pytest.mark.launch
 def test_killed_it_goes_on(encode, home, tmp_path):
-    """By SIGKILL, in a process of its own."""
+    """SIGKILL ends the command, which runs in a process of its own."""
     images = image_shards(tmp_path / "many", [encoded(image(i), "PNG") for i in range(140)])
     flags = f"--source {images} --autoencoder {home / 'vae'} --out {tmp_path / 'out'} --size {SIZE} --per_shard 5"
     command = python("fastdit/encode.py", *flags.split(), "--batch", 2, "--threads", 1, "--device", "cpu")
@@ -345,7 +345,7 @@ def test_each_mistake_is_one_line(encode, home, tmp_path):
 
 @pytest.mark.launch
 def test_training_and_sampling_on_what_was_encoded(encode, home, tmp_path, capsys):
-    """By the flags that the command itself tells."""
+    """Take the flags that the command itself tells."""
     encode(autoencoder=home / "tiny")
     flags = capsys.readouterr().out.split("train on them with ")[1].split()
     out = tmp_path / "run"

@@ -111,7 +111,7 @@ class Opened:
 
 
 def test_figures_are_those_of_the_samples_and_the_data(trained, cheap, monkeypatch):
-    """By hand: all samples at once, the data read again; of three shards."""
+    """Compute them by hand: all samples at once, the data of three shards read again."""
     monkeypatch.setattr(class_agreement, "KNOWN_IMAGES", 3_000)
     part = str(Path(sources.__file__).parents[1] / "assets/fashion_mnist/fashion-mnist-{00..02}.tar")
     opened = Opened(trained, n_real=3_000, seed=3, data=part)
@@ -390,7 +390,7 @@ def test_data_that_does_not_fit(trained, cheap, tmp_path):
 
 
 def test_samples_of_latents_are_decoded(trained, cheap, tmp_path):
-    """By hand: latents drawn, put in order as pixels, compared with images."""
+    """Do it by hand: draw latents, put them in order as pixels, and compare them with images."""
     rng = np.random.default_rng(0)
     latent_source(tmp_path, rng.random((6, 2, 12, 14, 14)).astype(np.float32))
     assert "give the autoencoder that decodes them" in mistake(trained, data=str(tmp_path), n_real=None)

@@ -246,7 +246,7 @@ def test_several_ranks_are_refused(monkeypatch):
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    """What it prints, its record and its rows are the same."""
+    """The printed lines, the record and its rows hold the same figures."""
     import throughput
     from loaders import loader_lines
 

@@ -151,7 +151,7 @@ def test_to_uint8_rounds_to_the_nearest_level_and_clips():
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [(5, 7), (28, 28), (80, 70)])
 def test_each_tile_stands_in_the_row_of_its_class_in_order(channels, size):
-    """By content: every picture is found once, magnified by a whole factor, in its class's row and its turn."""
+    """Every picture is found once by its content, magnified by a whole factor, in its class's row and its turn."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (7, *size, channels), dtype=np.uint8)
     labels = np.array([4, 1, 4, 0, 1, 4, 1])

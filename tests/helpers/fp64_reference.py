@@ -1,4 +1,4 @@
-"""What launched runs are compared with: AdamW in fp64 on all ranks' batches in one process, written out."""
+"""Train in fp64, written out, with all ranks' batches in one process: launched runs are compared with it."""
 
 import math
 from contextlib import contextmanager

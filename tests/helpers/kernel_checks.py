@@ -1,4 +1,4 @@
-"""What the kernels' tests share. Import it before fastdit: without a GPU, Triton kernels run in its interpreter."""
+"""Make inputs and comparisons for tests of kernels. Import it first: without a GPU, Triton's interpreter runs them."""
 
 import os
 

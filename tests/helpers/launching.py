@@ -167,8 +167,10 @@ def free_port() -> str:
 
 
 def forked(*flags, ranks: int = 1, program: str = "fastdit.train") -> Outcome:
-    """What `python fastdit/train.py ...`, or another program's `main(argv)`, does: in forks of a server that has done
-    the slow imports, one a rank. Their code is the first rank's that is not 0."""
+    """Run `python fastdit/train.py ...`, or another program's `main(argv)`, on each rank, and return how it ended.
+
+    The ranks fork from a server that has done the slow imports. The code is the first one that is not 0.
+    """
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(PRELOADED)
     before = dict(os.environ)

@@ -1,4 +1,4 @@
-"""What the tests of noise processes and of samplers share."""
+"""Share networks and numbers between the tests of noise processes and of samplers."""
 
 import torch
 
@@ -48,7 +48,7 @@ def marginal(process, level):
 
 
 def raw_output(process, x0_hat, x_t, level):
-    """What the network must return for its clean estimate to be x0_hat (DDPM's variance channels: zeros)."""
+    """Return the output whose clean estimate is x0_hat (DDPM's variance channels: zeros)."""
     level = level[:, None, None, None]
     if process.name == "edm":
         total, sd = level**2 + process.sigma_data**2, process.sigma_data

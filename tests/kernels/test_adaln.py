@@ -109,7 +109,7 @@ def test_values_and_every_gradient(case, implementation):
 
 
 def test_sums_of_more_chunks_than_are_read_at_once():
-    """As long samples have: 37 chunks, which are read in sixteens, of a width that is not a multiple of the blocks'."""
+    """A long sample has 37 chunks, read in sixteens, and a width that is not a multiple of the blocks'."""
     partials = normal(2, 37, 4, 200, seed=1)
     sums = [torch.empty(2, 200, device=DEVICE) for _ in range(4)]
     _adaln_sum_kernel[(4,)](partials, *sums, 37, 2, D=200, BLOCK=128, ROWS=16, SUMS=4, num_warps=1)

@@ -169,7 +169,7 @@ def test_decays_zero_and_one_are_exact(device):
 @pytest.mark.parametrize("implementation", ["cpp", "reference"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_nonfinite_gradient_changes_nothing(device, implementation, bad):
-    """Of no tensor, in no group, wherever the bad value lies."""
+    """No tensor of any group changes, wherever the bad value lies."""
     settings = {"emas": {f"ema{i}": 0.9 for i in range(5)}, "implementation": implementation}
     for place in (0, 1001, 2002):
         params, optimizer = run(device, steps=2, **settings)
@@ -293,7 +293,7 @@ def test_norm(device):
 
 @pytest.mark.parametrize("implementation", ["cpp", "reference"])
 def test_max_norm(device, implementation):
-    """As clip_grad_norm_ before the step, over all groups; what is below the limit stays, and so do the gradients."""
+    """Clipping is clip_grad_norm_ over all groups before the step; a norm below the limit and the gradients stay."""
     for limit in (0.5, 1e6):
         ours, theirs = ([torch.nn.Parameter(p) for p in tensors(device, 33, 5, count=3)] for _ in range(2))
         grads = tensors(device, 33, 5, seed=1, count=3)

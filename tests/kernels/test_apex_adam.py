@@ -235,7 +235,7 @@ def test_what_fused_adam_cannot_take_is_refused(apex):
 
 
 def made_by(optimizer: str, device="cuda", clip=None, stage=1, **zero) -> AdamWEMA:
-    """What a run with this setting gets."""
+    """Return the optimizer that a run with this setting gets."""
     plan = SimpleNamespace(merged={"zero_optimization": zero}, clip=clip, stage=stage)
     return make_optimizer(Config(optimizer=optimizer), plan, torch.device(device), parameters(), EMAS)
 

@@ -131,7 +131,7 @@ def test_frozen_parameters(frozen):
 
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 def test_autocast(implementation):
-    """As nn.Linear under autocast: a bf16 product of fp32 parameters, whose gradients are fp32."""
+    """It is nn.Linear under autocast: a bf16 product of fp32 parameters, whose gradients are fp32."""
     tensors = inputs()
     x, *_, weight, bias = tensors
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
@@ -220,7 +220,7 @@ def test_contracts():
 
 
 def kept_bytes(run, others) -> int:
-    """Of all that autograd holds after `run`, memory of `others` aside."""
+    """Count the bytes that autograd holds after `run`, memory of `others` aside."""
     storages = {}
 
     def note(tensor):

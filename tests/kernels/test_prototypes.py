@@ -182,7 +182,7 @@ def test_low_precision(implementation, dtype):
 
 
 def test_low_precision_features_with_fp32_prototypes():
-    """As in training: bf16 features, fp32 master prototypes, which get an fp32 gradient."""
+    """Training has bf16 features and fp32 master prototypes, which get an fp32 gradient."""
     student, teacher, vs, vt, weight, center = make()
     low = [student.bfloat16(), teacher.bfloat16(), vs, vt, weight, center]
     got, exact = run(low), run_naive(low)

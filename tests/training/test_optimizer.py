@@ -42,7 +42,7 @@ def state_of(optimizer, params: list) -> list[torch.Tensor]:
 
 @pytest.fixture(params=["auto", "reference"])
 def implementation(request):
-    """What runs here by itself (compiled where it was built), and PyTorch."""
+    """Choose what runs here by itself (compiled where it was built), or PyTorch."""
     return request.param
 
 

@@ -38,7 +38,7 @@ def to_launcher(launched: Launched) -> None:
 
 
 def to_group(number: signal.Signals):
-    """As a terminal does with Ctrl-C, or a batch system that ends a job."""
+    """Signal a process group, as a terminal does with Ctrl-C, or a batch system that ends a job."""
     return lambda launched: os.killpg(launched.process.pid, number)
 
 

@@ -1,4 +1,4 @@
-"""What a training run does and leaves behind, with every kind of data, noise and failure. One rank unless said."""
+"""Test what a run does and leaves behind, with every kind of data, noise and failure. One rank unless said."""
 
 import json
 import re
