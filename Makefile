@@ -42,7 +42,7 @@ quickstart: setup
 	OMP_WAIT_POLICY=passive $(VENV)/bin/deepspeed fastdit/train.py --preset quickstart --ds_config zero1 --out $(RUN) --resume $(ARGS)
 
 test: setup
-	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Collect what a machine with PyTorch and without network lacks (docs/offline.md). Neither .venv nor torch is needed.
 wheelhouse:

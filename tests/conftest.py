@@ -10,6 +10,19 @@ import torch
 from launching import RECIPE, deepspeed, run, torchrun
 
 STARTERS = {"zero2": torchrun}  # every other by deepspeed
+# The files that take minutes come first, so that no process is left alone with one of them at the end.
+LONGEST = (
+    *("test_train", "test_sd_dit_training", "test_gpu_suite", "test_sadm_training", "test_resume", "test_zero"),
+    *("test_made_up", "test_sample", "test_evaluate", "test_tables", "test_qk_norm_rope", "test_dry_run", "test_stop"),
+    *("test_new_method", "test_convergence", "test_warm_start", "test_benchmarks", "test_run_lock", "test_elastic"),
+    *("test_grad_checkpoint", "test_count_launches", "test_cache", "test_graphs", "test_psi_alignment", "test_rates"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the longest files first."""
+    place = {name: k for k, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(scope="module", autouse=True)
