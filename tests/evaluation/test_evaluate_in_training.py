@@ -17,14 +17,6 @@ pytestmark = pytest.mark.launch
 TINY = [*TINY, "--sample.agreement", "0"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Keep references out of the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory) -> Path:
     """Four steps, an evaluation after every second; a checkpoint after each."""

@@ -15,14 +15,6 @@ FLAGS = [*TINY, "--sample.agreement", "0", "--sample.max_classes", 2, "--steps",
 FLAGS += ["--sample_every", 2, "--eval.every", 2, "--eval.n", 14, "--eval.n_real", 10, "--keep_checkpoints", 9]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Keep references out of the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """The folder of the run that nobody disturbs."""
