@@ -117,7 +117,7 @@ setup(
         Extension(
             "fastdit._cuda",
             ["csrc/adamw_ema_cuda.cu"],
-            depends=["csrc/adamw_ema.h"],
+            depends=["csrc/adamw_ema.h", "csrc/bfloat16.h"],
             optional=True,
         ),
     ],

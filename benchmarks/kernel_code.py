@@ -144,7 +144,8 @@ def adaln(shapes: list[Shape]) -> Iterator[Case]:
     for shape in shapes:
         width = shape["width"]
         vectors = _leaf(BATCH, (6 * shape["depth"] + 2) * width).unflatten(1, (-1, width)).unbind(1)
-        x, y, weight = _leaf(BATCH, TOKENS, width), _leaf(BATCH, TOKENS, width), _leaf(8, width)
+        x, y = _leaf(BATCH, TOKENS, width, dtype=torch.float32), _leaf(BATCH, TOKENS, width)
+        weight = _leaf(8, width)
         rows = torch.arange(VISIBLE).expand(BATCH, VISIBLE)
         site = partial(_adaln_site, x, y, vectors, weight)
         yield f"D={width}, keeps r", site

@@ -230,14 +230,16 @@ def _attention_both(s: Setting, backend: str, stacked: bool) -> Run:
 def fused_kernels(s: Setting) -> Iterator[Piece]:
     """Yield the kernels that run once or twice a block, and those of masked training."""
     unit, like = _unit(s), {"size": s.size, "batch": s.batch}
+    stream = s.batch * s.tokens * s.width * 4
     # Read x and the branch y, write r and h.
-    yield Piece("adaLN forward", lambda: _adaln_forward(s), 4 * unit, **like)
+    yield Piece("adaLN forward", lambda: _adaln_forward(s), 2 * stream + 2 * unit, **like)
     # Read two gradients, y, and r or x. Write two gradients and h.
-    yield Piece("adaLN backward from r", lambda: _adaln_backward(s, from_x=False), 7 * unit, **like)
-    yield Piece("adaLN backward from x", lambda: _adaln_backward(s, from_x=True), 7 * unit, **like)
+    moved = 3 * stream + 4 * unit
+    yield Piece("adaLN backward from r", lambda: _adaln_backward(s, from_x=False), moved, **like)
+    yield Piece("adaLN backward from x", lambda: _adaln_backward(s, from_x=True), moved, **like)
     # With the bias gradient of the layer that made y: the partial sums are a small part more, and are not counted.
-    yield Piece("adaLN backward from r, bias", lambda: _adaln_backward(s, False, bias=True), 7 * unit, **like)
-    yield Piece("adaLN backward from x, bias", lambda: _adaln_backward(s, True, bias=True), 7 * unit, **like)
+    yield Piece("adaLN backward from r, bias", lambda: _adaln_backward(s, False, bias=True), moved, **like)
+    yield Piece("adaLN backward from x, bias", lambda: _adaln_backward(s, True, bias=True), moved, **like)
     yield Piece("GELU forward", lambda: _gelu(s, backward=False), 8 * unit, **like)
     yield Piece("GELU backward", lambda: _gelu(s, backward=True), 16 * unit, **like)
     yield Piece("GELU backward, bias", lambda: _gelu(s, backward=True, bias=True), 16 * unit, **like)
@@ -278,10 +280,10 @@ def losses(s: Setting) -> Iterator[Piece]:
 
 
 def _adaln_inputs(s: Setting) -> tuple[Tensor, ...]:
-    """Return x, y, gate, scale and shift, the vectors views of those of the whole network."""
+    """Return x in fp32, y, gate, scale and shift, the vectors views of those of the whole network."""
     vectors = (0.5 * _randn(s, s.batch, (6 * s.depth + 2) * s.width)).unflatten(1, (-1, s.width)).unbind(1)
     x, y = (_randn(s, s.batch, s.tokens, s.width) for _ in range(2))
-    return x, y, vectors[2], vectors[4], vectors[3]
+    return x.float(), y, vectors[2], vectors[4], vectors[3]
 
 
 def _adaln_forward(s: Setting) -> Run:
@@ -292,7 +294,7 @@ def _adaln_forward(s: Setting) -> Run:
 def _adaln_backward(s: Setting, from_x: bool, bias: bool = False) -> Run:
     x, *branch = _adaln_inputs(s)
     r, _, stats = adaln(x, *branch, None, EPS, False, True, "triton")
-    dr, dh = (_randn(s, s.batch, s.tokens, s.width) for _ in range(2))
+    dr, dh = _randn(s, *x.shape).float(), _randn(s, *x.shape)
     saved = x if from_x else r, *branch, None, stats, _randn(s, s.width) if bias else None
     return lambda: adaln_backward(dr, dh, *saved, s.tokens, False, from_x, True, "triton")
 

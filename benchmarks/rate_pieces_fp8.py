@@ -17,8 +17,9 @@ def fp8_kernels(s: Setting) -> Iterator[Piece]:
     """Yield the kernels that quantize, and each linear layer's fp8 products with their operands' quantization."""
     rows, like = s.batch * s.tokens, {"size": s.size, "batch": s.batch}
     unit = rows * s.width * s.dtype.itemsize
-    # Read x and the branch y, write r, h in fp8 and two statistics and a scale for each row.
-    yield Piece("adaLN forward, fp8", partial(_adaln, s), 7 * unit // 2 + 3 * SCALE * rows, **like)
+    # Read x and the branch y, write r, h in fp8 and two statistics and a scale for each row. x and r are fp32.
+    moved = rows * s.width * 9 + unit + 3 * SCALE * rows
+    yield Piece("adaLN forward, fp8", partial(_adaln, s), moved, **like)
     yield Piece("GELU forward, fp8", partial(_gelu, s), 6 * unit + SCALE * rows, **like)
     for layer, (inputs, outputs) in layers(s.width).items():
         # Read bf16 and write fp8 and the scales. A transposed weight is read twice.

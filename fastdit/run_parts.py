@@ -52,6 +52,7 @@ def build_network(config: Config, shape: Shape) -> nn.Module:
         "grad_checkpoint": config.model.grad_checkpoint == "blocks",
         "qk_norm": config.model.qk_norm == "rms",
         "rope": config.model.rope,
+        "fp32_stream": config.model.stream == "fp32",
         **config.model.dims(),
     }
     base = methods_of(config.method)[0]

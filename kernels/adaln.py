@@ -9,11 +9,14 @@ Counted as passes over memory there are three operations, and each site of the n
 One custom operator with its backward pass serves all three, in Triton and in C++; `*_reference` are readable PyTorch.
 `linear.py` joins the operator with the linear layer that follows.
 
-The arithmetic is fp32 (fp64 for fp64 inputs), because `1 + scale` in bf16 would lose small scales. The new stream is
-rounded to its dtype before the norm, so fused and separate calls of one implementation agree to the bit. The kernels'
-sums have a fixed order, which depends only on the number of tokens and the width. A sample's result therefore has the
-same bits in every run, at every position in a batch of any size.
+The stream may be fp32 and all else bf16: x, r and their gradients have the stream's dtype; h has that of scale and
+shift; y and each vector get gradients in their own. The arithmetic is fp32 (fp64 for fp64 inputs), because `1 + scale`
+in bf16 would lose small scales. The new stream is rounded to its dtype before the norm, so fused and separate calls of
+one implementation agree to the bit. The kernels' sums have a fixed order, which depends only on the number of tokens
+and the width. A sample's result therefore has the same bits in every run, at every position in a batch of any size.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +31,7 @@ from .fp8 import FP8
 EPS = 1e-6
 NORMS = ("layer", "rms")
 _TRITON_TYPES = {torch.float32, torch.bfloat16, torch.float16}
-_CPP_TYPES = {torch.float32}
+_CPP_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # branch dtypes, as csrc/adaln_cpu.cpp names them
 
 
 def modulate(
@@ -52,10 +55,11 @@ def modulate(
         rows: (B, M) int32 or int64 in [0, N), distinct within a sample. The result has these tokens only, in this
             order, as if x and the vectors of each token had been gathered first. Other tokens get zero gradients.
         implementation: see `fastdit.kernels._dispatch`. Triton takes fp32, bf16 and fp16 with D up to 8192. C++ takes
-            fp32 with (B, D) vectors and without `rows`. The reference serves everything else.
+            x in fp32, all else in fp32 or all in bf16, with (B, D) vectors and without `rows`. The reference serves
+            everything else.
 
-    Returns (B, N or M, D) in x's dtype. Raises ValueError for other shapes, dtypes and devices, for an unknown `norm`,
-    and for an `implementation` that cannot run here.
+    Returns (B, N or M, D) in scale's dtype. Raises ValueError for other shapes, dtypes and devices, for an unknown
+    `norm`, and for an `implementation` that cannot run here.
     """
     check(x, None, None, scale, shift, rows, norm)
     chosen = choose_adaln(x, None, None, scale, shift, rows, implementation)
@@ -80,8 +84,8 @@ def gate_residual_modulate(
 
     x, y: (B, N, D), floating.
     gate, scale, shift: floating (B, D) or (B, N, D).
-    The other arguments are those of `modulate`. Both results are (B, N or M, D) in x's dtype. Raises ValueError as
-    `modulate` does, and where only one of y and gate is given.
+    The other arguments are those of `modulate`. Both results are (B, N or M, D), the first in x's dtype and the second
+    in scale's. Raises ValueError as `modulate` does, and where only one of y and gate is given.
     """
     check(x, y, gate, scale, shift, rows, norm)
     chosen = choose_adaln(x, y, gate, scale, shift, rows, implementation)
@@ -116,7 +120,7 @@ def modulate_reference(
     x, scale, shift = (_gather(tensor, rows) for tensor in (x, scale, shift))
     acc = torch.promote_types(x.dtype, torch.float32)
     normed = (F.layer_norm if norm == "layer" else F.rms_norm)(x.to(acc), x.shape[-1:], eps=eps)
-    return torch.addcmul(_rows(shift, acc), normed, 1 + _rows(scale, acc)).to(x.dtype)
+    return torch.addcmul(_rows(shift, acc), normed, 1 + _rows(scale, acc)).to(scale.dtype)
 
 
 def gate_residual_modulate_reference(
@@ -168,9 +172,15 @@ def _view(tensor: Tensor | None) -> tuple[int, int, int]:
     return tensor.data_ptr(), tensor.stride(0), tensor.stride(1) if tensor.dim() == 3 else 0
 
 
+def _cpp(name: str, vector: Tensor) -> Callable:
+    """Return the C++ function `name` for branches of the dtype of `vector`."""
+    return getattr(load_native("cpu")[0], f"{name}_{_CPP_NAMES[vector.dtype]}")
+
+
 def _cpp_forward(x, y, gate, scale, shift, rows, eps, rms, r, h, stats) -> None:
     views, outputs = map(_view, (x, y, gate, scale, shift)), map(_address, (r, h, stats))
-    load_native("cpu")[0].adaln(*views, *outputs, *x.shape, eps, rms, torch.get_num_threads())
+    run = _cpp("adaln", gate if scale is None else scale)
+    run(*views, *outputs, *x.shape, eps, rms, torch.get_num_threads())
 
 
 def _cpp_backward(
@@ -179,9 +189,8 @@ def _cpp_backward(
     outputs = dx, dy, dgate, dscale, dshift, h
     views = map(_view, (dr, dh, residual, y, gate, scale, shift))
     shape = (dr if dh is None else dh).shape
-    load_native("cpu")[0].adaln_backward(
-        *views, _address(stats), *map(_address, outputs), *shape, rms, from_x, torch.get_num_threads()
-    )
+    run = _cpp("adaln_backward", gate if scale is None else scale)
+    run(*views, _address(stats), *map(_address, outputs), *shape, rms, from_x, torch.get_num_threads())
     if dy_bias is not None:
         dy_bias.copy_(dy.flatten(0, 1).sum(0))
 
@@ -211,7 +220,7 @@ def _forward_outputs(x, y, gate, scale, shift, rows, eps, rms, keep_r, implement
     """Allocate the results of `adaln`."""
     shape = x.shape if rows is None else (*rows.shape, x.shape[2])
     normed = scale is not None
-    r, h = x.new_empty(shape if keep_r else 0), x.new_empty(shape if normed else 0)
+    r, h = x.new_empty(shape if keep_r else 0), (scale if normed else x).new_empty(shape if normed else 0)
     return r, h, x.new_empty((*shape[:2], 2) if normed else 0, dtype=torch.float32)
 
 
@@ -261,6 +270,7 @@ def _backward_outputs(
 ):
     """Allocate the results of `adaln_backward`."""
     upstream, normed = dr if dh is None else dh, dh is not None
+    stream = dr if residual is None else residual  # has the stream's dtype
     fill = torch.empty_like if rows is None else torch.zeros_like  # tokens outside `rows` get zero gradients
 
     def gradient(tensor, needed=True):
@@ -268,7 +278,8 @@ def _backward_outputs(
             return upstream.new_empty(0)
         return fill(tensor, memory_format=torch.contiguous_format)
 
-    dx = gradient(upstream, normed) if rows is None else upstream.new_zeros(len(upstream), tokens, upstream.shape[2])
+    shape = (len(upstream), tokens, upstream.shape[2])
+    dx = stream.new_empty(shape if normed else 0) if rows is None else stream.new_zeros(shape)
     vectors = gradient(gate), gradient(scale, normed), gradient(shift, normed)
     dy_bias = upstream.new_empty(0) if y_bias is None else torch.empty_like(y_bias)
     return dx, gradient(y), *vectors, gradient(dh, need_h), dy_bias
@@ -317,13 +328,18 @@ def choose_adaln(
 ) -> str:
     """Return the implementation of this call. Raises ValueError as `choose` does."""
     vectors = [vector for vector in (gate, scale, shift) if vector is not None]
-    dtypes = {tensor.dtype for tensor in (x, y, *vectors) if tensor is not None}
+    branch = {tensor.dtype for tensor in (y, *vectors) if tensor is not None}
     filled = x.numel() > 0 and (rows is None or rows.numel() > 0)
     return choose(
         x.device,
         implementation=implementation,
-        triton=filled and x.shape[2] <= adaln_triton.MAX_WIDTH and dtypes <= _TRITON_TYPES,
-        cpp=filled and rows is None and dtypes == _CPP_TYPES and all(vector.dim() == 2 for vector in vectors),
+        triton=filled and x.shape[2] <= adaln_triton.MAX_WIDTH and branch | {x.dtype} <= _TRITON_TYPES,
+        cpp=filled
+        and rows is None
+        and x.dtype == torch.float32
+        and len(branch) == 1
+        and branch <= _CPP_NAMES.keys()
+        and all(vector.dim() == 2 for vector in vectors),
         auto_cpp=scale is not None,  # without a norm, torch's addcmul is one pass too, and 1.3 times as fast
     )
 

@@ -8,7 +8,7 @@ The linear layer's input is a pointwise function (with two statistics a row) of 
 which the backward pass reads for their gradients. Recomputation therefore costs one more write of the input, which the
 weight's gradient needs. A transformer block saves the residual stream, q, k and v, the outputs of attention and of the
 branches, and the MLP's hidden layer before the GELU, and nothing else. The matrix products are PyTorch's. The scheme
-is ours.
+is ours. The stream may be fp32 beside bf16 branches, vectors and weights: see `adaln.py`.
 
 A bias's gradient is the column sums of the gradient of its layer's output. Both functions write that gradient for the
 layer before them, y's or u's, so they can sum up its columns without another pass over memory. The layer before them
@@ -169,9 +169,10 @@ class _ModulatedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dr, dout):
         *saved, y_bias, weight = ctx.saved_tensors
+        scale = saved[3]  # has the dtype of h
         need_weight, need_bias, need_y_bias = ctx.needs_input_grad[6:9]
         saved = *saved, y_bias if need_y_bias else None
-        dh = None if dout is None else _input_gradient(dout, weight, ctx.fp8).to(saved[0].dtype)
+        dh = None if dout is None else _input_gradient(dout, weight, ctx.fp8).to(scale.dtype)
         need_h = need_weight and dout is not None
         *gradients, h, dy_bias = adaln_gradients(dr, dh, *saved, *ctx.options, need_h, ctx.implementation)
         return *gradients, None, *_linear_gradients(dout, h, need_weight, need_bias), dy_bias, *[None] * 5

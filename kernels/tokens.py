@@ -48,8 +48,8 @@ def embed_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tens
     positions: (N, D) with N = H/p * W/p, row by row.
     ids: (B, keep) int64 in 0..N-1. Their values are not checked.
 
-    Returns (B, keep, D) in the weight's dtype. All floating inputs get gradients, the same bits in every run.
-    Raises ValueError for shapes that do not fit.
+    Returns (B, keep, D) in the wider dtype of weight and positions. All floating inputs get gradients, the same bits in
+    every run. Raises ValueError for shapes that do not fit.
     """
     patch = weight.shape[-1]
     if x.dim() != 4 or weight.dim() != 4 or weight.shape[1:] != (x.shape[1], patch, patch):
@@ -66,7 +66,7 @@ def embed_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tens
     sample = torch.arange(x.shape[0], device=x.device)[:, None]
     patches = grid[sample, ids // cols, ids % cols].flatten(2)  # (B, keep, C * p * p)
     embedded = F.linear(patches, weight.flatten(1), bias)
-    return embedded + positions.to(embedded.dtype)[ids]
+    return embedded + positions[ids]
 
 
 def scatter_tokens(x: Tensor, ids: Tensor, base: Tensor, *, implementation: str | None = None) -> Tensor:

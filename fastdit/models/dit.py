@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from fastdit.errors import UserError
 from fastdit.kernels import attention, split_qkv, sums_biases
 
-from .embeddings import TIME_FEATURES, PatchEmbed, RotaryTable, Rotation, TimeEmbed, Token, sincos_positions
+from .embeddings import TIME_FEATURES, PatchEmbed, PositionTable, RotaryTable, Rotation, TimeEmbed, Token
 from .layers import GeluLinear, Linear, ModulatedLinear, uninitialized
 
 # Table 1 of the paper. A model's name adds the patch size, as in "S/2".
@@ -44,7 +44,7 @@ SIZES: dict[str, dict[str, int]] = {
 class Encoded(NamedTuple):
     """Hold the output of the blocks: the residual stream x + gate * branch in parts, and the next layer's vectors."""
 
-    x: Tensor  # (B, tokens, width)
+    x: Tensor  # (B, tokens, width), in the stream's dtype; the others have the weights'
     branch: Tensor  # (B, tokens, width)
     gate: Tensor  # (B, width), as are the others
     scale: Tensor
@@ -65,6 +65,7 @@ class Encoder(nn.Module):
         grad_checkpoint: whether to keep only the blocks' inputs for the backward pass and recompute the rest.
         qk_norm: whether blocks divide each head's queries and keys by their root mean square, with learned weights.
         rope: whether blocks rotate queries and keys by their patches' positions: see `fastdit.kernels.norm_rotate`.
+        fp32_stream: whether the residual stream is fp32 where the weights are bf16. Else it has the weights' dtype.
 
     Raises UserError if sizes do not fit together.
     """
@@ -86,6 +87,7 @@ class Encoder(nn.Module):
         grad_checkpoint: bool = False,
         qk_norm: bool = False,
         rope: bool = False,
+        fp32_stream: bool = True,
     ) -> None:
         super().__init__()
         # `copy_blocks` builds an encoder of another depth from these.
@@ -104,6 +106,7 @@ class Encoder(nn.Module):
             "grad_checkpoint": grad_checkpoint,
             "qk_norm": qk_norm,
             "rope": rope,
+            "fp32_stream": fp32_stream,
         }
 
         # Check the sizes.
@@ -124,7 +127,7 @@ class Encoder(nn.Module):
 
         # Build the layers without initial values.
         self.patch_embed = PatchEmbed(patch, channels, width)
-        self.register_buffer("pos_embed", sincos_positions(self.grid, width), persistent=False)
+        self.positions = PositionTable(self.grid, width, fp32_stream)
         self.rope = RotaryTable(self.grid, width // heads, class_token) if rope else None
         self.class_token = Token(width) if class_token else None
         self.time_embed = TimeEmbed(width)
@@ -149,13 +152,21 @@ class Encoder(nn.Module):
         shift, scale = vectors[-2:]
         return Encoded(x, branch, gate, scale, shift, c)
 
+    @property
+    def pos_embed(self) -> Tensor:
+        """Return the positions' table (patches, width), in the stream's dtype."""
+        return self.positions(self.patch_embed.weight.dtype)
+
     def rotation(self, visible: Tensor | None = None) -> Rotation | None:
         """Return the rotation of the patches `visible` (B, keep), None for all; it is None without `rope`."""
         return None if self.rope is None else self.rope(visible)
 
     def condition(self, t: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return silu(time + label) (B, width), and six modulation vectors a block and two more, each (B, width)."""
-        c = F.silu(self.time_embed(t) + self.label_embed(y))
+        time = self.time_embed(t)
+        # All blocks share the condition, so that its error adds up: it is rounded once.
+        wide = time.to(torch.promote_types(time.dtype, torch.float32))
+        c = F.silu(wide + self.label_embed(y)).to(time.dtype)
         vectors = self.adaln(c).unflatten(1, (-1, self.width))
         if self.gains is not None:
             vectors = self.gains(vectors)

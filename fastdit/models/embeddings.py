@@ -26,15 +26,36 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, ids: Tensor | None = None) -> Tensor:
         """Return tokens (B, N, width) of x (B, C, H, W), N = H/p * W/p row by row, with positions (N, width) added.
 
-        ids (B, keep) int64 selects tokens, in this order; None takes all.
+        ids (B, keep) int64 selects tokens, in this order; None takes all. Tokens have the wider dtype of weight and
+        positions.
         """
         if ids is not None:
             return embed_tokens(x, self.weight, self.bias, positions, ids)
         p = self.weight.shape[-1]
         x = x.to(self.weight.dtype).unflatten(3, (-1, p)).unflatten(2, (-1, p))  # B C h p w p
         patches = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        embedded = F.linear(patches, self.weight.flatten(1), self.bias)
-        return embedded + positions.to(embedded.dtype)
+        return F.linear(patches, self.weight.flatten(1), self.bias) + positions
+
+
+class PositionTable(nn.Module):
+    """Hold the fixed table of positions. Adding it to tokens begins the residual stream and gives it its dtype.
+
+    The table is kept as integers: a cast of the network to bf16 would round it.
+
+    Args:
+        grid, width: see `sincos_positions`.
+        fp32_stream: whether the stream is fp32 where the weights are bf16.
+    """
+
+    def __init__(self, grid: tuple[int, int], width: int, fp32_stream: bool) -> None:
+        super().__init__()
+        self.fp32_stream = fp32_stream
+        self.register_buffer("bits", sincos_positions(grid, width).view(torch.int32), persistent=False)
+
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        """Return the table (rows * cols, width), in the dtype of a stream among weights of `dtype`."""
+        table = self.bits.view(torch.float32)
+        return table if self.fp32_stream else table.to(dtype)
 
 
 class Token(nn.Module):

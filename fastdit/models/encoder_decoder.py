@@ -30,7 +30,7 @@ from .dit import (
     run_blocks,
     unpatchify,
 )
-from .embeddings import RotaryTable, Token, sincos_positions
+from .embeddings import PositionTable, RotaryTable, Token
 from .layers import ModulatedLinear, uninitialized
 from .streams import GradientRatio, Stream
 
@@ -41,7 +41,7 @@ class EncoderDecoder(nn.Module):
     """Hold a class-conditional encoder and decoder, which together are called like a `DiT`.
 
     Args:
-        encoder: the encoder, with or without a class token. The decoder has its `qk_norm`, `rope` and
+        encoder: the encoder, with or without a class token. The decoder has its `qk_norm`, `rope`, `fp32_stream` and
             `grad_checkpoint`.
         out_channels: channels of the output.
         width, depth, heads: sizes of the decoder.
@@ -87,6 +87,7 @@ class EncoderDecoder(nn.Module):
             encoder.grad_checkpoint,
             encoder.qk_norm,
             encoder.rope is not None,
+            encoder.positions.fp32_stream,
         )
         init_weights(self, seed)
 
@@ -142,11 +143,12 @@ class Decoder(nn.Module):
         grad_checkpoint: bool,
         qk_norm: bool,
         rope: bool,
+        fp32_stream: bool,
     ) -> None:
         super().__init__()
         self.grad_checkpoint = grad_checkpoint
         self.grid, self.patch, self.width, self.depth = grid, patch, width, depth
-        self.register_buffer("pos_embed", sincos_positions(grid, width), persistent=False)
+        self.positions = PositionTable(grid, width, fp32_stream)
         self.adaln = uninitialized(nn.Linear, condition_width, (6 * depth + 2) * width)
         self.rope = RotaryTable(grid, width // heads) if rope else None
         self.blocks = nn.ModuleList(Block(width, heads, 4 * width, attention_backend, qk_norm) for _ in range(depth))
@@ -155,7 +157,7 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
         """Return the image (B, out_channels, H, W) of tokens (B, N, width) and condition (B, condition_width)."""
         vectors = self.adaln(condition).unflatten(1, (-1, self.width)).unbind(1)
-        tokens = tokens + self.pos_embed.to(tokens.dtype)
+        tokens = tokens + self.positions(tokens.dtype)
         rotation = None if self.rope is None else self.rope()
         x, branch, gate = run_blocks(self.blocks, tokens, vectors, self.grad_checkpoint, rotation=rotation)
         shift, scale = vectors[-2:]

@@ -134,7 +134,8 @@ class Teacher(nn.Module):
         tokens = self.encoder.patch_embed(x, self.encoder.pos_embed)
         if self.encoder.class_token is not None:
             tokens = torch.cat([self.encoder.class_token(x.shape[0], 1), tokens], dim=1)
-        return Stream(tokens, torch.zeros_like(tokens), tokens.new_zeros(tokens.shape[0], tokens.shape[2]))
+        branch = torch.zeros_like(tokens, dtype=self.encoder.adaln.weight.dtype)
+        return Stream(tokens, branch, branch[:, 0])
 
 
 class ProjectionHead(nn.Module):

@@ -13,12 +13,15 @@ LARGEST_RATIO = 100.0
 class Stream(NamedTuple):
     """Hold the residual stream x + gate * branch in parts, as blocks return it."""
 
-    x: Tensor  # (B, tokens, width)
+    x: Tensor  # (B, tokens, width), in the stream's dtype; the others have the weights'
     branch: Tensor  # (B, tokens, width)
     gate: Tensor  # (B, width)
 
     def normalize(self, rows: Tensor | None = None) -> Tensor:
-        """Return LN(x + gate * branch) without modulation for the tokens `rows` (B, M) int64; None takes all."""
+        """Return LN(x + gate * branch) without modulation for the tokens `rows` (B, M) int64; None takes all.
+
+        The result has the weights' dtype.
+        """
         none = self.gate.new_zeros(()).expand_as(self.gate)
         return gate_residual_modulate(self.x, self.branch, self.gate, none, none, rows=rows)[1]
 

@@ -96,10 +96,11 @@ def test_embedding_is_the_models():
 def test_embedding_in_bf16_and_without_bias():
     x, weight, _, positions = embedding(torch.bfloat16)
     ids = draw(4, 15, 6)
-    got = embed_tokens(x.float(), weight, None, positions.float(), ids)
-    assert got.dtype == torch.bfloat16
     expected = convolve(x.double(), weight.double(), None, positions.double(), ids)
-    assert_exact(got, expected, 2**-7)
+    for table in (positions, positions.float()):
+        got = embed_tokens(x.float(), weight, None, table, ids)
+        assert got.dtype == table.dtype
+        assert_exact(got, expected, 2**-7)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from fastdit.errors import UserError
 from fastdit.kernels import gate_residual, gate_residual_modulate, modulate
 from fastdit.models import SIZES, DiT, flops_per_image
-from fastdit.models.dit import sincos_positions
+from fastdit.models.embeddings import sincos_positions
 
 SMALL = {"patch": 2, "channels": 3, "width": 72, "depth": 3, "heads": 3, "classes": 5}
 
@@ -362,7 +362,7 @@ def test_small_scales_survive_bf16():
 def test_fp32_residual_takes_bf16_updates():
     x, y, gate, scale, shift = make_vectors(torch.bfloat16)
     r, h = gate_residual_modulate(x.float(), y, gate, scale, shift)
-    assert r.dtype == h.dtype == torch.float32
+    assert (r.dtype, h.dtype) == (torch.float32, torch.bfloat16)
     torch.testing.assert_close(r, x.float() + gate.float()[:, None] * y.float(), rtol=0, atol=1e-6)
 
 

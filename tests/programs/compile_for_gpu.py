@@ -6,6 +6,7 @@ kernel: the function below that calls it, its module and name, the registers of 
 memory, and the bytes of local memory, which are spilled registers.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -47,9 +48,12 @@ def leaf(*shape, dtype=torch.bfloat16):
 
 
 def adaln():
-    """A block's two sites, the second's backward from x, at the widths of S, B and XL; and visible tokens only."""
-    for width in (384, 768, 1152):
-        x, y, weight = leaf(2, 40, width), leaf(2, 40, width), leaf(8, width)
+    """A block's two sites, the second's backward from x, at the widths of S, B and XL; and visible tokens only.
+
+    The stream is fp32 or bf16.
+    """
+    for width, stream in itertools.product((384, 768, 1152), (torch.float32, torch.bfloat16)):
+        x, y, weight = leaf(2, 40, width, dtype=stream), leaf(2, 40, width), leaf(8, width)
         gate, scale, shift = leaf(2, 3 * width).unflatten(1, (3, width)).unbind(1)
         rows, y_bias = torch.arange(9).expand(2, 9), leaf(width)
         for choices in (

@@ -110,6 +110,23 @@ def test_bf16_gradients_of_one_micro_batch_need_no_fp32(tmp_path, ranks):
         assert torch.equal(found["bf16"][1][name], average), name
 
 
+def test_bf16_gradients_are_reduced_in_fp32_where_the_file_says_so(tmp_path):
+    """Four micro-batches on two ranks have then the gradient norm that they have on one rank."""
+    norms, in_fp32 = {}, {"communication_data_type": "fp32"}
+    for name, ranks, more in (
+        ("one", 1, {"gradient_accumulation_steps": 4, **in_fp32}),
+        ("bf16", 2, {"gradient_accumulation_steps": 2}),
+        ("fp32", 2, {"gradient_accumulation_steps": 2, **in_fp32}),
+    ):
+        file, out = tmp_path / f"{name}.json", tmp_path / name
+        file.write_text(json.dumps({"zero_optimization": {"stage": 1}, **more}))
+        flags = [*TINY, "--steps", 4, "--lr", 0, "--precision", "bf16"]
+        forked(*flags, "--ds_config", file, "--out", out, ranks=ranks).succeeded()
+        norms[name] = np.array([line["grad_norm"] for line in metrics(out)])
+    errors = {name: np.abs(norms[name] / norms["one"] - 1).max() for name in ("bf16", "fp32")}
+    assert errors["fp32"] < 1e-6 < 1e-5 < errors["bf16"]
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_trains_fp32_master_weights(tmp_path, stage):
     flags = [*TINY, "--steps", 4, "--lr", "1e-5", "--ds_config", f"zero{stage}", "--precision", "bf16"]
