@@ -12,9 +12,8 @@ from tqdm import tqdm
 from fastdit import distributed
 from fastdit.command_line import OneLineParser
 from fastdit.commands import encoding
-from fastdit.data import Source, open_source
-from fastdit.data.folders import FolderSamples
-from fastdit.data.sources import check_classes
+from fastdit.data import open_source
+from fastdit.data.sources import check_apart, check_classes
 from fastdit.errors import UserError, run_command
 from fastdit.files import prepare_folder
 from fastdit.models import open_autoencoder
@@ -82,7 +81,7 @@ def _encode(argv: list[str]) -> None:
     if min(size) < 1 or any(side % autoencoder.factor for side in size):
         raise UserError(f"--size {args.size}: must be a multiple of {autoencoder.factor}, as {args.autoencoder} asks")
     out = Path(args.out)
-    _check_apart(source, out)
+    check_apart(source, out, "--out")
     prepare_folder(out, f"--out {out}")
 
     # Find out which shards this rank has to write.
@@ -138,15 +137,6 @@ def _encode(argv: list[str]) -> None:
         )
     else:
         print(f"rank {rank} is done; others are at work")
-
-
-def _check_apart(source: Source, out: Path) -> None:
-    """Raise UserError if the shards would lie among the images of a tree, or the tree among the shards."""
-    if not isinstance(source.samples, FolderSamples):
-        return  # `remaining` refuses a folder with shards of images
-    tree, out = source.samples.root.resolve(), out.resolve()
-    if tree == out or tree in out.parents or out in tree.parents:
-        raise UserError(f"--out {out}: and --source {source.path} lie one in the other; choose a folder beside it")
 
 
 if __name__ == "__main__":

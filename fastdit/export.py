@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fastdit import run_parts
 from fastdit.config import CONFIG_FILE, Config
+from fastdit.data.sources import read_class_names
 from fastdit.errors import UserError, run_command
 from fastdit.files import prepare_file, save_tensors, write_atomically
 from fastdit.models import fold_block_scales, save_official
@@ -52,7 +53,7 @@ def _export(argv: list[str]) -> None:
     weights = fold_block_scales(sampled_weights(checkpoint))
     shape = run_parts.shape_of(config, classes_of(checkpoint))
     if out.suffix == ".safetensors":
-        save_tensors(weights, out, metadata=describe(config, shape, _class_names(config)))
+        save_tensors(weights, out, metadata=describe(config, shape, _class_names(run, config)))
     else:
         network = run_parts.build_network(config, shape)
         with write_atomically(out) as temporary:
@@ -66,10 +67,10 @@ def _export(argv: list[str]) -> None:
         )
 
 
-def _class_names(config: Config) -> Sequence[str]:
-    """Return the names of the run's classes, or none if its data cannot be opened."""
+def _class_names(run: Path, config: Config) -> Sequence[str]:
+    """Return the names of the run's classes that its folder keeps, else those of its data, none if it is not there."""
     try:
-        return run_parts.open_data(config).class_names
+        return read_class_names(run) or run_parts.open_data(config).class_names
     except UserError:
         return ()
 

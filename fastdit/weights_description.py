@@ -96,6 +96,34 @@ def check_process(process: NoiseProcess, trained: dict, path: str | Path) -> Non
             )
 
 
+def check_class_names(path: str | Path, class_names: Sequence[str]) -> None:
+    """Raise UserError if the weights in `path` were trained on classes of other names than those of the data.
+
+    Names that are only numbers are none.
+    """
+    before = (read_description(path) or {}).get("class_names", [])
+    if differ(before, class_names):
+        raise UserError(
+            f"{path}: its weights were trained on the classes {describe_names(before)}, and the data has "
+            f"{describe_names(class_names)}; take --finetune all, which trains a new label table"
+        )
+
+
+def differ(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Return whether two lists of class names differ. A list that is empty, or of numbers only, agrees with any."""
+    return named(names) and named(others) and list(names) != list(others)
+
+
+def named(names: Sequence[str]) -> bool:
+    """Return whether class names are more than numbers."""
+    return any(not name.isdecimal() for name in names)
+
+
+def describe_names(names: Sequence[str]) -> str:
+    """Return the first few names in words."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def check_description(config: Config, path: str | Path, say: Callable[[str], None]) -> int | None:
     """Return the number of classes that a file of weights was trained for, or None if it has no description.
 

@@ -7,7 +7,7 @@ from tqdm import tqdm
 from fastdit.command_line import OneLineParser
 from fastdit.data import open_source
 from fastdit.data.sets.to_shards import convert
-from fastdit.data.sources import check_classes
+from fastdit.data.sources import check_apart, check_classes
 from fastdit.errors import UserError
 from fastdit.files import prepare_folder
 
@@ -36,6 +36,7 @@ def run(argv: list[str]) -> None:
     check_classes(source, args.classes, "--classes")
     if source.kind != "image":
         raise UserError(f"{args.source}: holds no images; give class folders or a Hugging Face data set")
+    check_apart(source, out, "--out")
     prepare_folder(out, f"--out {out}")
 
     # Write the shards.

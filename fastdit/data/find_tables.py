@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastdit.data.folders import holds_images
-from fastdit.data.shards import find_shards, is_leftover, shards_in
+from fastdit.data.shards import find_shards, is_leftover, matching, shards_in
 from fastdit.errors import UserError
 from fastdit.files import read_json
 
@@ -39,9 +39,7 @@ def find_tables(path: str) -> list[Path]:
     """
     if Path(path).is_file() or "{" in path:
         return find_shards(path)
-    folder, pattern = Path(path).parent, re.compile(".*".join(map(re.escape, Path(path).name.split("*"))))
-    found = sorted(p for p in folder.glob("*") if p.is_file() and pattern.fullmatch(p.name) and p.name[0] != ".")
-    if not found:
+    if not (found := matching(path)):
         raise UserError(f"{path}: there is no such file; check the path, or the pattern")
     return found
 
@@ -75,7 +73,18 @@ def tables_in(folder: Path) -> list[Path]:
         )
     if len(sets) > 1:
         raise _several(folder, sets)
+    _check_whole(folder, first)
     return first
+
+
+def _check_whole(folder: Path, paths: list[Path]) -> None:
+    """Raise UserError if the names of a set's files, such as train-00000-of-00003, tell that some are missing."""
+    counts = {int(found[1]) for path in paths if (found := re.search(r"[-_.]of[-_.](\d+)", path.stem))}
+    if len(counts) == 1 and len(paths) < (whole := counts.pop()):
+        raise UserError(
+            f"{folder}: holds {len(paths)} of the {whole} files of its set (such as {paths[0].name}); fetch the "
+            f"others, or take these alone: --data.source {_pattern(paths)}"
+        )
 
 
 def left_out(folder: Path) -> str:

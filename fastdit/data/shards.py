@@ -35,6 +35,9 @@ Sample = tuple[str, Mapping[str, bytes]]  # its key, and its files by extension
 _LEFTOVERS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "thumbs.db", "desktop.ini"}
 _PACKED_FILES = (".gz", ".bz2", ".xz", ".zst", ".zip")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+# Words of splits in the names of shards.
+_SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
+_SPLIT_WORDS |= {"test": "test", "testing": "test"}
 _NUMBER = re.compile(rb"\s*-?[0-9]{1,18}\s*")
 
 
@@ -56,10 +59,14 @@ def map_file(path: str | os.PathLike) -> np.ndarray:
 
 
 def find_shards(path: str) -> list[Path]:
-    """Return the tar files that `path` names: one `.tar`, a folder of them, or a pattern `a-{000..099}.tar`.
+    """Return the tar files that `path` names: one `.tar`, a folder of them, `a-{000..099}.tar` or `a-*.tar`.
 
-    Raises UserError if there is none, or if one of a pattern's files is missing.
+    Raises UserError if there is none, or if one of a range's files is missing.
     """
+    if "*" in path and not Path(path).exists():
+        if not (found := matching(path)):
+            raise UserError(f"{path}: no file has such a name; a * stands for characters of the last part only")
+        return found
     if (braces := re.search(r"\{(\d+)\.\.(\d+)\}", path)) is not None:
         first, last = braces.groups()
         numbers = (f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1))
@@ -75,6 +82,32 @@ def find_shards(path: str) -> list[Path]:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such shard; check the path or the range of the pattern")
     return [Path(path)]
+
+
+def by_split(shards: list[Path]) -> dict[str, list[Path]]:
+    """Return the shards whose names have the word of a split, such as val-000.tar, by that word, train first."""
+    sets: dict[str, list[Path]] = {}
+    for path in shards:
+        words = [_SPLIT_WORDS[word] for word in re.split(r"[-_.]", path.stem.lower()) if word in _SPLIT_WORDS]
+        if len(set(words)) == 1:
+            sets.setdefault(words[0], []).append(path)
+    return dict(sorted(sets.items(), key=lambda item: item[0] != "train"))
+
+
+def shared_pattern(paths: list[Path]) -> str:
+    """Return the pattern in quotes that names files of one folder by the start of their names, or the only file."""
+    if len(paths) == 1:
+        return str(paths[0])
+    first, last = (choose(path.stem for path in paths) for choose in (min, max))
+    same = next((k for k, (a, b) in enumerate(zip(first, last)) if a != b), len(first))
+    start = first[:same].rstrip("0123456789")
+    return f"'{paths[0].parent / start}*{paths[0].suffix}'"
+
+
+def matching(path: str) -> list[Path]:
+    """Return the files that a pattern names, sorted, where `*` in the last part stands for any characters."""
+    folder, pattern = Path(path).parent, re.compile(".*".join(map(re.escape, Path(path).name.split("*"))))
+    return sorted(p for p in folder.glob("*") if p.is_file() and pattern.fullmatch(p.name) and p.name[0] != ".")
 
 
 def is_leftover(name: str) -> bool:

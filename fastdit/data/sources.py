@@ -14,10 +14,12 @@ from fastdit.data.shards import (
     COMPRESSED,
     UNFINISHED,
     ShardSamples,
+    by_split,
     find_shards,
     is_leftover,
     nested_shards,
     shards_in,
+    shared_pattern,
 )
 from fastdit.data.synthetic import SyntheticSamples
 from fastdit.data.tables import TableSamples
@@ -140,7 +142,7 @@ def locate(path: str) -> Path | list[Path]:
     """
     if is_table(path) and not Path(path).is_dir():  # Spark names folders so
         return find_tables(path)
-    if "{" in path or not (folder := _shipped(path)).is_dir():
+    if "{" in path or "*" in path or not (folder := _shipped(path)).is_dir():
         return find_shards(str(_shipped(path)))
     if tables := tables_in(folder):
         return tables
@@ -152,6 +154,11 @@ def locate(path: str) -> Path | list[Path]:
         raise UserError(
             f"{folder}: holds shards (such as {shards[0].name}), and so does a folder in it ({nested.parent}); move "
             "all that belong together into one folder"
+        )
+    if len(sets := by_split(shards)) > 1:
+        raise UserError(
+            f"{folder}: holds shards of several splits ({', '.join(sets)}), which are not mixed; point --data.source "
+            f"at one: {shared_pattern(next(iter(sets.values())))}"
         )
     for beside in sorted(p for p in folder.iterdir() if not is_leftover(p.name) and p.is_dir()):
         if holds_images(beside):
@@ -171,6 +178,21 @@ def check_finished(folder: Path, report: Report = refuse) -> None:
     """Report an error if the shards in `folder` are still being written."""
     if (folder / UNFINISHED).exists():
         report(UserError(f"{folder}: not all of its shards are written yet; run again what writes them"))
+
+
+def check_apart(source: Source, out: Path, flag: str, around: bool = True) -> None:
+    """Raise UserError if the folder `out`, the value of `flag`, is the source's tree of images or lies in it.
+
+    around: whether a tree in `out` is refused too, as where shards are written: shards and images cannot be told apart.
+    """
+    if isinstance(source.samples, FolderSamples):
+        tree, target = source.samples.root.resolve(), out.resolve()
+        if tree == target or tree in target.parents or (around and target in tree.parents):
+            raise UserError(
+                f"{flag} {out}: it and the images in {source.path} lie one in the other; choose a folder beside them"
+            )
+    if around and out.is_dir() and holds_images(out):
+        raise UserError(f"{flag} {out}: holds images, beside which shards are no source; choose another folder")
 
 
 def classes_needed(samples: Samples) -> int:
@@ -209,10 +231,10 @@ def _shipped(path: str) -> Path:
     shipped = _SHIPPED / path
     if path and Path(path).name == path and shipped.is_dir():
         return shipped
-    if not path or ("{" not in path and not Path(path).exists()):
+    if not path or not ("{" in path or "*" in path or Path(path).exists()):
         names = ", ".join(sorted(p.name for p in _SHIPPED.iterdir() if p.is_dir()))
         raise UserError(
-            f"{path or 'data path'}: no such file or folder; point --data.source at your data, take a set "
+            f"{path or 'data.source'}: no such file or folder; point --data.source at your data, take a set "
             f"that ships with fastdit ({names}), or get one with fastdit-data fetch"
         )
     return Path(path)

@@ -23,7 +23,14 @@ from fastdit.errors import UserError
 from .dit import DiT, Encoder
 from .embeddings import sincos_positions
 from .encoder_decoder import EncoderDecoder
-from .weight_entries import choose_entry, declared_classes, declared_noise, find_entries, without_additions
+from .weight_entries import (
+    choose_entry,
+    declared_classes,
+    declared_noise,
+    find_entries,
+    unnamed_averages,
+    without_additions,
+)
 from .weight_files import State, read_content
 from .weight_fit import ATTENTION, check_fits, fit_labels, fit_outputs, fit_positions, number_of_blocks, other_grid
 
@@ -118,7 +125,7 @@ def load_checkpoint(
         if encoder is model and "encoder.patch_embed.weight" in state:
             raise ValueError("it holds an extra decoder, no plain DiT; take --method sd_dit --sd_dit.decoder extra")
 
-        lines.append(fit_outputs(encoder, state, spare_outputs))
+        lines.append(fit_outputs(encoder, state, spare_outputs, read.noise is not None))
 
         # Complete them with those that the model keeps, and check that all fit.
         prefix = "" if "patch_embed.weight" in state or encoder is model else "encoder."
@@ -250,6 +257,11 @@ def _read_file(path: Path, weights: str | None) -> _Read:
         if not isinstance(content, dict) or not _holds_tensors(content):
             raise ValueError("not a checkpoint: it does not hold a dict of tensors")
         raise ValueError("not a DiT checkpoint: it has neither x_embedder.proj.weight nor patch_embed.weight")
+    if weights is None and not any(entry.is_ema for entry in entries) and (place := unnamed_averages(content)):
+        raise ValueError(
+            f"its EMA weights, {place}, are a list without names, which is not read; take the others with "
+            f"--init_weights {entries[0].name}"
+        )
     entry, line = choose_entry(entries, weights)
     state, lines = without_additions(entry.state)
     lines.insert(0, line)
@@ -257,7 +269,8 @@ def _read_file(path: Path, weights: str | None) -> _Read:
         raise ValueError("it holds weights of diffusers; give the folder with this file and its config.json")
     if "x_embedder.proj.weight" not in state:
         return _Read(state, lines)
-    return _Read(from_official(state), lines, state["pos_embed"], declared_classes(content), declared_noise(content))
+    noise = declared_noise(content, entry.state)
+    return _Read(from_official(state), lines, state["pos_embed"], declared_classes(content), noise)
 
 
 def _holds_tensors(content: dict) -> bool:

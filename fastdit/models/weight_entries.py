@@ -20,7 +20,7 @@ _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _EMA = re.compile(r"(?<![a-z])(?<!non_)(?<!no_)(ema|averaged?)(?![a-z])", re.IGNORECASE)
 # Tensors that training adds to a DiT and sampling does not need, and where they come from.
 _ADDITIONS = {
-    re.compile(r"projectors?\."): "REPA's projectors, whose networks take --noise.flow.convention repa",
+    re.compile(r"projectors?\."): "REPA's projectors",
     re.compile(r"(n_averaged|initted|step|num_updates|decay)$"): "an EMA's counters",
 }
 # Values of `path_type` and `prediction` in the arguments of SiT's and REPA's trainers: those that mean a convention of
@@ -132,8 +132,22 @@ def declared_classes(content: object) -> int | None:
     return classes if isinstance(classes, int) and not isinstance(classes, bool) and classes > 0 else None
 
 
-def declared_noise(content: object) -> dict[str, str] | None:
-    """Return name and convention of the noise process that the arguments of SiT's or REPA's trainer state, or None.
+def unnamed_averages(content: object, place: str = "", depth: int = 0) -> str | None:
+    """Return where in a file there is a list of tensors called `shadow_params`, as EMA classes save it, or None."""
+    if not isinstance(content, Mapping) or depth > _DEEPEST:
+        return None
+    for key, value in content.items():
+        if key == "shadow_params" and isinstance(value, list):
+            return _join(place, key)
+        if isinstance(key, str) and (found := unnamed_averages(value, _join(place, key), depth + 1)):
+            return found
+    return None
+
+
+def declared_noise(content: object, state: State) -> dict[str, str] | None:
+    """Return name and convention of the noise process that a file of SiT's or REPA's trainer states, or None.
+
+    Its arguments state it, or REPA's projectors among the weights, `state`.
 
     Raises ValueError if they state a path or a prediction that no process of fastdit has.
     """
@@ -145,6 +159,8 @@ def declared_noise(content: object) -> dict[str, str] | None:
             "alone: give weights that were trained so"
         )
     convention = _CONVENTIONS.get((path, prediction))
+    if convention is None and any(key.startswith("projectors.") for key in state):
+        convention = "repa"
     return convention and {"name": "flow", "convention": convention}
 
 

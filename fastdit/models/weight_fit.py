@@ -91,31 +91,36 @@ def _size_flags(depth: int, width: int, encoder: Encoder) -> str:
 def _output_remedy(stored: int, needed: int) -> str:
     """Return what to do about a head of another number of outputs."""
     if stored == 2 * needed:
-        return f"it predicts a variance too: take --noise.name ddpm; or it is SiT's: take {_SIT}"
+        return "it predicts a variance too: take --noise.name ddpm"
     if needed == 2 * stored:
         return "it predicts no variance: take --noise.name edm or flow, the one that it was trained with"
     return "give weights that were trained for data of as many channels"
 
 
-def fit_outputs(encoder: DiT | Encoder, state: State, spare: bool) -> str | None:
+def fit_outputs(encoder: DiT | Encoder, state: State, spare: bool, declared: bool) -> str | None:
     """Leave the second half of the outputs out of `state` if it is spare, and return a line about that.
 
     SiT's trainer gives its networks twice the outputs (learn_sigma) and ignores the second half, whose weights stay at
     their initial zeros. A trained DDPM has other numbers there, so zeros tell a file of SiT's.
 
-    spare: whether the run's noise process allows for twice the outputs.
+    spare: whether the run's noise process allows for twice the outputs. declared: whether the file states that it is
+    SiT's.
 
-    Raises ValueError if the file is SiT's, and the outputs are not spare.
+    Raises ValueError if the file is SiT's and the outputs are not spare, or the other way round.
     """
     patch, channels = encoder.patch, encoder.channels
     keys = ("head.weight", "head.bias")
     if any(key not in state or len(state[key]) != 2 * patch**2 * channels for key in keys):
         return None
     halves = {key: state[key].unflatten(0, (patch**2, 2, channels)) for key in keys}
+    first, second = (any(bool(value[:, i].any()) for value in halves.values()) for i in (0, 1))
     if spare:
+        if second and not declared:
+            raise ValueError(
+                "the second half of its outputs, a learned variance, is not zero, as SiT's is; take --noise.name ddpm"
+            )
         state |= {key: value[:, 0].flatten(0, 1) for key, value in halves.items()}
         return "left out the second half of its outputs, which SiT's networks have and do not use"
-    first, second = (any(bool(value[:, i].any()) for value in halves.values()) for i in (0, 1))
     if first and not second:
         raise ValueError(f"the second half of its outputs is zero, as in SiT's files; take {_SIT}")
     return None

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastdit import run_parts
 from fastdit.config import CONFIG_FILE, Config
-from fastdit.data.sources import check_classes
+from fastdit.data.sources import check_apart, check_classes
 from fastdit.distributed import Runtime
 from fastdit.errors import UserError
 from fastdit.files import write_text
@@ -28,6 +28,7 @@ from fastdit.training.ema import EMA, ema_state
 from fastdit.training.ema_replicas import EMAReplicas
 from fastdit.training.loop import Run
 from fastdit.training.meter import Meter
+from fastdit.weights_description import check_class_names, describe_names, differ, named
 
 
 class Session:
@@ -58,8 +59,14 @@ class Session:
         for kind in methods_of(config.method):
             kind.check_batch(settings.micro_batch * runtime.world)
         self.source = run_parts.open_data(config)
-        if not config.resume:  # a run that has begun keeps its number
+        check_apart(self.source, Path(config.out), "--out", around=False)
+        self.class_names = self.source.class_names
+        if config.resume:  # a run that has begun keeps its classes
+            self._keep_classes(config)
+        else:
             check_classes(self.source, config.data.classes, "data.classes")
+            if config.init_from and config.finetune is None:
+                check_class_names(config.init_from, self.source.class_names)
         self.config = config = run_parts.standardized(config, self.source)
         self.shape = run_parts.shape_of(config, self.source.classes)
         self.process = run_parts.build_noise(config)
@@ -124,12 +131,29 @@ class Session:
                 self._open_folder()
             self.run.say(self._introduction())
 
+    def _keep_classes(self, config: Config) -> None:
+        """Keep the names of the run's classes. Raises UserError if those of the data are others."""
+        path = Path(config.out) / CLASSES
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # is written anew
+            return
+        before = tuple(map(str, before)) if isinstance(before, list) else ()
+        if differ(before, self.class_names):
+            raise UserError(
+                f"{path}: the run's classes are {describe_names(before)}, and {self.source.path} has "
+                f"{describe_names(self.class_names)}; give the run's data, or start another run from its weights "
+                "(--init_from, --finetune all)"
+            )
+        if named(before) and len(before) == len(self.class_names):
+            self.class_names = before
+
     def _open_folder(self) -> None:
         """Write the run's settings and versions, and open its metrics."""
         folder = self.run.folder
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / CONFIG_FILE, dump(self.config))
-        write_text(folder / CLASSES, json.dumps(self.source.class_names))
+        write_text(folder / CLASSES, json.dumps(self.class_names))
         write_text(folder / VERSIONS, json.dumps(versions(), indent=1))
         self.run.recorder = Recorder(folder, self.first_step, self.config.steps)
 

@@ -64,6 +64,39 @@ def test_a_preset_trains_the_classes_of_the_data_and_keeps_their_names(photos, t
 
 
 @pytest.mark.launch
+def test_classes_of_other_names_are_not_resumed_nor_started_from(photos, tmp_path):
+    """Labels would change their meaning. Names that are only numbers, as of shards, say nothing."""
+    flags = ["--preset", "cifar10", *SMALL.split(), "--threads", "1", "--data.threads", "1", "--log_every", "1"]
+    out = tmp_path / "run"
+    forked(*flags, "--data.source", photos, "--save_every", "2", "--out", out).succeeded()
+    others, numbered = tmp_path / "others", tmp_path / "numbered"
+    for name in ("ape", "cat", "dog"):
+        shutil.copytree(photos / "cat", others / name)
+    numbered.mkdir()
+    write_tar(
+        numbered / "a.tar", [(f"{i}.{e}", c) for i in range(6) for e, c in (("png", PNG), ("cls", b"%d" % (i % 3)))]
+    )
+
+    refused = forked("--resume", "--out", out, "--steps", 4, "--data.source", others)
+    assert refused.code == 2
+    words = (
+        f"classes.json: the run's classes are cat, dog, owl, barn, and {others} has ape, cat, dog; give the run's data"
+    )
+    assert words in refused.text
+    assert json.loads((out / "classes.json").read_text()) == list(NAMES)
+    forked("--resume", "--out", out, "--steps", 3, "--data.source", numbered).succeeded()
+    assert json.loads((out / "classes.json").read_text()) == list(NAMES)
+
+    weights = tmp_path / "x.safetensors"
+    forked("--run", out, "--out", weights, program="fastdit.export").succeeded()
+    start = [*flags, "--data.source", others, "--init_from", weights, "--out", tmp_path / "again"]
+    refused = forked(*start)
+    assert refused.code == 2
+    assert "trained on the classes cat, dog, owl, barn, and the data has ape, cat, dog; take --finetune" in refused.text
+    forked(*start, "--finetune", "all").succeeded()
+
+
+@pytest.mark.launch
 def test_training_without_classes(tmp_path):
     """Train by the recipe of the README on a folder of images."""
     for i in range(4):

@@ -60,7 +60,7 @@ def npy(array: np.ndarray) -> bytes:
     ("name", "parts"),
     [
         ("missing", ["missing", "fashion_mnist"]),
-        ("", ["data path", "fashion_mnist"]),
+        ("", ["data.source", "fashion_mnist"]),
         ("x-{0..3}.tar", ["x-0.tar", "no such shard"]),
         ("x-{3..0}.tar", ["{3..0}", "empty"]),
         ("empty", ["empty", "class folders"]),

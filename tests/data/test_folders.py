@@ -12,8 +12,9 @@ from data_helpers import encode, latent_source, numbered_source, picture
 from PIL import Image
 from test_data_bad import write_tar
 
-from fastdit.commands import data_check
+from fastdit.commands import data_check, data_convert
 from fastdit.data import open_source
+from fastdit.data.sources import check_apart
 from fastdit.encode import _encode
 from fastdit.errors import UserError
 
@@ -203,6 +204,23 @@ def test_encoding_into_the_images_is_refused(tmp_path, out):
         _encode(["--source", str(root), "--autoencoder", "identity", "--out", str(root / out), "--size", "8"])
     assert "lie one in the other" in str(error.value)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["1.png"]
+
+
+def test_shards_and_runs_stay_out_of_images(tmp_path):
+    """Shards beside images, or a run's files among them, would make the images no source any more."""
+    root, other = tree(tmp_path / "photos", "cat/1.png"), tree(tmp_path / "others", "dog/1.png")
+    for command in (_encode, data_convert.run):
+        flags = (
+            ["--autoencoder", "identity", "--size", "8", "--source", str(root)] if command is _encode else [str(root)]
+        )
+        with pytest.raises(UserError, match="holds images, beside which shards are no source"):
+            command([*flags, "--out", str(other)])
+    source = open_source(str(root))
+    for out in (root, root / "cat" / "run"):
+        with pytest.raises(UserError, match="lie one in the other"):
+            check_apart(source, out, "--out", around=False)
+    check_apart(source, tmp_path, "--out", around=False)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["1.png", "1.png"]
 
 
 def test_encoding_into_the_source_shards_is_refused(tmp_path):

@@ -229,3 +229,11 @@ def test_page_checksums_are_compared(tmp_path):
     """Some writers store them; then damage that a codec does not notice is found."""
     path = damaged_group(tmp_path, compression="none", use_dictionary=False, write_page_checksum=True)
     assert "row group 1 cannot be read" in refusal(path)
+
+
+def test_a_folder_with_a_part_of_its_set(tmp_path):
+    for k in (0, 2):
+        (tmp_path / f"train-0000{k}-of-00003.parquet").touch()
+    with pytest.raises(UserError, match="holds 2 of the 3 files of its set") as error:
+        open_source(str(tmp_path))
+    assert str(error.value).endswith(f"'{tmp_path}/train-*.parquet'")

@@ -85,6 +85,19 @@ def test_files_that_are_no_archives(tmp_path):
     assert "x.zip: is a zip archive, and shards are tar archives; unpack it with: unzip" in refusal(tmp_path / "x.zip")
 
 
+def test_shards_of_several_splits(tmp_path):
+    for name in ("set-train-000", "set-train-001", "set-val-000", "other"):
+        write_tar(tmp_path / f"{name}.tar", [("a.png", PNG), ("a.cls", b"0")])
+    text = refusal(tmp_path)
+    assert "holds shards of several splits (train, val), which are not mixed" in text
+    pattern = f"{tmp_path}/set-train-*.tar"
+    assert text.endswith(f"point --data.source at one: '{pattern}'")
+    assert open_source(pattern).n == 2
+    assert "no file has such a name" in refusal(tmp_path / "x*.tar")
+    (tmp_path / "set-val-000.tar").unlink()
+    assert open_source(str(tmp_path)).n == 3
+
+
 def test_shards_in_folders(tmp_path):
     """Never a part of the shards: those of one folder, or an error."""
     shard = write_tar(tmp_path / "a.tar", [("a.png", PNG), ("a.cls", b"0")])

@@ -50,10 +50,11 @@ def refusal(path, flags):
     return text.removeprefix(f"{path}: ")
 
 
-@pytest.mark.parametrize("zeros", [True, False])
-def test_a_file_of_sit_keeps_the_first_half_of_its_outputs(tmp_path, capsys, zeros):
-    path, state = tmp_path / "sit.pt", doubled(zeros)
-    torch.save(state, path)
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_file_of_sit_keeps_the_first_half_of_its_outputs(tmp_path, capsys, declared):
+    """Its arguments tell a file of SiT's even if the second half has other numbers than zeros."""
+    path, state = tmp_path / "sit.pt", doubled(zeros=not declared)
+    torch.save({"model": state, "args": SIT_ARGUMENTS} if declared else state, path)
     loaded = start(path, SIT).state_dict()
     expected = from_official(state)
     for leaf in ("weight", "bias"):
@@ -61,7 +62,7 @@ def test_a_file_of_sit_keeps_the_first_half_of_its_outputs(tmp_path, capsys, zer
         assert torch.equal(loaded.pop(f"head.{leaf}"), rows[:, :, :4].flatten(0, 2))
     assert all(torch.equal(loaded[key], value) for key, value in expected.items() if key != "pos_embed")
     line = "left out the second half of its outputs, which SiT's networks have and do not use"
-    assert capsys.readouterr().out == f"{path}: {line}\n"
+    assert capsys.readouterr().out.endswith(f"{path}: {line}\n")
 
 
 def test_a_file_of_sit_without_the_second_half_loads(tmp_path):
@@ -81,8 +82,18 @@ def test_twice_the_outputs_may_be_a_ddpms(tmp_path):
     torch.save(doubled(zeros=False), tmp_path / "dit.pt")
     start(tmp_path / "dit.pt", "--noise.name ddpm")
     for flags in ("", "--noise.name flow"):
-        text = refusal(tmp_path / "dit.pt", flags)
-        assert f"it predicts a variance too: take --noise.name ddpm; or it is SiT's: take {SIT}" in text
+        assert refusal(tmp_path / "dit.pt", flags).endswith("it predicts a variance too: take --noise.name ddpm")
+    assert refusal(tmp_path / "dit.pt", SIT).endswith("is not zero, as SiT's is; take --noise.name ddpm")
+
+
+@pytest.mark.parametrize("flags", ["", "--noise.name flow", SIT, REPA])
+def test_projectors_tell_a_file_of_repa(tmp_path, flags):
+    state = make_official(CASE) | {"projectors.0.0.weight": torch.zeros(3, 3)}
+    torch.save({"ema": state}, tmp_path / "repa.pt")
+    if flags == REPA:
+        start(tmp_path / "repa.pt", flags)
+    else:
+        assert refusal(tmp_path / "repa.pt", flags).endswith("--noise.flow.convention repa")
 
 
 @pytest.mark.parametrize(("arguments", "fitting"), [(SIT_ARGUMENTS, SIT), (REPA_ARGUMENTS, REPA)], ids=["sit", "repa"])

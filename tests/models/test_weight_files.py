@@ -78,6 +78,14 @@ def test_containers_and_prefixes(tmp_path, content, line, legacy):
     assert re.search(line, said) if line else not said, said
 
 
+def test_averages_without_names_are_not_passed_over(tmp_path):
+    torch.save({"model": MODEL, "ema": {"decay": 0.99, "shadow_params": list(EMA.values())}}, tmp_path / "dit.pt")
+    refused = "its EMA weights, ema.shadow_params, are a list without names, .* --init_weights model"
+    with pytest.raises(UserError, match=refused):
+        loaded(tmp_path / "dit.pt")
+    assert same(loaded(tmp_path / "dit.pt", weights="model")[0], MODEL)
+
+
 @pytest.mark.parametrize(("word", "expected"), [("model", MODEL), ("ema", EMA), ("train.ema", EMA), (None, EMA)])
 def test_a_flag_chooses_the_weights(tmp_path, word, expected):
     torch.save({"train": {"model": MODEL, "ema": EMA}}, tmp_path / "dit.pt")
@@ -276,7 +284,11 @@ def test_other_objects_are_named_by_type_with_the_remedy(tmp_path, legacy):
     assert "\x1b" not in text
     assert "\n" not in text
     command = text[text.index("python -c") :].replace("python", sys.executable, 1)
-    subprocess.run(["sh", "-c", command], check=True, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests/helpers'}"})
+    subprocess.run(
+        ["sh", "-c", command],
+        check=True,
+        env={"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}:{ROOT / 'tests/helpers'}"},
+    )
     assert same(loaded(tmp_path / "it's-tensors.pt")[0], EMA)
 
 
