@@ -34,8 +34,10 @@ _REWORDED = (
     (r'^"([\w.]+)": ', r"\1: "),
     (r"Unable to load config '(.*?)'.*", r"expected settings as {name: value}, got \1"),
     (r"Does not validate against any .* Subtypes: \[(.*)\] Errors: .* Given value: ?", _any_of),
-    (r"Expected an? (.*)\. Got value: ", r"expected \1, got "),
+    (r"Expected an? (.*)\. Got value: ?", r"expected \1, got "),
     (r"typing\.Literal\[(.*?)\]", r"one of \1"),
+    (r", got $", ", got nothing"),
+    (r"expected tuple\[float, float\]", "expected a pair [a, b]"),
     (r"expected tuple( with 2 elements)?", "expected a pair [a, b]"),
     (r"tuple\[(.*?)\]", r"[\1]"),
     (r"expected (bool|int|float|str)\b", lambda match: f"expected {_TYPES[match[1]]}"),
@@ -87,9 +89,8 @@ class OneLineParser(ArgumentParser):
         for word in argv:
             flag, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
             action = self._option_string_actions.get(flag or (words[-1] if words else ""))
-            if action is not None and _takes_whole_number(action) and _POWER.fullmatch(value) and float(value) % 1 == 0:
-                value = str(int(float(value)))
-            words.append(f"{flag}{equals}{value}")
+            whole = action is not None and _takes_whole_number(action)
+            words.append(f"{flag}{equals}{_whole_number(value) if whole else value}")
         return words
 
     def read(self, path: str | Path, base: Namespace | None = None) -> Namespace:
@@ -98,6 +99,11 @@ class OneLineParser(ArgumentParser):
         _rename(values, self.renamed)
         sections = {action.dest.rpartition(".")[0] for action in self._actions}
         values = {name: value for name, value in values.items() if value is not None or name not in sections}
+        for action in filter(_takes_whole_number, self._actions):
+            *groups, name = action.dest.split(".")
+            inner = _section(values, groups)
+            if name in inner:
+                inner[name] = _whole_number(inner[name])
         return self._typed(lambda: self.parse_object(values, base), f"{path}: ")
 
     def _typed(self, make: Callable[[], Namespace], where: str = "") -> Namespace:
@@ -127,6 +133,13 @@ def _takes_whole_number(action) -> bool:
     """Return whether a flag's type is int or int | None."""
     kind = getattr(action, "_typehint", action.type)
     return kind is int or kind == int | None
+
+
+def _whole_number(value: object) -> object:
+    """Return a value for a whole number: text like 1e5 is written out, and a float without a fraction is an int."""
+    if isinstance(value, str) and _POWER.fullmatch(value) and float(value) % 1 == 0:
+        return str(int(float(value)))
+    return int(value) if isinstance(value, float) and value % 1 == 0 else value
 
 
 def preset_of(path: str | Path) -> str | None:
@@ -176,11 +189,16 @@ def _rename(values: dict, renamed: dict[str, str]) -> None:
     """Give settings of a file, nested by section, their current names."""
     for older, current in renamed.items():
         *sections, name = older.split(".")
-        inner = values
-        for section in sections:
-            inner = inner.get(section) if isinstance(inner, dict) else None
-        if isinstance(inner, dict) and name in inner:
+        inner = _section(values, sections)
+        if name in inner:
             inner[current.rpartition(".")[2]] = inner.pop(name)
+
+
+def _section(values: dict, names: list[str]) -> dict:
+    """Return the section of that name, nested by `names`, or an empty one."""
+    for name in names:
+        values = values.get(name) if isinstance(values, dict) else None
+    return values if isinstance(values, dict) else {}
 
 
 def _one_line(message: object) -> str:

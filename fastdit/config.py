@@ -4,7 +4,7 @@ A preset (`fastdit/presets/NAME.yaml`, or a path) differs from these defaults on
 flag (`--lr 2e-4 --model.patch 4`). Parsing, type checks and `--help` are jsonargparse's.
 """
 
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass
 from typing import Literal
 
 from fastdit.errors import UserError, check_ranges
@@ -228,6 +228,9 @@ class SampleConfig:
         sde = self.sde  # which checks its settings
         if self.sampler == "euler_maruyama":
             sde.times(self.steps)  # which checks the number of steps
+            return
+        for name in (field.name for field in fields(SDE) if getattr(sde, field.name) != field.default):
+            raise UserError(f"sample.{name}: {getattr(sde, name)} needs the SDE sampler; add --sampler euler_maruyama")
 
     @property
     def sde(self) -> SDE:

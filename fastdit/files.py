@@ -37,6 +37,12 @@ def stand_in(head: bytes) -> str | None:
     return None
 
 
+def printable(name: str) -> str:
+    """Return the name of a file or folder, in which bytes that are not UTF-8 are written as `\\xe9`."""
+    named = re.sub("[\udc80-\udcff]", lambda found: f"\\x{ord(found[0]) - 0xDC00:x}", name)
+    return named.encode("utf-8", errors="backslashreplace").decode("utf-8")
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Raise a UserError that names `path`, or the file in it, if the block fails because the system refuses to write.
@@ -167,6 +173,14 @@ def prepare_folder(folder: Path, flag: str) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"{flag}: cannot write into {folder} ({error.strerror}); choose another place") from None
+
+
+def refuse_file_in_the_way(folder: Path, flag: str) -> None:
+    """Raise UserError, as `prepare_folder` does, if a file is in the place of a folder or of one above it."""
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not place.is_dir():
+        reason = os.strerror(errno.EEXIST if place == folder.absolute() else errno.ENOTDIR)
+        raise UserError(f"{flag}: cannot write into {folder} ({reason}); choose another place")
 
 
 def prepare_file(path: Path, flag: str) -> None:

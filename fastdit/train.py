@@ -25,8 +25,7 @@ def _train(argv: list[str]) -> None:
 
     ranks = distributed.start(config)
     lock = RunLock(Path(config.out))
-    if not config.dry_run:
-        ranks.decide(lock.acquire)
+    ranks.decide(lock.check_place if config.dry_run else lock.acquire)
     from fastdit.evaluation import evaluator, sample_grids
     from fastdit.rundir.report import check_files
     from fastdit.training import dry_run, loop

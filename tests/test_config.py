@@ -194,7 +194,14 @@ def test_resume_before_the_first_start_is_an_ordinary_start(tmp_path):
         ("--noise.name ddpm --sample.sampler heun", ["sample.sampler:", "ddpm, ddim"]),
         ("--noise.name ddpm --sample.steps 1001", ["sample.steps:", "1001", "noise.ddpm.steps", "1000"]),
         ("--sample.interval [2,0.1]", ["sample.interval:", "[2.0, 0.1]", "below"]),
-        ("--sample.interval [0.1]", ["sample.interval:", "[float, float]"]),
+        ("--sample.interval [0.1]", ["sample.interval:", "expected a pair [a, b] or null, got [0.1]"]),
+        ("--sample.interval 1", ["sample.interval: expected a pair [a, b] or null, got 1"]),
+        ("--steps=", ["steps: expected a whole number, got nothing"]),
+        ("--sample.diffusion_form constant", ["sample.diffusion_form: constant", "--sampler euler_maruyama"]),
+        (
+            "--noise.name flow --sample.sampler full_heun --sample.last_step_size 0.1",
+            ["sample.last_step_size: 0.1", "--sampler euler_maruyama"],
+        ),
         ("--sample.guided_channels 4", ["sample.guided_channels:", "4", "3"]),
         ("--noise.edm.sigma_data -1", ["sigma_data", "positive"]),
         ("--noise.flow.law x", ["law", "logit_normal"]),
@@ -371,6 +378,16 @@ def test_whole_numbers_may_have_a_power_of_ten():
     assert (config.steps, config.batch, config.warmup, config.lr, config.out) == (100_000, 256, 5000, 1e-4, "1e5")
     for wrong in ("1.5e0", "1e-3"):
         assert complaint("--steps", wrong).startswith("steps: expected a whole number, got")
+
+
+def test_whole_numbers_of_a_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("steps: 1e5\nbatch: 2.56e+2\nwarmup: 5.0\ndata: {threads: 3.0}\n")
+    config = load(path)
+    assert (config.steps, config.batch, config.warmup, config.data.threads) == (100_000, 256, 5, 3)
+    path.write_text("steps: 1.5\n")
+    with pytest.raises(UserError, match=r"steps: expected a whole number, got 1\.5"):
+        load(path)
 
 
 def test_print_config_shows_what_would_run(capsys):

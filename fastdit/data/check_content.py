@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from fastdit.data.image_rules import decoding_fault
 from fastdit.data.latents import LatentSamples, read_header
 from fastdit.data.order import BatchFailed, Request
 from fastdit.data.readers import choose_backend, find_corrupt
@@ -41,7 +42,8 @@ def check_images(source: Source, threads: int, report: Report) -> str:
                 corrupt = find_corrupt(failure)
                 bad += len(corrupt)
                 for i in corrupt:
-                    report(UserError(f"{source.where(i)}: the image is corrupt and cannot be decoded; replace it"))
+                    fault = decoding_fault(source, i, "replace it")
+                    report(UserError(f"{source.where(i)}: the image {fault}"))
             bar.update(len(request.ids))
 
     # Summarize kinds and extents.

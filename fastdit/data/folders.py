@@ -17,6 +17,7 @@ import numpy as np
 from fastdit.data.label_files import read_label_file
 from fastdit.data.shards import COMPRESSED, IMAGE_EXTENSIONS, is_leftover, map_file
 from fastdit.errors import UserError
+from fastdit.files import printable
 
 FOLDERS = ("auto", "first", "deepest")  # choices of folders as classes; another text is a file of labels
 _SUFFIXES = tuple(f".{e}" for e in IMAGE_EXTENSIONS)
@@ -68,6 +69,9 @@ class FolderSamples:
             if more := len(images) - sum(map(len, found)):
                 walk.left_out[f"images that {os.path.basename(labels)} does not name"] += more
 
+        # Bytes that are not UTF-8 can be neither printed nor written to JSON.
+        self.class_names = tuple(map(printable, self.class_names))
+
         # Keep paths and labels in arrays, which take less memory than lists.
         self.labels = np.repeat(np.fromiter(numbers, np.int64), [len(paths) for paths in found])
         self._paths = np.array([os.fsencode(path) for paths in found for path in paths])
@@ -79,7 +83,7 @@ class FolderSamples:
 
     def where(self, i: int) -> str:
         """Return the name of image `i` for error messages."""
-        return str(self._path(i))
+        return printable(str(self._path(i)))
 
     def _path(self, i: int) -> Path:
         """Return the path of image `i`."""
@@ -173,8 +177,8 @@ def _check_tree(root: Path, found: dict[str, list[_Image]], loose: list[_Image],
     # Refuse folders without classes.
     if loose and not any(found.values()):
         raise UserError(
-            f"{root}: holds {len(loose)} images but no class folders; put them in {root}/CLASS/, or train without "
-            "classes: --data.classes 1 --label_drop 0"
+            f"{root}: holds {len(loose)} images but no class folders; put them in {root}/CLASS/, name their "
+            "labels in a file: --data.labels labels.csv, or train without classes: --data.classes 1 --label_drop 0"
         )
     if not found:
         rest = f" (only {walk.describe()})" if walk.left_out else ""

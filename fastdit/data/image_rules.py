@@ -2,6 +2,7 @@
 
 from fastdit.data.sources import Source
 from fastdit.errors import UserError
+from fastdit.files import stand_in
 
 # Two damaged bytes of a JPEG can claim 4 billion pixels, which take minutes and 12 GB to decode.
 MOST_PIXELS = 1 << 28
@@ -10,9 +11,18 @@ MOST_ELONGATED = 64
 _KINDS = {1: "gray", 2: "gray and alpha", 3: "color", 4: "color and alpha, or CMYK"}
 
 
+SKIP = "replace or remove it, or give --data.on_corrupt skip (--on_corrupt skip in encode)"
+
+
+def decoding_fault(source: Source, i: int, remedy: str) -> str:
+    """Return why image `i` cannot be decoded, and what to do: `remedy` for a corrupt image."""
+    fault = stand_in(source.samples.read(i)[:512].tobytes())
+    return fault or f"is corrupt and cannot be decoded; {remedy}"
+
+
 def wrong_channels(source: Source, i: int, found: int, expected: int) -> UserError:
     """Return the error for image `i`, which has `found` channels where the model takes `expected`."""
     return UserError(
         f"{source.where(i)}: {found} channels ({_KINDS[found]}) where the model takes {expected}; "
-        f"convert it to plain {_KINDS[expected]}, or set data.convert to true"
+        f"convert it to plain {_KINDS[expected]}, or give --data.convert true"
     )

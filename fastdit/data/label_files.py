@@ -20,11 +20,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastdit.errors import UserError
+from fastdit.files import printable
 
-# Columns of paths and of labels, in lower case.
-_PATHS = {"path", "file", "filename", "file_name", "filepath", "file_path", "image", "img", "image_path", "image_name"}
-_PATHS |= {"name", "image_id", "id"}
+# Columns of paths, the most specific names first, of labels, and of what is never a label, in lower case.
+_PATHS = ("path", "file_path", "filepath", "image_path", "file_name", "filename", "file", "image_name", "image", "img")
+_PATHS += ("name", "image_id", "id")
 _LABELS = {"label", "labels", "class", "class_id", "class_name", "category", "target", "y"}
+_NO_LABELS = {"text", "caption", "prompt", "description", "additional_feature"}
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _WHOLE = re.compile(r"[+-]?\d{1,18}(\.0*)?")
 _JSON = 'write {"cat/1.png": 0, ...}'
 _HOW = "write a path and a label on each line, such as cat/1.png,0"
@@ -67,6 +70,9 @@ def read_label_file(path: str, root: Path, images: Iterable[str]) -> FileLabels:
         if not label:
             lacks = "lies in no class folder" if line.label is None else "has no label"
             raise UserError(f"{path}: line {line.number}: {line.path!r} {lacks}; {_HOW}")
+        if line.label is not None and printable(label) != label:
+            problem = f"the label '{printable(label)}' is not UTF-8"
+            raise UserError(f"{path}: line {line.number}: {problem}; save the file as UTF-8")
         if found.setdefault(image, label) != label:
             problem = f"{image!r} has the label {label!r} here and {found[image]!r} on an earlier line"
             raise UserError(f"{path}: line {line.number}: {problem}; keep one")
@@ -76,6 +82,9 @@ def read_label_file(path: str, root: Path, images: Iterable[str]) -> FileLabels:
         raise UserError(f"{path}: {problem}; mend these paths (a bare name must be unique), or take the lines out")
     if not found:
         raise UserError(f"{path}: names no images; {_HOW}")
+    fractions = (label for label in found.values() if float(label) % 1)
+    if all(map(_NUMBER.fullmatch, found.values())) and (fraction := next(fractions, None)):
+        raise UserError(f"{path}: has the label {fraction!r}; labels must be whole numbers, or names")
     return _by_class(found)
 
 
@@ -143,7 +152,9 @@ def _read_lines(path: Path, images: _Images) -> Iterator[_Line]:
 def _rows(path: Path, text: str, images: _Images) -> Iterator[tuple[int, list[str]]]:
     """Yield the number and the cells of each line that is not empty."""
     lines = text.splitlines()
-    first = next((line for line in lines if line.strip()), "")
+    while _is_comment(first := next((line for line in lines if line.strip()), ""), images):
+        text = text.replace(first, "", 1)
+        lines = text.splitlines()
     mark = next((mark for mark in "\t,;" if mark in first and images.find(first) is None), None)
     if mark is None:
         for number, line in enumerate(lines, 1):
@@ -158,13 +169,20 @@ def _rows(path: Path, text: str, images: _Images) -> Iterator[tuple[int, list[st
         raise UserError(f"{path}: line {reader.line_num}: {error}; {_HOW}") from error
 
 
+def _is_comment(line: str, images: _Images) -> bool:
+    """Return whether a line begins with # and names no image."""
+    if not line.lstrip().startswith("#"):
+        return False
+    return not any(map(images.find, (line, re.split(r"[\t,;]", line)[0], line.rsplit(maxsplit=1)[0])))
+
+
 def _read_table(path: Path, rows: Iterator[tuple[int, list[str]]], images: _Images) -> Iterator[_Line]:
     """Yield the lines of a table whose first row may be a header. Raises UserError that names a line."""
     start, first = next(rows, (0, []))
     if not first:
         return
     names = [cell.strip().lower() for cell in first]
-    if _PATHS.intersection(names) and not any(images.find(cell) for cell in first):
+    if set(_PATHS).intersection(names) and not any(images.find(cell) for cell in first):
         place, label = _columns(path, names)
     elif len(first) > 2:
         remedy = "write a header that calls two of them path and label"
@@ -179,11 +197,14 @@ def _read_table(path: Path, rows: Iterator[tuple[int, list[str]]], images: _Imag
 
 
 def _columns(path: Path, names: list[str]) -> tuple[int, int | None]:
-    """Return the places of the columns of paths and labels; the latter is None if there is one column."""
-    place = next(k for k, name in enumerate(names) if name in _PATHS)
+    """Return the places of the columns of paths and labels; the latter is None if there is one column.
+
+    Raises UserError if it is not clear which column holds the labels.
+    """
+    place = names.index(next(name for name in _PATHS if name in names))
     others = [k for k in range(len(names)) if k != place]
     known = [k for k in others if names[k] in _LABELS]
-    if len(others) > 1 and len(known) != 1:
+    if len(known) != 1 and (len(others) > 1 or any(names[k] in _NO_LABELS for k in others)):
         which = "none is called label" if not known else "several may be the label"
         raise UserError(f"{path}: has the columns {', '.join(names)}, and {which}; keep a path and a label")
     return place, (known or others or [None])[0]
@@ -203,7 +224,7 @@ def _read_json(path: Path, text: str) -> Iterator[_Line]:
     if not isinstance(found, list) or not found:
         raise UserError(f"{path}: holds no labels; {_JSON}")
     fields = list(found[0]) if isinstance(found[0], dict) else []
-    if fields and not _PATHS.intersection(map(str.lower, fields)):
+    if fields and not set(_PATHS).intersection(map(str.lower, fields)):
         raise UserError(f"{path}: its fields {', '.join(fields)} hold no path that is called so; name one of them path")
     place, label = _columns(path, [field.lower() for field in fields]) if fields else (0, 1)
     for number, entry in enumerate(found, 1):

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from fastdit.data.cache import CachedLatents, CachedReader
+from fastdit.data.image_rules import SKIP, decoding_fault
 from fastdit.data.order import BatchFailed, Order, Request
 from fastdit.data.readers import Backend, ReaderName, choose_backend, find_corrupt
 from fastdit.data.sources import Source
@@ -280,10 +281,10 @@ class Loader:
             raise failure
         corrupt = find_corrupt(failure)
         for i in corrupt:
-            problem = f"{self.source.where(i)}: the image (sample {i}) is corrupt and cannot be decoded"
+            image = f"{self.source.where(i)}: the image (sample {i})"
             if not self._skip_corrupt:
-                raise UserError(f"{problem}; replace or remove it, or set on_corrupt to skip") from failure
-            log.warning("%s; skipped", problem)
+                raise UserError(f"{image} {decoding_fault(self.source, i, SKIP)}") from failure
+            log.warning("%s %s", image, decoding_fault(self.source, i, "skipped"))
         self._corrupt.update(corrupt)
         if len(self._corrupt) == self.source.n:
             raise UserError(f"{self.source.path}: none of its {self.source.n} images can be decoded")

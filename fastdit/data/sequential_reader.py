@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from fastdit.data.image_rules import SKIP, decoding_fault
 from fastdit.data.order import BatchFailed, Request
 from fastdit.data.readers import ReaderName, choose_backend, find_corrupt
 from fastdit.data.sources import Source
@@ -57,9 +58,9 @@ def read_in_order(
             except BatchFailed as failure:
                 corrupt = find_corrupt(failure)
                 for i in corrupt:
-                    problem = f"{source.where(i)}: the image (sample {i}) is corrupt and cannot be decoded"
+                    image = f"{source.where(i)}: the image (sample {i})"
                     if on_corrupt == "stop":
-                        raise UserError(f"{problem}; replace or remove it, or set on_corrupt to skip") from failure
-                    log.warning("%s; left out", problem)
+                        raise UserError(f"{image} {decoding_fault(source, i, SKIP)}") from failure
+                    log.warning("%s %s", image, decoding_fault(source, i, "left out"))
                 intact = np.setdiff1d(batches[done], corrupt)
                 batches[done : done + 1] = [intact] if len(intact) else []

@@ -10,7 +10,8 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from functools import lru_cache
 from itertools import islice
@@ -21,7 +22,7 @@ import torch
 
 from fastdit.data.tar_archives import ANY_NAME, Report, refuse, tar_members
 from fastdit.errors import UserError
-from fastdit.files import write_atomically
+from fastdit.files import printable, write_atomically
 
 # Every image format that DALI or Pillow decodes without another program.
 IMAGE_EXTENSIONS = (
@@ -53,9 +54,23 @@ def map_file(path: str | os.PathLike) -> np.ndarray:
         size = os.stat(path).st_size
         if size == 0:
             return np.empty(0, dtype=np.uint8)
-        return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+        with _utf8_path(path) as readable:
+            return torch.from_file(readable, shared=False, size=size, dtype=torch.uint8).numpy()
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{printable(str(path))}: cannot be read ({str(error).splitlines()[0]})") from error
+
+
+@contextmanager
+def _utf8_path(path: str | os.PathLike) -> Iterator[str]:
+    """Yield a path of a file that torch takes: its own, or one of the open file where its own is not UTF-8."""
+    name = os.fspath(path)
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        with open(name, "rb") as file:
+            yield f"/dev/fd/{file.fileno()}"
+    else:
+        yield name
 
 
 def find_shards(path: str) -> list[Path]:

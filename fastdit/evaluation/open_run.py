@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -12,7 +12,7 @@ from fastdit import run_parts
 from fastdit.command_line import OneLineParser
 from fastdit.config import CONFIG_FILE, Config
 from fastdit.errors import UserError
-from fastdit.noise import DiffusionForm
+from fastdit.noise import SDE, DiffusionForm
 from fastdit.parser import load
 from fastdit.rundir.checkpoint_files import choose, classes_of, first_difference, manifest, sampled_weights
 
@@ -94,6 +94,8 @@ def settings_of(args: Namespace) -> Config:
     """
     config = load(Path(args.run) / CONFIG_FILE)
     chosen = {key: getattr(args, key) for key in SAMPLER_FLAGS if getattr(args, key) is not None}
+    if chosen.get("sampler", "euler_maruyama") != "euler_maruyama":
+        chosen = asdict(SDE()) | chosen  # the run's own settings of an SDE are not for this sampler
     model = replace(config.model, attention="auto")  # the backend of training may not exist here
     data = replace(config.data, autoencoder=args.autoencoder or config.data.autoencoder)
     config = replace(config, model=model, data=data, sample=replace(config.sample, **chosen))

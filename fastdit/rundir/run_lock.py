@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from fastdit.errors import UserError
-from fastdit.files import prepare_folder
+from fastdit.files import prepare_folder, refuse_file_in_the_way
 from fastdit.rundir.run_files import CHECKPOINTS, LOCK
 
 PATIENCE = 5.0  # seconds that a lock without a living owner is waited for
@@ -28,6 +28,11 @@ class RunLock:
         self.folder, self.path = folder, folder / LOCK
         self.made_folder = self.made_file = False
         self.handle: int | None = None
+
+    def check_place(self) -> None:
+        """Raise UserError if a file is in the way of the folder, as `acquire` would, and write nothing."""
+        for folder in (self.folder, self.folder / CHECKPOINTS):
+            refuse_file_in_the_way(folder, f"--out {self.folder}")
 
     def acquire(self) -> None:
         """Make the folder if it is missing, and lock it.

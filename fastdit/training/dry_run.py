@@ -35,20 +35,24 @@ def estimate(session: Session) -> None:
     """Take PLACES * (1 + TIMED) training steps of a session, and print what the run needs. A collective.
 
     The session is of no use for training afterwards. Raises UserError if the run has no step left, and where a training
-    step raises it.
+    step raises it, or if all of the steps were skipped.
     """
     run, first, last = session.run, session.first_step, session.config.steps
     if first >= last:
         raise UserError(f"--dry_run: {run.folder} has all of its {last:,} steps; give more --steps")
 
     # Take the steps. The schedules end with the last step, so it is repeated where a short run has too few.
-    untimed, timed = [], []
+    untimed, timed, skipped = [], [], float(run.meter.skipped)
     for place in range(PLACES):
         at = first + (2 * place + 1) * (last - first) // (2 * PLACES)
         steps = [min(at + i, last - 1) for i in range(1 + TIMED)]
         untimed.append(_seconds_per_step(run, steps[:1]))
         timed.append(_seconds_per_step(run, steps[1:]))
     run.skipped_steps.report(float(run.meter.skipped), run.runtime, run.loader, run.say)
+    count = PLACES * (1 + TIMED)
+    # Let a run end that would skip its first steps one after the other.
+    if float(run.meter.skipped) - skipped == count and last - first >= run.config.max_nonfinite:
+        raise loop.too_many_skipped(run, first + 1, min(count, last - first, run.config.max_nonfinite))
 
     # Count the bytes of a checkpoint, and measure the memory.
     own = checkpoint.bytes_of_rank(run.trained, run.method.state_dict())

@@ -308,6 +308,14 @@ def _grad_norm(run: Run) -> torch.Tensor | float | None:
     return run.optimizer.grad_norm
 
 
+def too_many_skipped(run: Run, first_bad: int, count: int) -> UserError:
+    """Return the error for `count` skipped steps in a row from step `first_bad`, counted from 1. A collective."""
+    return UserError(
+        f"step {first_bad}: loss or gradient not finite, and so for {count} steps in a row (all skipped); "
+        f"{run.remedy(first_bad)}"
+    )
+
+
 def _record(run: Run, clock: Clock, step: int) -> int:
     """Write one line of metrics. Return the number of steps in about a second, after which to check for a stop.
 
@@ -338,8 +346,5 @@ def _record(run: Run, clock: Clock, step: int) -> int:
     # Name the skipped steps, and end the run if too many steps in a row were skipped.
     run.skipped_steps.report(values["skipped"], run.runtime, run.loader, run.say)
     if worst >= run.config.max_nonfinite:
-        raise UserError(
-            f"step {first_bad:.0f}: loss or gradient not finite, and so for {worst:.0f} steps in a row (all skipped); "
-            f"{run.remedy(int(first_bad))}"
-        )
+        raise too_many_skipped(run, int(first_bad), int(worst))
     return max(1, min(run.config.log_every, round(steps / seconds)))

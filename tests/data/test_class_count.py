@@ -102,7 +102,10 @@ def test_training_without_classes(tmp_path):
     for i in range(4):
         (tmp_path / "faces").mkdir(exist_ok=True)
         (tmp_path / "faces" / f"{i}.png").write_bytes(PNG)
-    with pytest.raises(UserError, match=r"holds 4 images but no class folders; .* --data.classes 1 --label_drop 0"):
+    with pytest.raises(
+        UserError,
+        match=r"holds 4 images but no class folders; .* --data.labels labels.csv, .* --data.classes 1 --label_drop 0",
+    ):
         open_source(str(tmp_path / "faces"))
     (tmp_path / "faces" / "list.txt").write_text("0.png")
     flags = ["--preset", "cifar10", *SMALL.split(), "--threads", "1", "--data.threads", "1", "--log_every", "1"]

@@ -234,11 +234,14 @@ BAD_IMAGES = {
     "cut.webp": encode(picture(20, 20), "WEBP")[:-60],
     "empty.png": b"",
     "page.png": b"<html>not found</html>",
+    "pointer.jpg": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
     "zeros.jpg": bytes(500),
     "huge.jpg": re.sub(
         rb"(\xff\xc0...)....", rb"\1" + b"\x7f\xff" * 2, encode(picture(20, 20), "JPEG"), flags=re.DOTALL
     ),
 }
+
+STAND_INS = {"page.png": ("HTML page", "download"), "pointer.jpg": ("Git LFS pointer", "git lfs pull")}
 
 
 def source_with(folder: Path, bad: dict[int, tuple[str, bytes]], n: int = 11):
@@ -261,7 +264,8 @@ def test_a_corrupt_image_stops_and_is_named(tmp_path, name):
         for _ in range(2):  # asked again, it says it again
             with pytest.raises(UserError) as error:
                 next(loader)
-            assert_one_line(error, "n-01.tar", "'s006'", "sample 6", "corrupt", "skip")
+            fault = STAND_INS.get(name, ("corrupt", "--data.on_corrupt skip"))
+            assert_one_line(error, "n-01.tar", "'s006'", "sample 6", *fault)
         assert loader.position == 4
 
 

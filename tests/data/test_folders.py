@@ -1,6 +1,7 @@
 """Test which images of a folder are taken, and that a tree that may mean two things is refused with the way out."""
 
 import gzip
+import json
 import lzma
 import os
 import subprocess
@@ -164,6 +165,15 @@ def test_suffixes_that_are_taken_and_counted(tmp_path, capsys):
     assert sorted(note.split(": not taken: ")[1].split(", ")) == ["1 .csv", "1 .svg", "1 without a suffix", "2 .heic"]
     data_check.run([str(tmp_path), "--decode", "false"])
     assert capsys.readouterr().out.splitlines()[0] == note
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    odd = os.fsdecode(b"caf\xe9")
+    source = open_source(str(tree(tmp_path / "root", "cat/1.png", f"cat/{odd}.png", f"{odd}/1.png")))
+    assert source.class_names == (r"caf\xe9", "cat")
+    json.dumps(source.class_names).encode()
+    assert source.where(0) == rf"{tmp_path}/root/caf\xe9/1.png"
+    assert [source.samples.read(i).tobytes() for i in range(source.n)] == [PNG] * 3
 
 
 def test_a_folder_of_nothing_that_is_taken(tmp_path):

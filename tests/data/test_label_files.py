@@ -49,6 +49,8 @@ def refused(root, name: str, content: str | bytes) -> str:
         "a.png 2\nb.png 0\nmore/c.png  2\n",
         "./a.png,2.0\nb.png,0.0\nmore\\c.png,2.\n",
         "id,breed\na,2\nb,0\nc,2\n",
+        "id,filename,label\n0,a.png,2\n1,b.png,0\n2,c.png,2\n",
+        "# my labels\n# of 3 images\na.png,2\nb.png,0\nmore/c.png,2\n",
         '"a.png","2"\n"b.png",+0\n"more/c.png",02\n',
         "faces/a.png,2\ndata/faces/b.png,0\nfaces/more/c.png,2\n",
         "a.png,2\nb.png,0\na.png,2\nc.png,2\n",
@@ -88,7 +90,7 @@ def test_a_list_chooses_images_of_class_folders(tmp_path):
     """Food-101's lists have no suffixes; other names have spaces, commas and bytes that are not UTF-8."""
     odd = os.fsdecode(b"\xff, 1.png")
     root = tree(tmp_path / "images", "apple pie/10.png", "apple pie/11.png", f"dog/{odd}", "dog/2.jpg", "owl/1.png")
-    expected = ("apple pie", "dog"), [("apple pie/10.png", 0), ("dog/2.jpg", 1), (f"dog/{odd}", 1)]
+    expected = ("apple pie", "dog"), [("apple pie/10.png", 0), ("dog/2.jpg", 1), (r"dog/\xff, 1.png", 1)]
     for first in ("apple pie/10\n", "apple pie/10.png\n", "path\napple pie/10.png\n"):
         assert read(root, "train.txt", os.fsencode(f"{first}dog/2.jpg\ndog/{odd}\n")) == expected
     note = open_source(str(root), labels=str(tmp_path / "train.txt")).notes[0]
@@ -114,6 +116,10 @@ def test_a_file_overrules_class_folders_and_splits(tmp_path):
         ("x.csv", "a.png,0\nb.png,0\na.png,1\n", ["line 3", "'a.png' has the label '1' here and '0'", "keep one"]),
         ("x.csv", "a.png,0,1\n", ["3 columns and no header", "path and label"]),
         ("x.csv", "path,breed,color\na.png,0,1\n", ["path, breed, color", "none is called label"]),
+        ("x.csv", "path,Caption\na.png,a cat\n", ["path, caption", "none is called label"]),
+        ("x.jsonl", '{"file_name": "a.png", "text": "a cat"}\n', ["file_name, text", "none is called label"]),
+        ("x.csv", "a.png,0.5\nb.png,1\n", ["the label '0.5'", "whole numbers, or names"]),
+        ("x.csv", "a.png,caf\u00e9\nb.png,dog\n".encode("latin-1"), ["line 1", "'caf\\xe9'", "save the file as UTF-8"]),
         ("x.csv", "path,class,label\na.png,0,1\n", ["several may be the label"]),
         ("x.txt", "a.png\nb.png\n", ["line 1", "'a.png' lies in no class folder"]),
         ("x.mat", b"MATLAB 5.0 MAT-file\0\0", ["is no text"]),
@@ -130,6 +136,11 @@ def test_files_that_are_no_labels(root, name, content, parts):
     text = refused(root, name, content)
     for part in parts:
         assert part in text
+
+
+def test_a_name_of_an_image_may_begin_like_a_comment(tmp_path):
+    root = tree(tmp_path / "faces", "#1.png", "2.png")
+    assert read(root, "labels.csv", "#1.png,1\n2.png,0\n") == (("0", "1"), [("2.png", 0), ("#1.png", 1)])
 
 
 def test_a_bare_name_must_be_unique(tmp_path):

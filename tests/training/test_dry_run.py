@@ -183,6 +183,32 @@ def test_names_steps_that_are_not_finite(tmp_path, monkeypatch):
     assert not out.exists()
 
 
+@launch
+def test_ends_as_the_run_whose_every_step_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.setenv("POISONED_STEPS", ",".join(map(str, range(1, 21))))
+    flags = [*TINY, "--steps", 80, "--log_every", 1, "--out"]
+    ended = [
+        forked(*flags, tmp_path / name, *dry, program="poison_loss")
+        for name, dry in (("dry", ["--dry_run"]), ("wet", []))
+    ]
+    assert [outcome.code for outcome in ended] == [2, 2]
+    dry, wet = (re.findall("^error: [^;]*", outcome.text, re.MULTILINE) for outcome in ended)
+    assert dry == wet
+    assert "step 1: loss or gradient not finite, and so for 3 steps in a row (all skipped)" in dry[0]
+    assert not (tmp_path / "dry").exists()
+
+
+@launch
+def test_a_file_in_the_way(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out, reason in (("file", "File exists"), ("file/run", "Not a directory")):
+        ended = [forked(*TINY, "--steps", 1, "--out", tmp_path / out, *dry) for dry in (["--dry_run"], [])]
+        assert [outcome.code for outcome in ended] == [2, 2]
+        dry, wet = (re.findall("^error: .*", outcome.text, re.MULTILINE) for outcome in ended)
+        assert dry == wet
+        assert f"cannot write into {tmp_path / out} ({reason})" in dry[0]
+
+
 def test_is_for_one_command_line(tmp_path):
     config = parse(["--preset", "quickstart", "--dry_run"])
     assert config.dry_run
