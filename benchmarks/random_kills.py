@@ -124,8 +124,10 @@ def _differences(straight: Path, run: Path, switched: bool) -> list[str]:
     """Return in what a run differs from the undisturbed one."""
     one, other = _lines(straight / "metrics.jsonl"), _lines(run / "metrics.jsonl")
     if switched:
-        far = [a["step"] for a, b in zip(one, other, strict=True) if abs(a["loss"] - b["loss"]) > 1e-3 * abs(a["loss"])]
-        return [f"losses of steps {far} differ"] if far else []
+        losses, others = ({line["step"]: line["loss"] for line in lines if "loss" in line} for lines in (one, other))
+        far = {s for s in losses.keys() & others.keys() if abs(losses[s] - others[s]) > 1e-3 * abs(losses[s])}
+        wrong = sorted(far | (losses.keys() ^ others.keys()))
+        return [f"losses of steps {wrong} differ"] if wrong else []
     found = [] if one == other else ["metrics differ"]
     if _evaluations(straight) != _evaluations(run):
         found.append("evaluations differ")

@@ -45,7 +45,7 @@ def test_methods_are_built_from_the_inside_out():
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("", "nothing is not a method; choose of dit, sd_dit, sadm, psi_align, or several joined by +"),
+        ("", f"nothing is not a method; choose of {', '.join(METHODS)}, or several joined by +"),
         ("+", "nothing is not a method; choose of dit"),
         ("gan", "gan is not a method; choose of dit"),
         ("sadm+gan", "gan is not a method; choose of dit"),

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from launching import ROOT, TINY, Outcome, averages, checkpoint, metrics, python, run
 
+from fastdit.methods.registry import METHODS
+
 TOY = '''
 """A method that keeps the x0 prediction small."""
 
@@ -145,7 +147,7 @@ def test_its_flags_are_flags_and_it_joins_other_methods(command):
     assert "shrink, small predictions;" in " ".join(help_text.split())
     assert "shrink.weight: must be from 0 to 9, got 10.0" in command("fastdit/train.py", "--shrink.weight", 10).text
     unknown = command("fastdit/train.py", "--method", "gan")
-    assert "dit, sd_dit, sadm, psi_align, shrink, or several joined by +" in unknown.text
+    assert f"{', '.join(METHODS)}, shrink, or several joined by +" in unknown.text
     assert "each other method contains dit" in command("fastdit/train.py", "--method", "shrink+sd_dit+dit").text
 
 
