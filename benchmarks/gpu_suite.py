@@ -87,7 +87,7 @@ class Part:
 
 
 def _tests(name: str, files: tuple[str, ...], limit: float, *flags: str) -> Part:
-    paths = (str(next(Path("tests").glob(f"*/test_{file}.py"))) for file in files)
+    paths = (str(next(ROOT.glob(f"tests/*/test_{file}.py")).relative_to(ROOT)) for file in files)
     command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--dist", "worksteal", *flags, *paths)
     return Part(name, command, limit)
 

@@ -171,7 +171,7 @@ def test_without_the_training_data_classes_have_names(copied, sample, two):
         ("--sampler ddim", ["sampler", "ddim", "heun, euler"]),
         ("--guidance x", ["guidance:", "expected", "x"]),
         ("--interval [3,1]", ["interval", "[3.0, 1.0]", "below"]),
-        ("--interval 3", ["interval:", "[float, float]", "3"]),
+        ("--interval 3", ["interval:", "a pair [a, b]", "3"]),
         ("--guided_channels 2", ["guided_channels", "2"]),
         ("--device tpux", ["--device tpux", "cannot be used", "cpu"]),
         ("--checkpoint /nowhere", ["--checkpoint /nowhere", "manifest.json", "step-"]),
