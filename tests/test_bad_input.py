@@ -91,7 +91,7 @@ CASES = [
     Case("preset", {"preset": "nope"}, ("--preset nope", "quickstart")),
     Case("field", {"model.wdith": 3}, ("--model.wdith", "--model.width?")),
     Case("field in a file", {"preset": "{home}/mine.yaml"}, ("mine.yaml", "model.wdith", "model.width?")),
-    Case("type", {"lr": "fast"}, ("lr:", "float", "fast")),
+    Case("type", {"lr": "fast"}, ("lr:", "a number", "fast")),
     Case("no such data", {"data.source": "{home}/none"}, ("{home}/none", "no such file or folder", "fashion_mnist")),
     Case("empty folder", {"data.source": "{home}/empty"}, ("{home}/empty", "neither .tar shards nor class folders")),
     Case("empty class folder", {"data.source": "{home}/tree"}, ("{home}/tree/dog", "holds no images")),

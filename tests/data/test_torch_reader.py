@@ -280,6 +280,8 @@ def test_a_killed_worker_ends_in_one_line(endless):
 
 def test_signals_to_all_processes_do_not_end_a_worker(endless):
     """Send Ctrl-C and a launcher's SIGTERM, while the run may still have a step to end and a checkpoint to save."""
+    for _ in range(2):  # one batch of each worker: both have begun
+        next(endless)
     for number in ("INT", "TERM"):
         subprocess.run(["kill", f"-{number}", *(str(worker.pid) for worker in workers())], check=True)
     time.sleep(1)
