@@ -255,21 +255,26 @@ def start_workers(dataset: BatchDecoder, jobs: Iterator[Job], workers: int, ahea
     """Start a DataLoader's workers, which begin at once, and return the iterator over their notes."""
     Image.init()  # loads Pillow's plugins here: after a fork an import may wait for a lock that nobody gives back
     on_child_end = signal.getsignal(signal.SIGCHLD)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about more workers than cores, and about forks beside threads
-        notes = iter(
-            DataLoader(
-                dataset,
-                sampler=jobs,
-                batch_size=None,
-                num_workers=workers,
-                collate_fn=_unchanged,
-                worker_init_fn=_start_worker,
-                multiprocessing_context=_START_METHOD,
-                prefetch_factor=ahead,
-                generator=torch.Generator(),  # otherwise DataLoader draws a number from torch's global one
+    # Workers block these signals (`_start_worker`), and so must threads that libraries start in a fork at once.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about more workers than cores, and about forks beside threads
+            notes = iter(
+                DataLoader(
+                    dataset,
+                    sampler=jobs,
+                    batch_size=None,
+                    num_workers=workers,
+                    collate_fn=_unchanged,
+                    worker_init_fn=_start_worker,
+                    multiprocessing_context=_START_METHOD,
+                    prefetch_factor=ahead,
+                    generator=torch.Generator(),  # otherwise DataLoader draws a number from torch's global one
+                )
             )
-        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     # DataLoader's handler raises at a worker's death, even in the middle of a step. `next_note` notices it within 5 s,
     # at a place where it can be reported in one line.
     if threading.current_thread() is threading.main_thread():
