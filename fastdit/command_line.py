@@ -14,6 +14,8 @@ from fastdit.errors import UserError
 
 MOST_VALUES = 10_000  # in a file of settings
 LONGEST = 500  # characters of a message that quotes the input
+COLUMNS = ("image_column", "label_column")  # of a Hugging Face data set
+SOURCE_FLAGS = ("classes", "labels", *COLUMNS)
 _TYPES = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "NoneType": "null"}
 
 
@@ -127,6 +129,19 @@ class OneLineParser(ArgumentParser):
             near = difflib.get_close_matches(name, [action.dest for action in self._actions], n=1)
             text += f"; did you mean {dashes}{near[0]}?" if near else "; --help lists them all"
         return text
+
+
+def add_source_flags(parser: OneLineParser) -> None:
+    """Add the flags that tell how a command reads a source: `open_source` has arguments of these names."""
+    parser.add_argument("--classes", type=int | None, default=None, help="number of classes; default: the source's")
+    parser.add_argument("--labels", type=str, default="auto", help="as --data.labels of a run")
+    add_column_flags(parser, "as --data.{} of a run")
+
+
+def add_column_flags(parser: OneLineParser, text: str) -> None:
+    """Add the flags that choose columns of a Hugging Face data set. text: their help, with {} for the name."""
+    for name in COLUMNS:
+        parser.add_argument(f"--{name}", type=str | None, default=None, help=text.format(name))
 
 
 def _takes_whole_number(action) -> bool:

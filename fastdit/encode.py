@@ -10,7 +10,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from fastdit import distributed
-from fastdit.command_line import OneLineParser
+from fastdit.command_line import COLUMNS, SOURCE_FLAGS, OneLineParser, add_source_flags
 from fastdit.commands import encoding
 from fastdit.data import open_source
 from fastdit.data.sources import check_apart, check_classes
@@ -37,10 +37,7 @@ def _parser() -> OneLineParser:
     parser.add_argument(
         "--size", type=int | tuple[int, int], default=256, help="pixels: one number, or [height, width]"
     )
-    parser.add_argument("--classes", type=int | None, default=None, help="number of classes; default: the source's")
-    parser.add_argument("--labels", type=str, default="auto", help="as --data.labels of a run")
-    for name in ("image_column", "label_column"):
-        parser.add_argument(f"--{name}", type=str | None, default=None, help=f"as --data.{name} of a run")
+    add_source_flags(parser)
     parser.add_argument(
         "--mirrored", type=bool, default=True, help="store the latents of mirrored images too, for data.flip"
     )
@@ -71,8 +68,7 @@ def _encode(argv: list[str]) -> None:
     for field in ("per_shard", "batch", "threads"):
         if getattr(args, field) < 1:
             raise UserError(f"--{field} {getattr(args, field)}: must be at least 1")
-    columns = {"image_column": args.image_column, "label_column": args.label_column}
-    source = open_source(args.source, classes=args.classes, labels=args.labels, flat=True, **columns)
+    source = open_source(args.source, **{field: getattr(args, field) for field in SOURCE_FLAGS}, flat=True)
     check_classes(source, args.classes, "--classes")
     autoencoder = open_autoencoder(args.autoencoder)
     if source.kind != "image":
@@ -98,7 +94,7 @@ def _encode(argv: list[str]) -> None:
         dtype=args.dtype,
         mirrored=args.mirrored,
         per_shard=args.per_shard,
-        **columns,
+        **{field: getattr(args, field) for field in COLUMNS},
     )
     device = distributed.choose_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cpu":

@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import fields
 from typing import NoReturn
@@ -56,6 +56,12 @@ def _explain_memory(error: RuntimeError) -> UserError | None:
         f"out of memory{f': {asked[1]} more are not free' if asked else ''}; end what else uses the device, or in "
         "training lower --micro_batch, set --model.grad_checkpoint blocks, or take a higher ZeRO stage"
     )
+
+
+def a_few(names: Iterable[str], most: int = 3) -> str:
+    """Return the first `most` names in words, for a message."""
+    names = list(names)
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def check_ranges(settings: object, group: str, ranges: dict[str, tuple[float, ...]]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastdit import distributed
-from fastdit.command_line import OneLineParser
+from fastdit.command_line import COLUMNS, OneLineParser, add_column_flags
 from fastdit.config import EvalConfig
 from fastdit.errors import run_command
 from fastdit.evaluation.open_run import add_run_flags, add_sampler_flags, open_run, settings_of
@@ -41,8 +41,7 @@ def _parser() -> OneLineParser:
         help="real images: folder (of class folders or of images), shards, Hugging Face data set, shipped set, or ADM "
         "reference .npz; their channels are converted; default: the run's data",
     )
-    for name in ("image_column", "label_column"):
-        parser.add_argument(f"--{name}", type=str | None, default=None, help=f"as --data.{name}; default: the run's")
+    add_column_flags(parser, "as --data.{}; default: the run's")
     parser.add_argument("--n_real", type=int | None, default=None, help="number of real images; default: all")
     parser.add_argument("--labels", type=Literal["balanced", "random"], default="balanced", help="class labels")
     parser.add_argument("--features", type=Literal["lite0", "inception"], default="lite0", help="feature network")
@@ -67,7 +66,7 @@ def _evaluate(argv: list[str]) -> None:
     fields = ("n", "data", "n_real", "labels", "features", "weights", "seed")
     settings = EvalConfig(**{field: getattr(args, field) for field in fields})
     config = replace(settings_of(args), eval=settings, device=args.device, threads=args.threads)
-    columns = {name: getattr(args, name) for name in ("image_column", "label_column") if getattr(args, name)}
+    columns = {name: getattr(args, name) for name in COLUMNS if getattr(args, name)}
     config = replace(config, data=replace(config.data, **columns))
     run = Path(args.run)
     ranks = distributed.start(config)

@@ -23,8 +23,6 @@ _FAILED_WRITE = re.compile(
     r"os error (\d+)|PytorchStreamWriter failed|inline_container|Parent directory .* does not exist|unexpected pos"
 )
 _PROBE = 1 << 20  # bytes that are written to learn why a file could not be
-
-
 _PAGE = re.compile(rb"\s*(<!doctype html|<html|<head|<\?xml)", re.IGNORECASE)
 
 

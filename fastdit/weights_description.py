@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fastdit.config import Config
-from fastdit.errors import UserError
+from fastdit.errors import UserError, a_few
 from fastdit.methods.denoising import Shape
 from fastdit.models import read_metadata
 from fastdit.noise import PROCESSES, NoiseProcess
@@ -104,8 +104,8 @@ def check_class_names(path: str | Path, class_names: Sequence[str]) -> None:
     before = (read_description(path) or {}).get("class_names", [])
     if differ(before, class_names):
         raise UserError(
-            f"{path}: its weights were trained on the classes {describe_names(before)}, and the data has "
-            f"{describe_names(class_names)}; take --finetune all, which trains a new label table"
+            f"{path}: its weights were trained on the classes {a_few(before)}, and the data has "
+            f"{a_few(class_names)}; take --finetune all, which trains a new label table"
         )
 
 
@@ -117,11 +117,6 @@ def differ(names: Sequence[str], others: Sequence[str]) -> bool:
 def named(names: Sequence[str]) -> bool:
     """Return whether class names are more than numbers."""
     return any(not name.isdecimal() for name in names)
-
-
-def describe_names(names: Sequence[str]) -> str:
-    """Return the first few names in words."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def check_description(config: Config, path: str | Path, say: Callable[[str], None]) -> int | None:

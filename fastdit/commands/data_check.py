@@ -1,6 +1,6 @@
 """Check a source: `fastdit-data check SOURCE` reads all of it and prints each problem with its file and byte."""
 
-from fastdit.command_line import OneLineParser
+from fastdit.command_line import SOURCE_FLAGS, OneLineParser, add_source_flags
 from fastdit.data.checking import check, place_of_manifest
 from fastdit.data.manifest import build_manifest, write_json
 from fastdit.errors import UserError
@@ -10,10 +10,7 @@ def _parser() -> OneLineParser:
     """Return the parser of the command's flags."""
     parser = OneLineParser(prog="fastdit-data check", description="Verify shards, labels, checksums and images.")
     parser.add_argument("source", type=str, help="path or name, as in --data.source")
-    parser.add_argument("--classes", type=int | None, default=None, help="number of classes; default: the source's")
-    parser.add_argument("--labels", type=str, default="auto", help="as --data.labels of a run")
-    for name in ("image_column", "label_column"):
-        parser.add_argument(f"--{name}", type=str | None, default=None, help=f"as --data.{name} of a run")
+    add_source_flags(parser)
     parser.add_argument("--decode", type=bool, default=True, help="decode every image")
     parser.add_argument("--write_manifest", type=bool, default=False, help="write a missing manifest.json")
     parser.add_argument("--most", type=int, default=50, help="number of problems to print")
@@ -29,8 +26,7 @@ def run(argv: list[str]) -> None:
         if (value := getattr(args, field)) is not None and value < least:
             raise UserError(f"--{field} {value}: must be at least {least}")
     place = place_of_manifest(args.source) if args.write_manifest else None
-    fields = ("classes", "labels", "image_column", "label_column", "decode", "threads")
-    options = {field: getattr(args, field) for field in fields}
+    options = {field: getattr(args, field) for field in (*SOURCE_FLAGS, "decode", "threads")}
     found = check(args.source, **options)
 
     # Print the problems, or what was verified.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fastdit.command_line import OneLineParser
+from fastdit.command_line import SOURCE_FLAGS, OneLineParser, add_source_flags
 from fastdit.data import open_source
 from fastdit.data.sets.to_shards import convert
 from fastdit.data.sources import check_apart, check_classes
@@ -18,10 +18,7 @@ def _parser() -> OneLineParser:
     parser.add_argument("source", type=str, help="path or name, as in --data.source")
     parser.add_argument("--out", type=str, required=True, help="folder for the shards")
     parser.add_argument("--per_shard", type=int, default=5000, help="images in a shard")
-    parser.add_argument("--classes", type=int | None, default=None, help="number of classes; default: the source's")
-    parser.add_argument("--labels", type=str, default="auto", help="as --data.labels of a run")
-    for name in ("image_column", "label_column"):
-        parser.add_argument(f"--{name}", type=str | None, default=None, help=f"as --data.{name} of a run")
+    add_source_flags(parser)
     return parser
 
 
@@ -31,7 +28,7 @@ def run(argv: list[str]) -> None:
     args = _parser().parse(argv)
     if args.per_shard < 1:
         raise UserError(f"--per_shard {args.per_shard}: must be at least 1")
-    options = {field: getattr(args, field) for field in ("classes", "labels", "image_column", "label_column")}
+    options = {field: getattr(args, field) for field in SOURCE_FLAGS}
     source, out = open_source(args.source, **options), Path(args.out)
     check_classes(source, args.classes, "--classes")
     if source.kind != "image":

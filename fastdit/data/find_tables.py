@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastdit.data.folders import holds_images
-from fastdit.data.shards import find_shards, is_leftover, matching, shards_in
+from fastdit.data.shards import find_shards, is_leftover, matching, shards_in, shared_pattern
 from fastdit.errors import UserError
 from fastdit.files import read_json
 
@@ -69,7 +69,7 @@ def tables_in(folder: Path) -> list[Path]:
     if other:
         raise UserError(
             f"{folder}: holds tables (such as {first[0].relative_to(folder)}) and {other}; move one kind elsewhere, or "
-            f"point --data.source at {_pattern(first)}"
+            f"point --data.source at {shared_pattern(first)}"
         )
     if len(sets) > 1:
         raise _several(folder, sets)
@@ -83,7 +83,7 @@ def _check_whole(folder: Path, paths: list[Path]) -> None:
     if len(counts) == 1 and len(paths) < (whole := counts.pop()):
         raise UserError(
             f"{folder}: holds {len(paths)} of the {whole} files of its set (such as {paths[0].name}); fetch the "
-            f"others, or take these alone: --data.source {_pattern(paths)}"
+            f"others, or take these alone: --data.source {shared_pattern(paths)}"
         )
 
 
@@ -140,13 +140,5 @@ def _several(folder: Path, sets: dict[str, list[Path]]) -> UserError:
     listed = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
     return UserError(
         f"{folder}: holds {len(sets)} sets of tables, such as splits ({listed}), which are not mixed; point "
-        f"--data.source at one: {_pattern(chosen or next(iter(sets.values())))}"
+        f"--data.source at one: {shared_pattern(chosen or next(iter(sets.values())))}"
     )
-
-
-def _pattern(paths: list[Path]) -> str:
-    """Return what a user types to name the tables of one set: the only file, or a pattern in quotes."""
-    if len(paths) == 1:
-        return str(paths[0])
-    stem = _NUMBER.sub("", paths[0].stem)
-    return f"'{paths[0].parent / paths[0].stem[: len(stem) + bool(stem)]}*{paths[0].suffix}'"

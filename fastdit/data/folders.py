@@ -15,13 +15,12 @@ from typing import NamedTuple
 import numpy as np
 
 from fastdit.data.label_files import read_label_file
-from fastdit.data.shards import COMPRESSED, IMAGE_EXTENSIONS, is_leftover, map_file
-from fastdit.errors import UserError
+from fastdit.data.shards import COMPRESSED, IMAGE_EXTENSIONS, SPLIT_WORDS, is_leftover, map_file
+from fastdit.errors import UserError, a_few
 from fastdit.files import printable
 
 FOLDERS = ("auto", "first", "deepest")  # choices of folders as classes; another text is a file of labels
 _SUFFIXES = tuple(f".{e}" for e in IMAGE_EXTENSIONS)
-_SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 _THUMBNAILS = {"thumbnails", "thumbnail", "thumbs", "_thumbs"}
 _MOST = 6  # kinds of files that a message lists
 
@@ -189,7 +188,7 @@ def _check_tree(root: Path, found: dict[str, list[_Image]], loose: list[_Image],
         )
     if loose:
         raise UserError(
-            f"{root}: {len(loose)} images (such as {loose[0].path}) lie beside the class folders ({_some(found)}); "
+            f"{root}: {len(loose)} images (such as {loose[0].path}) lie beside the class folders ({a_few(found)}); "
             "move them into a class folder, or elsewhere"
         )
     for name, images in found.items():
@@ -201,24 +200,18 @@ def _check_tree(root: Path, found: dict[str, list[_Image]], loose: list[_Image],
 
     # Refuse folders that look like splits, or that hold only folders.
     nested = [name for name, images in found.items() if all(os.path.dirname(image.path) != name for image in images)]
-    splits = all(name.lower() in _SPLITS for name in found)
+    splits = all(name.lower() in SPLIT_WORDS for name in found)
     if splits and (labels == "auto" or (labels == "deepest" and nested)):
         first = next((name for name in found if name.lower().startswith("train")), next(iter(found)))
         raise UserError(
-            f"{root}: its folders ({_some(found)}) look like splits, not classes; point --data.source at "
+            f"{root}: its folders ({a_few(found)}) look like splits, not classes; point --data.source at "
             f"{root / first}, or set --data.labels first if they are classes"
         )
     if labels == "auto" and nested:
         raise UserError(
-            f"{root}: its folders ({_some(nested)}) hold only folders; point --data.source at one (as "
+            f"{root}: its folders ({a_few(nested)}) hold only folders; point --data.source at one (as "
             f"{root / nested[0]}), or set --data.labels deepest (their folders are classes) or first (they are)"
         )
-
-
-def _some(names: dict[str, list[_Image]] | list[str]) -> str:
-    """Return the first few names in words."""
-    names = list(names)
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _by_parent(root: Path, found: dict[str, list[_Image]]) -> dict[str, list[_Image]]:

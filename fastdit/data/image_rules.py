@@ -9,8 +9,7 @@ MOST_PIXELS = 1 << 28
 # An image of 1 x 12,000 pixels, scaled to cover 256 x 256, would take 2.4 GB.
 MOST_ELONGATED = 64
 _KINDS = {1: "gray", 2: "gray and alpha", 3: "color", 4: "color and alpha, or CMYK"}
-
-
+# What to do about an image that cannot be decoded.
 SKIP = "replace or remove it, or give --data.on_corrupt skip (--on_corrupt skip in encode)"
 
 

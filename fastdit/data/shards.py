@@ -37,8 +37,8 @@ _LEFTOVERS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "t
 _PACKED_FILES = (".gz", ".bz2", ".xz", ".zst", ".zip")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 # Words of splits in the names of shards.
-_SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
-_SPLIT_WORDS |= {"test": "test", "testing": "test"}
+SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
+SPLIT_WORDS |= {"test": "test", "testing": "test"}
 _NUMBER = re.compile(rb"\s*-?[0-9]{1,18}\s*")
 
 
@@ -103,7 +103,7 @@ def by_split(shards: list[Path]) -> dict[str, list[Path]]:
     """Return the shards whose names have the word of a split, such as val-000.tar, by that word, train first."""
     sets: dict[str, list[Path]] = {}
     for path in shards:
-        words = [_SPLIT_WORDS[word] for word in re.split(r"[-_.]", path.stem.lower()) if word in _SPLIT_WORDS]
+        words = [SPLIT_WORDS[word] for word in re.split(r"[-_.]", path.stem.lower()) if word in SPLIT_WORDS]
         if len(set(words)) == 1:
             sets.setdefault(words[0], []).append(path)
     return dict(sorted(sets.items(), key=lambda item: item[0] != "train"))
@@ -115,8 +115,7 @@ def shared_pattern(paths: list[Path]) -> str:
         return str(paths[0])
     first, last = (choose(path.stem for path in paths) for choose in (min, max))
     same = next((k for k, (a, b) in enumerate(zip(first, last)) if a != b), len(first))
-    start = first[:same].rstrip("0123456789")
-    return f"'{paths[0].parent / start}*{paths[0].suffix}'"
+    return f"'{paths[0].parent}/{first[:same].rstrip('0123456789')}*{paths[0].suffix}'"
 
 
 def matching(path: str) -> list[Path]:

@@ -24,7 +24,7 @@ from fastdit.data.shards import (
 from fastdit.data.synthetic import SyntheticSamples
 from fastdit.data.tables import TableSamples
 from fastdit.data.tar_archives import Report, refuse
-from fastdit.errors import UserError
+from fastdit.errors import UserError, a_few
 
 Samples = ShardSamples | FolderSamples | TableSamples | LatentSamples | SyntheticSamples
 _MOST_CLASSES = 1_000_000  # a larger label is taken for a damaged one
@@ -158,7 +158,7 @@ def locate(path: str) -> Path | list[Path]:
     if len(sets := by_split(shards)) > 1:
         raise UserError(
             f"{folder}: holds shards of several splits ({', '.join(sets)}), which are not mixed; point --data.source "
-            f"at one: {shared_pattern(next(iter(sets.values())))}"
+            f"at one: {shared_pattern(next(iter(sets.values())))}, or at all: '{folder}/*.tar'"
         )
     for beside in sorted(p for p in folder.iterdir() if not is_leftover(p.name) and p.is_dir()):
         if holds_images(beside):
@@ -211,7 +211,7 @@ def check_classes(source: Source, asked: int | None, flag: str) -> None:
     """Raise UserError if `asked`, the value of `flag`, is not the number of classes of the source's own names."""
     own = source.own_classes
     if asked and own and asked != own:
-        names = ", ".join(source.class_names[:3]) + (", ..." if own > 3 else "")
+        names = a_few(source.class_names[:own])
         raise UserError(f"{flag}: {asked}, but {source.path} has {own} classes ({names}); leave {flag} out")
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fastdit.data.table_files import Table
-from fastdit.errors import UserError
+from fastdit.errors import UserError, a_few
 
 _IMAGES = ("image", "img", "picture", "photo", "pixels", "jpg", "jpeg", "png", "webp")
 _LABELS = ("label", "labels", "class", "classes", "cls", "target", "category", "y")
@@ -62,8 +62,8 @@ def choose_image_column(table: Table, chosen: str | None) -> str:
             "fastdit downloads nothing; make a data set that holds the images' bytes (img2dataset writes shards)"
         )
     raise UserError(
-        f"{table.path}: has no column of images (its columns: {_some(types)}); images are bytes, or a struct with the "
-        "field bytes, as datasets writes its Image feature"
+        f"{table.path}: has no column of images (its columns: {a_few(types, 8)}); images are bytes, or a struct "
+        "with the field bytes, as datasets writes its Image feature"
     )
 
 
@@ -157,27 +157,21 @@ def _class_names(table: Table, column: str) -> tuple[str, ...]:
 def _check_there(table: Table, flag: str, column: str | None) -> None:
     """Raise UserError if the column that a flag names is not in the table."""
     if column is not None and column not in table.schema.names:
-        raise UserError(f"{table.path}: has no column {column} (but {_some(table.schema.names)}); set --data.{flag}")
+        raise UserError(f"{table.path}: has no column {column} (but {a_few(table.schema.names, 8)}); set --data.{flag}")
 
 
 def _refuse_several(table: Table, flag: str, columns: list[str]) -> NoReturn:
     """Raise UserError about columns of which the user must choose one."""
     kind = flag.partition("_")[0]
     raise UserError(
-        f"{table.path}: {len(columns)} columns may hold the {kind}s ({_some(columns)}); choose one with --data.{flag} "
-        f"{columns[0]}"
+        f"{table.path}: {len(columns)} columns may hold the {kind}s ({a_few(columns, 8)}); choose one with "
+        f"--data.{flag} {columns[0]}"
     )
 
 
 def _refuse_difference(first: Path, other: Path, what: str) -> NoReturn:
     """Raise UserError about two tables that do not belong to one data set."""
     raise UserError(f"{other}: differs from {first.name} in {what}; point --data.source at tables of one data set")
-
-
-def _some(names) -> str:
-    """Return the first few names in words."""
-    names = list(names)
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 def _has_bytes(kind: pa.DataType) -> bool:

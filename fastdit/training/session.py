@@ -12,7 +12,7 @@ from fastdit import run_parts
 from fastdit.config import CONFIG_FILE, Config
 from fastdit.data.sources import check_apart, check_classes
 from fastdit.distributed import Runtime
-from fastdit.errors import UserError
+from fastdit.errors import UserError, a_few
 from fastdit.files import write_text
 from fastdit.kernels import AdamWEMA, ApexAdamEMA, describe_attention, describe_native, describe_optimizer
 from fastdit.methods.registry import methods_of
@@ -28,7 +28,7 @@ from fastdit.training.ema import EMA, ema_state
 from fastdit.training.ema_replicas import EMAReplicas
 from fastdit.training.loop import Run
 from fastdit.training.meter import Meter
-from fastdit.weights_description import check_class_names, describe_names, differ, named
+from fastdit.weights_description import check_class_names, differ, named
 
 
 class Session:
@@ -141,8 +141,8 @@ class Session:
         before = tuple(map(str, before)) if isinstance(before, list) else ()
         if differ(before, self.class_names):
             raise UserError(
-                f"{path}: the run's classes are {describe_names(before)}, and {self.source.path} has "
-                f"{describe_names(self.class_names)}; give the run's data, or start another run from its weights "
+                f"{path}: the run's classes are {a_few(before)}, and {self.source.path} has "
+                f"{a_few(self.class_names)}; give the run's data, or start another run from its weights "
                 "(--init_from, --finetune all)"
             )
         if named(before) and len(before) == len(self.class_names):
