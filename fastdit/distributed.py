@@ -148,7 +148,10 @@ def _resolve(name: str) -> str:
 
 
 def start(config: Config) -> Runtime:
-    """Join the ranks that `deepspeed` or `torchrun` started; a plain `python` is one rank. Raises UserError."""
+    """Join the ranks that a launcher started; a plain `python` is one rank. Raises UserError.
+
+    `deepspeed` and `torchrun` set RANK and its kin; `fastdit.launchers` does so for `srun` and `mpirun`.
+    """
     # Import DeepSpeed for the kind of device that is used.
     gpu = on_gpu(config)
     os.environ["DS_ACCELERATOR"] = "cuda" if gpu else "cpu"
@@ -194,8 +197,11 @@ def _fair_threads() -> int:
     """Return this rank's share of the cores that it may run on.
 
     OMP_NUM_THREADS is not read, because launchers either leave it unset or set it to 1 whatever the number of cores.
+    Slurm may bind each rank to cores of its own; then this rank may run on no others.
     """
-    return max(1, len(os.sched_getaffinity(0)) // ranks_here())
+    cores, ranks = len(os.sched_getaffinity(0)), ranks_here()
+    bound = cores * ranks <= int(os.environ.get("SLURM_CPUS_ON_NODE", 0))
+    return cores if bound else max(1, cores // ranks)
 
 
 def ranks_here() -> int:

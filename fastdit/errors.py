@@ -95,9 +95,12 @@ def _check_range(flag: str, number: float, low: float = -math.inf, high: float |
 
 def run_command(body: Callable[[list[str]], None], argv: list[str] | None = None) -> NoReturn:
     """Run a command and leave the process: code 0, 2 and one line on stderr for a UserError, or 130 after Ctrl-C."""
+    from fastdit.launchers import adopt_rank
+
     try:
         if signal.getsignal(signal.SIGINT) is leave_at_once:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        adopt_rank()
         body(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         _leave(INTERRUPTED)

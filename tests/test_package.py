@@ -154,6 +154,7 @@ SETTINGS = (
     "command_line",
     "config",
     "distributed",
+    "launchers",
     "other_trainers",
     "parser",
     "rendezvous",
