@@ -1,9 +1,7 @@
 """Write sample grids during training, and the final grid, class agreement and report at its end."""
 
 import math
-import shutil
 import statistics
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from fastdit.evaluation import class_agreement, draw_samples
+from fastdit.evaluation.next_commands import next_commands, picture_hint
 from fastdit.files import write_atomically, writing
 from fastdit.rundir.metrics_log import read_metrics, versions
 from fastdit.rundir.report import write_report
@@ -146,21 +145,10 @@ def _facts(session: Session) -> dict[str, str]:
 
 def _farewell(session: Session, report: Path, figures: dict[str, str]) -> str:
     """Return the last lines of a run on the terminal: its figures, its files, and commands to run next."""
-    folder, home = session.run.folder, _commands_home()
+    folder, shows = session.run.folder, _can_show(session)
     shown = {**figures, **({"pictures": folder / GRID} if (folder / GRID).exists() else {}), "report": report}
-    following = {
-        f"{home}python fastdit/sample.py --run {folder} --n 64 --out grid.png": "more pictures",
-        f"{home}deepspeed fastdit/train.py --resume --out {folder} --steps {2 * session.config.steps}": "train on",
-        f"{home}tensorboard --logdir {folder}": "curves",
-    }
-    lines = [f"{key}: {value}" for key, value in shown.items()]
-    return "\n".join(["", *lines, "what to run next:", *(f"  {run}   # {why}" for run, why in following.items())])
-
-
-def _commands_home() -> str:
-    """Return the prefix of this environment's commands: "" if it is active, otherwise a folder such as `.venv/bin/`."""
-    folder = Path(sys.executable).parent
-    found = shutil.which("python")
-    if found and Path(found).parent == folder:
-        return ""
-    return f"{folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder}/"
+    images = 0 if session.source.kind == "latent" else session.source.n
+    commands = next_commands(folder, session.config.steps, shows=shows, images=images)
+    lines = ["", *(f"{key}: {value}" for key, value in shown.items()), "what to run next:"]
+    lines += [f"  {command}   # {why}" for command, why in commands.items()]
+    return "\n".join(lines if shows else [*lines, picture_hint(folder)])
