@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import re
+import select
 import signal
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import NoReturn
 
 EXIT_CODE = 2
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+CLOSED_PIPE = 141  # exit code when nobody reads stdout any more, as shells have it
 LARGEST = 2**63 - 1  # whole number that PyTorch takes
 
 
@@ -107,6 +109,8 @@ def run_command(body: Callable[[list[str]], None], argv: list[str] | None = None
     except UserError as error:
         _fail(error)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _stdout_is_closed():  # `| head` has seen enough
+            os._exit(CLOSED_PIPE)
         if (explained := explain(error)) is None:
             raise
         _fail(explained)
@@ -118,6 +122,13 @@ def run_command(body: Callable[[list[str]], None], argv: list[str] | None = None
         print(f"rank {os.environ.get('RANK')} ends: another rank has left", file=sys.stderr, flush=True)
         _leave(EXIT_CODE)
     sys.exit(0)
+
+
+def _stdout_is_closed() -> bool:
+    """Return whether stdout is a pipe whose reader has gone."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _fail(error: UserError) -> NoReturn:

@@ -1,4 +1,7 @@
-"""Show settings in parts: `--help` the common ones, `--help GROUP` those of a group, `--help all` every one."""
+"""Show settings in parts: `--help` the common ones, `--help GROUP` those of a group, `--help all` every one.
+
+`--help markdown` prints the page docs/configuration.md.
+"""
 
 import shutil
 import textwrap
@@ -16,6 +19,10 @@ COMMON = """
 """.split()  # noqa: SIM905
 REST = "run"  # the group of settings without a prefix
 WIDEST = 120
+PAGE_INTRODUCTION = """\
+Every setting is a flag of `fastdit/train.py` and a field of a YAML file: `--model.size B` is `model: {size: B}`. A run
+takes the defaults below, then the values of its preset, then those of the command line. `--help GROUP` shows a group on
+the terminal. This page is the output of `python fastdit/train.py --help markdown`."""
 
 
 def asked_group(argv: list[str]) -> str | None:
@@ -32,6 +39,8 @@ def asked_group(argv: list[str]) -> str | None:
 def help_text(parser: OneLineParser, group: str, command: str) -> str:
     """Return the help of a group of settings, of "all", or for "" the common settings and the names of the groups.
 
+    For "markdown" it is a page with all settings, in a table for each group.
+
     Raises UserError for a group that does not exist.
     """
     actions = [action for action in parser._actions if action.option_strings and action.help != SUPPRESS]
@@ -40,6 +49,8 @@ def help_text(parser: OneLineParser, group: str, command: str) -> str:
     for name in settings:
         groups.setdefault(name.partition(".")[0] if "." in name else REST, []).append(name)
     width = min(WIDEST, shutil.get_terminal_size().columns)
+    if group == "markdown":
+        return _page(parser, settings, groups)
     if group:
         found = list(settings) if group == "all" else [name for name in settings if name.startswith(f"{group}.")]
         if not (found := found or groups.get(group, [])):
@@ -62,6 +73,20 @@ def _explained(parser: OneLineParser, settings: list[Action], width: int) -> lis
             lines += ["", f"{section}: {parser.groups[section].title}"]
         lines.append(_long(setting, width))
     return lines
+
+
+def _page(parser: OneLineParser, settings: dict[str, Action], groups: dict[str, list[str]]) -> str:
+    """Return the settings as Markdown, with a table for each group."""
+    lines = ["# Settings", "", PAGE_INTRODUCTION]
+    for group, names in groups.items():
+        title = parser.groups[group].title if group in parser.groups else "the whole run"
+        lines += ["", f"## {group}: {title}", "", "| flag | default | meaning |", "|---|---|---|"]
+        for name in names:
+            setting = settings[name]
+            default = "" if setting.default == SUPPRESS else f"`{_plain(setting.default)}`"
+            meaning = f"{_choices(setting)}{_explanation(setting)}".replace("|", "\\|")
+            lines.append(f"| `--{name}` | {default} | {meaning} |")
+    return "\n".join(lines)
 
 
 def _is_section(action: Action, actions: list[Action]) -> bool:
