@@ -110,7 +110,7 @@ def _parser() -> OneLineParser:
     add("--json", type=str | None, default=None, help="write the record")
     add("--png", type=str | None, default=None, help="draw the chart")
     add("--pack", type=str | None, default=None, help="only write --data's images into this .tar.gz file, as JPEGs")
-    add("--readme", type=bool, default=False, nargs="?", const=True, help="only put all records into README.md")
+    add("--readme", type=bool, default=False, nargs="?", const=True, help="only put all records into RESULTS.md")
     return parser
 
 
@@ -120,7 +120,7 @@ def _benchmark(argv: list[str]) -> None:
     end += args.budget
     if args.readme:
         records.write_charts(CONVERGENCE)
-        return records.write_readme(section=CONVERGENCE)
+        return records.write_results(section=CONVERGENCE)
     if args.pack:
         n, size = pack(args.data, records.writable("pack", args.pack))
         return print(f"{args.pack}: {n:,} images in {size / 1e6:.1f} MB")

@@ -195,7 +195,7 @@ def _parser() -> OneLineParser:
     parser.add_argument("--tiny", **switch, help="a small suite on the CPU: does everything run")
     parser.add_argument("--list", **switch, help="only show the parts")
     parser.add_argument("--record", **switch, help="only build the record from the lines in --out")
-    parser.add_argument("--readme", **switch, help="only put all records of benchmarks/records into the READMEs")
+    parser.add_argument("--readme", **switch, help="only write all records into RESULTS.md and README.md")
     return parser
 
 
@@ -208,7 +208,7 @@ def _suite(argv: list[str]) -> None:
     if args.record or args.readme:
         import suite_record  # with torch
 
-        return suite_record.write_readmes() if args.readme else suite_record.write_record(Path(args.out))
+        return suite_record.write_pages() if args.readme else suite_record.write_record(Path(args.out))
     for module in NEEDED:
         if not _installed(module):
             raise UserError(f"{module} is not installed; docs/offline.md tells how to install fastdit on this machine")

@@ -45,7 +45,7 @@ def _parser() -> OneLineParser:
         default=False,
         nargs="?",
         const=True,
-        help="measure nothing; write the README's tables from benchmarks/records",
+        help="measure nothing; write the tables of RESULTS.md from benchmarks/records",
     )
     return parser
 
@@ -53,7 +53,7 @@ def _parser() -> OneLineParser:
 def _benchmark(argv: list[str]) -> None:
     args = _parser().parse(argv)
     if args.readme:
-        return records.write_readme()
+        return records.write_results()
     ops = _chosen("--ops", args.ops, OPERATIONS)
     sizes = _chosen("--sizes", args.sizes, SIZES)
     against = _chosen("--against", args.against or ("eager" if args.quick else "eager,compile"), BASELINES)

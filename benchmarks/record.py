@@ -18,7 +18,7 @@ from fastdit.rundir.metrics_log import versions
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "records"
-README = HERE / "README.md"
+RESULTS = HERE / "RESULTS.md"
 MARKERS = ("<!-- records: begin -->\n", "<!-- records: end -->\n")
 COLUMNS = (
     "operation", "case", "size", "shape", "phase", "contender", "ran", "ms_p20", "ms_p50", "ms_p80", "rounds",
@@ -146,7 +146,7 @@ def _ratio(row: dict, ours: dict) -> str:
 
 
 class Section(NamedTuple):
-    """A benchmark's part of the README, between two lines of its own."""
+    """A benchmark's part of RESULTS.md, between two lines of its own."""
 
     benchmark: str
     markers: tuple[str, str]
@@ -162,7 +162,7 @@ def gpus_first(records: Iterable[dict]) -> list[dict]:
 
 
 def table(records: Iterable[dict], section: Section = KERNELS) -> str:
-    """Return what the README shows of these records, GPUs first."""
+    """Return the tables of these records, GPUs first."""
     records = gpus_first(records)
     parts = [] if any(record["kind"] == "cuda" for record in records) else ["NVIDIA GPUs: not measured.\n"]
     for record in records:
@@ -180,18 +180,18 @@ def table(records: Iterable[dict], section: Section = KERNELS) -> str:
     return "\n".join(parts)
 
 
-def write_readme(records: Path = RECORDS, readme: Path = README, section: Section = KERNELS) -> None:
+def write_results(records: Path = RECORDS, page: Path = RESULTS, section: Section = KERNELS) -> None:
     """Put the table of all records of a benchmark in a folder between its two markers. Raises UserError."""
-    put_between(section.markers, table(records_of(section.benchmark, records), section), readme)
+    put_between(section.markers, table(records_of(section.benchmark, records), section), page)
 
 
-def put_between(markers: tuple[str, str], body: str, readme: Path) -> None:
+def put_between(markers: tuple[str, str], body: str, page: Path) -> None:
     """Replace what stands between two lines of a file. Raises UserError."""
-    text, (begin, end) = readme.read_text(encoding="utf-8"), markers
+    text, (begin, end) = page.read_text(encoding="utf-8"), markers
     if not text.count(begin) == text.count(end) == 1:
-        raise UserError(f"{readme}: must hold {begin.strip()} and {end.strip()} once, on own lines")
+        raise UserError(f"{page}: must hold {begin.strip()} and {end.strip()} once, on own lines")
     head, rest = text.split(begin)
-    readme.write_text(f"{head}{begin}\n{body}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    page.write_text(f"{head}{begin}\n{body}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 def write_charts(section: Section, records: Path = RECORDS) -> None:

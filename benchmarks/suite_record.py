@@ -1,4 +1,4 @@
-"""Build a suite's record from its lines, and put records into the READMEs."""
+"""Build a suite's record from its lines, and put records into RESULTS.md and README.md."""
 
 import re
 from pathlib import Path
@@ -148,16 +148,16 @@ _SECTIONS = {
 }
 
 
-def write_readmes() -> None:
-    """Put every benchmark's records, those within suites too, into both READMEs. Raises UserError."""
+def write_pages() -> None:
+    """Put all records, those within suites too, into RESULTS.md, and whole steps into README.md. Raises UserError."""
     write_figures(ROOT / "README.md")
     records.write_charts(CONVERGENCE)
     for section in (SUITE, *_SECTIONS.values()):
-        records.write_readme(section=section)
+        records.write_results(section=section)
 
 
-def write_figures(readme: Path) -> None:
+def write_figures(page: Path) -> None:
     """Put a line for each measured step into the project's own README. Raises UserError."""
     found = records.gpus_first(records.records_of("throughput"))
     missing = [] if any(record["kind"] == "cuda" for record in found) else ["NVIDIA GPUs: not measured.", ""]
-    records.put_between(FIGURES, "\n".join([*missing, *figures(found), ""]), readme)
+    records.put_between(FIGURES, "\n".join([*missing, *figures(found), ""]), page)

@@ -41,7 +41,7 @@ AGAINST = ("eager", "compile", "graphs")
 FILES = ("json", "csv")
 SWITCHES = {
     "loader_only": "no steps: fastdit's loader against torch's DataLoader, for --steps turns of a second each",
-    "readme": "measure nothing; write the README's tables from benchmarks/records",
+    "readme": "measure nothing; write the tables of RESULTS.md from benchmarks/records",
 }
 Against = dict[str, type[nn.Module] | None]  # by name; the class of a peer
 
@@ -103,7 +103,7 @@ def _benchmark(argv: list[str]) -> None:
     args = _parser().parse(own)
     if args.readme:
         for section in (THROUGHPUT, LOADER):
-            records.write_readme(section=section)
+            records.write_results(section=section)
         return
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps {args.steps}: must be at least 1")

@@ -16,6 +16,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *(ROOT / "docs").glob("*.md"),
     *(ROOT / name / "README.md" for name in ("kernels", "csrc", "benchmarks")),
+    ROOT / "benchmarks" / "RESULTS.md",
 ]
 # Programs whose flags are looked up. `fastdit-data` takes a command first.
 PARSERS = {

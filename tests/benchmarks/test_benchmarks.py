@@ -1,4 +1,4 @@
-"""benchmarks/kernels.py: it runs, and records, rows, chart and README say the same."""
+"""benchmarks/kernels.py: it runs, and records, rows, chart and RESULTS.md say the same."""
 
 import csv
 import json
@@ -183,14 +183,14 @@ def test_order_turns_and_caches_are_emptied(monkeypatch):
     assert all(found.rounds == 3 for found in quantiles.values())
 
 
-def test_readme_comes_from_the_records(tmp_path):
-    from record import MARKERS, README, RECORDS, write_readme
+def test_the_tables_come_from_the_records(tmp_path):
+    from record import MARKERS, RECORDS, RESULTS, write_results
 
     copy = tmp_path / "README.md"
-    text = README.read_text()
+    text = RESULTS.read_text()
     head, tail = text.split(MARKERS[0])[0], text.split(MARKERS[1])[1]
     copy.write_text(head + MARKERS[0] + "stale\n" + MARKERS[1] + tail)
-    write_readme(RECORDS, copy)
+    write_results(RECORDS, copy)
     assert copy.read_text() == text
     assert list(RECORDS.glob("*.json"))
 
@@ -206,16 +206,16 @@ def test_gpus_are_not_measured_until_a_record_says_so(measured):
     assert both.index("NVIDIA H100") < both.index(record["device"])
 
 
-def test_readme_without_markers_or_a_bad_record_is_one_line(tmp_path):
-    from record import MARKERS, write_readme
+def test_a_page_without_markers_or_a_bad_record_is_one_line(tmp_path):
+    from record import MARKERS, write_results
 
     from fastdit.errors import UserError
 
-    readme = tmp_path / "README.md"
-    readme.write_text("nothing\n")
+    page = tmp_path / "README.md"
+    page.write_text("nothing\n")
     with pytest.raises(UserError, match="records: begin"):
-        write_readme(tmp_path, readme)
-    readme.write_text("".join(MARKERS))
+        write_results(tmp_path, page)
+    page.write_text("".join(MARKERS))
     (tmp_path / "x.json").write_text('{"rows": []}')
     with pytest.raises(UserError, match=r"x\.json: is no record"):
-        write_readme(tmp_path, readme)
+        write_results(tmp_path, page)

@@ -67,11 +67,11 @@ def test_a_killed_suite_goes_on_and_loses_nothing(tmp_path):
     log = (out / LOG).read_text()
     assert all(f"=== {part.name}: " in log for part in gpu_suite.TINY if not part.needs)
 
-    readme = tmp_path / "README.md"
-    readme.write_text("".join("".join(s.markers) for s in (SUITE, records.KERNELS, THROUGHPUT)))
+    page = tmp_path / "README.md"
+    page.write_text("".join("".join(s.markers) for s in (SUITE, records.KERNELS, THROUGHPUT)))
     for section in (SUITE, records.KERNELS, THROUGHPUT):
-        records.write_readme(out, readme, section)
-    text = readme.read_text()
+        records.write_results(out, page, section)
+    text = page.read_text()
     assert text.count("Parts of a step, ms:") == 1
     assert text.count("| modulate ") == 3
     assert f"| {rows['kernel tests']['record']['passed']} / 0 / " in text
@@ -340,11 +340,11 @@ def test_a_killed_test_run_keeps_every_outcome(tmp_path, flags, monkeypatch):
 # -- what is shown --
 
 
-def test_readmes_come_from_the_records(tmp_path):
+def test_the_pages_come_from_the_records(tmp_path):
     from suite_record import SUITE, write_figures
 
     for name, write in (
-        ("benchmarks/README.md", lambda path: records.write_readme(records.RECORDS, path, SUITE)),
+        ("benchmarks/RESULTS.md", lambda path: records.write_results(records.RECORDS, path, SUITE)),
         ("README.md", write_figures),
     ):
         copy = tmp_path / "README.md"

@@ -1,4 +1,4 @@
-"""Test benchmarks/throughput.py: it measures what trains, its rows add up, and records, tables and README agree."""
+"""Test benchmarks/throughput.py: it measures what trains, its rows add up, and records, tables and RESULTS.md agree."""
 
 import contextlib
 import csv
@@ -192,23 +192,23 @@ def test_json_csv_and_printed_table_agree(measured):
     assert "peer:facebookresearch:FOLDER" in record["command"]
 
 
-def test_readme_comes_from_the_records(measured, tmp_path):
-    from record import RECORDS, read, write_readme
+def test_the_tables_come_from_the_records(measured, tmp_path):
+    from record import RECORDS, read, write_results
     from step_tables import THROUGHPUT, step_lines
 
-    readme, begin, end = ROOT / "benchmarks" / "README.md", *THROUGHPUT.markers
+    page, begin, end = ROOT / "benchmarks" / "RESULTS.md", *THROUGHPUT.markers
     copy = tmp_path / "README.md"
-    copy.write_text(readme.read_text())
-    write_readme(RECORDS, copy, THROUGHPUT)
-    assert copy.read_text() == readme.read_text()
+    copy.write_text(page.read_text())
+    write_results(RECORDS, copy, THROUGHPUT)
+    assert copy.read_text() == page.read_text()
     (tmp_path / "a.json").write_text(json.dumps(measured[0]))
     (tmp_path / "b.json").write_text(json.dumps(measured[0] | {"benchmark": "kernels"}))
-    write_readme(tmp_path, copy, THROUGHPUT)
+    write_results(tmp_path, copy, THROUGHPUT)
     head, rest = copy.read_text().split(begin)
     body, tail = rest.split(end)
     assert body.count("\n".join(step_lines(read(tmp_path / "a.json")))) == 1
-    assert head + begin == readme.read_text()[: len(head + begin)]
-    assert readme.read_text().endswith(end + tail)
+    assert head + begin == page.read_text()[: len(head + begin)]
+    assert page.read_text().endswith(end + tail)
 
 
 def test_a_step_is_the_training_loops(tmp_path):

@@ -185,23 +185,23 @@ def test_ratios_are_turn_by_turn():
     assert (row["ratio_p50"], row["images_per_s_p50"]) == (2.0, 30.0)
 
 
-def test_readme_comes_from_the_records(measured, tmp_path):
+def test_the_tables_come_from_the_records(measured, tmp_path):
     from loaders import LOADER, loader_lines
-    from record import RECORDS, read, write_json, write_readme
+    from record import RECORDS, read, write_json, write_results
 
-    readme, (begin, end) = ROOT / "benchmarks" / "README.md", LOADER.markers
+    page, (begin, end) = ROOT / "benchmarks" / "RESULTS.md", LOADER.markers
     copy = tmp_path / "README.md"
-    copy.write_text(readme.read_text())
-    write_readme(RECORDS, copy, LOADER)
-    assert copy.read_text() == readme.read_text()
+    copy.write_text(page.read_text())
+    write_results(RECORDS, copy, LOADER)
+    assert copy.read_text() == page.read_text()
     write_json(measured, tmp_path / "a.json")
     (tmp_path / "b.json").write_text(json.dumps(measured | {"benchmark": "kernels"}))
-    write_readme(tmp_path, copy, LOADER)
+    write_results(tmp_path, copy, LOADER)
     head, rest = copy.read_text().split(begin)
     body, tail = rest.split(end)
     assert body.count("\n".join(loader_lines(read(tmp_path / "a.json")))) == 1
-    assert readme.read_text().startswith(head + begin)
-    assert readme.read_text().endswith(end + tail)
+    assert page.read_text().startswith(head + begin)
+    assert page.read_text().endswith(end + tail)
 
 
 def test_a_damaged_image_is_one_line(tmp_path):
