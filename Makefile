@@ -9,6 +9,8 @@ JOBS ?= 2
 # torch: its CUDA build where `nvidia-smi` finds a GPU, else the CPU build from this index. TORCH_INDEX= (empty)
 # takes whatever pip is configured to find; TORCH_INDEX=URL asks another index first.
 TORCH_INDEX ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
+# Without a GPU, DeepSpeed would warn at each start that it found none.
+ACCELERATOR := $(shell nvidia-smi -L >/dev/null 2>&1 || echo DS_ACCELERATOR=cpu)
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 # Stops with one line unless PYTHON is new enough.
@@ -37,9 +39,10 @@ $(VENV)/ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@touch $@
 
 # Threads that wait without spinning cost a few percent on an idle machine and save most of the time on a busy one.
-# --resume: a second `make quickstart` goes on where the first was stopped.
+# --quiet: the launcher says nothing unless something is wrong. --resume: a second `make quickstart` goes on where the first was stopped.
 quickstart: setup
-	OMP_WAIT_POLICY=passive $(VENV)/bin/deepspeed fastdit/train.py --preset quickstart --ds_config zero1 --out $(RUN) --resume $(ARGS)
+	OMP_WAIT_POLICY=passive $(ACCELERATOR) $(VENV)/bin/deepspeed --quiet fastdit/train.py --preset quickstart \
+	  --ds_config zero1 --out $(RUN) --resume $(ARGS)
 
 test: setup
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
