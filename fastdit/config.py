@@ -28,8 +28,8 @@ class DataConfig:
         channels: channels of an image (1 or 3) or latent.
         classes: number of classes; none reads it from the source.
         labels: folders that are the classes of a tree: the first below the source, or the deepest, which hold images.
-            auto is first, and refuses trees whose first folders hold only folders, or are named like splits. Or a file
-            of labels: CSV, text or JSON with paths and labels, or a list of paths.
+            auto is first, and refuses trees whose first folders hold only folders, or are named like splits. none puts
+            all samples, of any source, into one class. Or a file of labels: CSV, text, JSON, or a list of paths.
         image_column: column of a Hugging Face data set that holds the images; none takes the only one.
         label_column: its column that holds the class labels, as numbers or text; none takes the only one.
         flip: mirror each sample with probability one half. Latents need the mirrored latent in the shards.

@@ -103,9 +103,12 @@ def parse(argv: list[str]) -> Config:
             args += arg.split("=", 1) if arg.startswith(("--preset=", "--out=", "--resume=")) else [arg]
     files = _saved_settings(args)
     given = dict(pairwise(args))
-    nothing_else = set(args[::2]) <= {"--resume", "--trust", "--dry_run", "--out", "--local_rank"}
-    if not files and given.get("--resume") == "true" and nothing_else:
-        raise UserError(f"--out {given.get('--out', Config.out)}: holds no run to resume; name the folder of one")
+    names_data = any(word.partition("=")[0] in ("--preset", "--data.source") for word in args)
+    if not files and given.get("--resume") == "true" and not names_data:
+        raise UserError(
+            f"--out {given.get('--out', Config.out)}: holds no run to resume; name the folder of one, or begin one by "
+            "--preset or --data.source"
+        )
     while "--preset" in args:
         at = args.index("--preset")
         if at + 1 >= len(args):

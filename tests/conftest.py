@@ -7,9 +7,9 @@ from pathlib import Path
 import kernel_checks  # noqa: F401 - before anything imports triton: it may choose the interpreter
 import pytest
 import torch
-from launching import RECIPE, deepspeed, run, torchrun
+from launching import RECIPE, deepspeed, forked, run, torchrun
 
-STARTERS = {"zero2": torchrun}  # every other by deepspeed
+LAUNCHERS = {"zero1": deepspeed, "zero2": torchrun}  # the ranks of every other one are forked
 # The files that take minutes come first, so that no process is left alone with one of them at the end.
 LONGEST = (
     *("test_train", "test_sd_dit_training", "test_gpu_suite", "test_sadm_training", "test_resume", "test_zero"),
@@ -48,8 +48,11 @@ def straight(tmp_path_factory):
     def trained(ds_config: str) -> Path:
         if ds_config not in folders:
             base = tmp_path_factory.mktemp(ds_config)
-            start = STARTERS.get(ds_config, deepspeed)
-            run(start(*RECIPE, "--ds_config", ds_config, "--out", base / "run"), base / "log").succeeded()
+            flags = [*RECIPE, "--ds_config", ds_config, "--out", base / "run"]
+            if launcher := LAUNCHERS.get(ds_config):
+                run(launcher(*flags), base / "log").succeeded()
+            else:
+                forked(*flags, ranks=2).succeeded()
             folders[ds_config] = base / "run"
         return folders[ds_config]
 

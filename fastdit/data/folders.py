@@ -19,7 +19,7 @@ from fastdit.data.shards import COMPRESSED, IMAGE_EXTENSIONS, SPLIT_WORDS, is_le
 from fastdit.errors import UserError, a_few
 from fastdit.files import printable
 
-FOLDERS = ("auto", "first", "deepest")  # choices of folders as classes; another text is a file of labels
+FOLDERS = ("auto", "first", "deepest", "none")  # choices of folders as classes; another text is a file of labels
 _SUFFIXES = tuple(f".{e}" for e in IMAGE_EXTENSIONS)
 _THUMBNAILS = {"thumbnails", "thumbnail", "thumbs", "_thumbs"}
 _MOST = 6  # kinds of files that a message lists
@@ -48,7 +48,8 @@ class FolderSamples:
 
         labels: "first" names a class by the folder below `root`, "deepest" by the path of the folder that holds the
             image. "auto" is "first", but refuses folders named like splits and class folders that hold only folders.
-            Another text is the path of a file that labels images, as in label_files.py; others are not taken.
+            "none" puts all images below `root` into one class. Another text is the path of a file that labels images,
+            as in label_files.py; others are not taken.
         flat: whether a folder of images without class folders is taken, as one class.
 
         Raises UserError that names a folder without classes or images, or a tree that may mean two things, or a line of
@@ -161,7 +162,11 @@ def _by_folder(root: Path, walk: _Walk, labels: str, flat: bool) -> tuple[tuple[
     """Return the names of the classes, and the paths of each one's images. Raises UserError as `FolderSamples`."""
     folders, loose = walk.top()
     found = {name: walk.images(name, real) for name, real in folders.items()}
-    if loose and flat and not any(found.values()):
+    if labels == "none":
+        images = [*loose, *(image for images in found.values() for image in images)]
+        _check_unlabeled(root, found, images)
+        names, found = (root.resolve().name,), {"": images}
+    elif loose and flat and not any(found.values()):
         names, found = (root.resolve().name,), {"": loose}
     else:
         _check_tree(root, found, loose, labels, walk)
@@ -171,13 +176,21 @@ def _by_folder(root: Path, walk: _Walk, labels: str, flat: bool) -> tuple[tuple[
     return names, [[image.path for image in images] for images in found.values()]
 
 
+def _check_unlabeled(root: Path, found: dict[str, list[_Image]], images: list[_Image]) -> None:
+    """Raise UserError if there are no images, or if those of several splits would be mixed."""
+    if not images:
+        raise UserError(f"{root}: holds no images (.{' .'.join(IMAGE_EXTENSIONS)})")
+    if found and all(name.lower() in SPLIT_WORDS for name in found):
+        raise UserError(f"{root}: its folders ({a_few(found)}) look like splits; point --data.source at one of them")
+
+
 def _check_tree(root: Path, found: dict[str, list[_Image]], loose: list[_Image], labels: str, walk: _Walk) -> None:
     """Raise UserError unless the folders `found` are class folders with images and no image is `loose` beside them."""
     # Refuse folders without classes.
     if loose and not any(found.values()):
         raise UserError(
             f"{root}: holds {len(loose)} images but no class folders; put them in {root}/CLASS/, name their "
-            "labels in a file: --data.labels labels.csv, or train without classes: --data.classes 1 --label_drop 0"
+            "labels in a file: --data.labels labels.csv, or train without classes: --data.labels none --label_drop 0"
         )
     if not found:
         rest = f" (only {walk.describe()})" if walk.left_out else ""

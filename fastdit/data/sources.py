@@ -99,22 +99,26 @@ def open_source(
 
     The number of classes is `classes` if it is set, else that of the class folders, of the data set's class names, or
     of the names in the shards' `classes.json` (a list of strings beside them), else the largest label + 1. `labels`
-    chooses the folders of a tree that are its classes, or names a file of labels, as in `FolderSamples`. `image_column`
-    and `label_column` choose the columns of a Hugging Face data set, as in `TableSamples`.
+    chooses the folders of a tree that are its classes, or names a file of labels, as in `FolderSamples`; "none" puts
+    all samples of any source into one class. `image_column` and `label_column` choose the columns of a Hugging Face
+    data set, as in `TableSamples`.
 
     Raises UserError if the source cannot be read, or if a label is not below the number of classes.
     """
     # Find the samples.
-    path, notes = str(path), ()
+    path, notes, unlabeled = str(path), (), flat or classes == 1 or labels == "none"
     if path.partition(":")[0] == "synthetic":
         samples, kind, names = SyntheticSamples.parse(path), "synthetic", ()
     elif isinstance(location := locate(path), Path):
-        samples, kind = FolderSamples(location, labels, flat or classes == 1), "image"
+        samples, kind = FolderSamples(location, labels, unlabeled), "image"
         names = samples.class_names
         notes += (f"{path}: not taken: {samples.left_out}",) if samples.left_out else ()
     elif is_table(location[0]):
         columns = {"image_column": image_column, "label_column": label_column}
-        samples, kind = TableSamples(path, location, **columns, unlabeled=flat or classes == 1), "image"
+        samples, kind = (
+            TableSamples(path, location, **columns, unlabeled=flat or classes == 1 or labels == "none"),
+            "image",
+        )
         names, notes = samples.class_names, samples.notes
     else:
         check_finished(location[0].parent)
@@ -125,6 +129,10 @@ def open_source(
 
     if labels not in FOLDERS and not isinstance(samples, FolderSamples):
         raise UserError(f"--data.labels {labels}: is for a folder of images, and {path} has labels of its own")
+
+    # Drop the labels, if they are not wanted.
+    if labels == "none":
+        samples.labels, names = np.zeros_like(samples.labels), ()
 
     # Check the labels, and name classes that have no name by their numbers.
     own = len(names) or None

@@ -97,7 +97,7 @@ class TableSamples:
         if column is None and not unlabeled:
             raise UserError(
                 f"{first.path}: has no column of labels (its columns: {', '.join(first.schema.names[:8])}); name it "
-                "with --data.label_column, or train without classes: --data.classes 1 --label_drop 0"
+                "with --data.label_column, or train without classes: --data.labels none --label_drop 0"
             )
         self.labels, missing, self.class_names = table_columns.read_labels(self._tables, column)
         self.notes: tuple[str, ...] = ()

@@ -104,12 +104,12 @@ def test_training_without_classes(tmp_path):
         (tmp_path / "faces" / f"{i}.png").write_bytes(PNG)
     with pytest.raises(
         UserError,
-        match=r"holds 4 images but no class folders; .* --data.labels labels.csv, .* --data.classes 1 --label_drop 0",
+        match=r"holds 4 images but no class folders; .* --data.labels labels.csv, .* --data.labels none --label_drop 0",
     ):
         open_source(str(tmp_path / "faces"))
     (tmp_path / "faces" / "list.txt").write_text("0.png")
     flags = ["--preset", "cifar10", *SMALL.split(), "--threads", "1", "--data.threads", "1", "--log_every", "1"]
-    flags += ["--data.source", str(tmp_path / "faces"), "--data.classes", "1", "--label_drop", "0"]
+    flags += ["--data.source", str(tmp_path / "faces"), "--data.labels", "none", "--label_drop", "0"]
     out = tmp_path / "run"
     text = forked(*flags, "--sample.guidance", "1", "--save_every", "2", "--out", out).succeeded().text
     assert "faces: not taken: 1 .txt" in text
@@ -117,6 +117,27 @@ def test_training_without_classes(tmp_path):
     assert ", 1 classes" in text
     _sample(["--run", str(out), "--device", "cpu", "--n", "2", "--out", str(tmp_path / "x.npz")])
     assert np.load(tmp_path / "x.npz")["labels"].tolist() == [0, 0]
+
+
+def test_labels_are_dropped_from_any_source(photos, tmp_path):
+    """Classes of folders, of shards, of a shipped set and of artificial images become one class with all samples."""
+    nested = tmp_path / "nested"
+    shutil.copytree(photos, nested / "a" / "deep")
+    shutil.copy(photos / "cat" / "0.png", nested / "loose.png")
+    for source, n in ((photos, 6), (nested, 7), ("fashion_mnist", 10_000), ("synthetic:3x8x8:5:20", 20)):
+        opened = open_source(str(source), labels="none")
+        assert (opened.n, len(opened.class_names), opened.labels.tolist()) == (n, 1, [0] * n)
+        assert opened.notes == ()
+
+
+def test_unlabeled_splits_are_not_mixed(photos, tmp_path):
+    for split in ("train", "val"):
+        shutil.copytree(photos, tmp_path / "set" / split)
+    with pytest.raises(UserError, match=r"its folders \(train, val\) look like splits; point --data.source at one"):
+        open_source(str(tmp_path / "set"), labels="none")
+    (tmp_path / "empty" / "x").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"empty: holds no images"):
+        open_source(str(tmp_path / "empty"), labels="none")
 
 
 def test_a_number_that_disagrees_stops(photos, tmp_path):

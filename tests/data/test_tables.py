@@ -206,7 +206,7 @@ def test_a_set_without_a_column_of_labels(tmp_path):
     path = write_parquet(tmp_path / "faces.parquet", table(shipped(3)[0], caption=["a", "b", "c"]))
     text = refusal(path)
     assert "columns: image, caption" in text
-    assert "--data.classes 1 --label_drop 0" in text
+    assert "--data.labels none --label_drop 0" in text
     source = open_source(str(path), classes=1)
     assert source.class_names == ("faces",)
     assert "(no column of labels; --data.label_column names one)" in source.notes[0]

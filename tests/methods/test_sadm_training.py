@@ -1,6 +1,7 @@
 """Test SADM under DeepSpeed: against a reference that plays all ranks itself, its resumption, and what is refused."""
 
 import shlex
+import signal
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fp64_reference import MasterWeights, rank_inputs
-from launching import TINY, Launched, averages, checkpoint, deepspeed, forked, method_state, metrics, run
+from launching import TINY, averages, forked, method_state, metrics
 from test_config import complaint
 from test_image_resnet import resnet18_weights
 from test_resume import assert_same_run
@@ -48,13 +49,16 @@ SIGNALS = (
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Return `trained(method)`, which returns the folder of the method's run on 2 ranks, without a stop."""
+    """Return `trained(method)`, which returns the folder of the method's run on 2 ranks, without a stop.
+
+    What it printed is in the file `log` beside the folder.
+    """
     folders: dict[str, Path] = {}
 
     def trained(method: str) -> Path:
         if method not in folders:
             base = tmp_path_factory.mktemp("straight")
-            run(deepspeed(*RUNS[method], "--out", base / "run"), base / "log").succeeded()
+            (base / "log").write_text(forked(*RUNS[method], "--out", base / "run", ranks=2).succeeded().text)
             folders[method] = base / "run"
         return folders[method]
 
@@ -110,15 +114,13 @@ def test_two_ranks_train_as_the_reference(trained):
 
 
 @launch
-def test_two_ranks_killed_after_a_checkpoint(trained, tmp_path):
+def test_two_ranks_killed_after_a_checkpoint(trained, tmp_path, monkeypatch):
     method, folder = "sd_dit+sadm", tmp_path / "run"  # whose checkpoints hold those of sadm
     flags = [*RUNS[method], "--out", folder]
-    # Drawing pictures at step 7 takes so long that the kill falls between two checkpoints.
-    with Launched(deepspeed(*flags, "--sample_every", 7, "--sample.steps", 2000), tmp_path / "log") as launched:
-        launched.until(checkpoint(folder, 5).exists, "step 5")
-        launched.kill()
+    monkeypatch.setenv("CUT_AT", "step 7")
+    assert forked(*flags, ranks=2, program="cut_short").code == -signal.SIGKILL
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000005"]
-    outcome = run(deepspeed(*flags, "--resume"), tmp_path / "log").succeeded()
+    outcome = forked(*flags, "--resume", ranks=2).succeeded()
     assert "steps 5 to 12" in outcome.text
     assert_same_run(folder, trained(method), STEPS)
     state = method_state(folder, STEPS)

@@ -9,6 +9,7 @@ import json
 import math
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from functools import cache
@@ -22,10 +23,8 @@ from fp64_reference import MasterWeights, rank_inputs
 from launching import (
     SCRIPTS,
     TINY,
-    Launched,
     averages,
     checkpoint,
-    deepspeed,
     forked,
     free_port,
     method_state,
@@ -210,16 +209,14 @@ def test_in_bf16_the_teacher_follows_fp32_averages(trained, stage, micro_batch):
 
 
 @launch
-def test_two_ranks_killed_after_a_checkpoint(trained, tmp_path):
+def test_two_ranks_killed_after_a_checkpoint(trained, tmp_path, monkeypatch):
     """This is ZeRO-1. tests/methods/test_sadm_training.py tests ZeRO-3, with both methods."""
     ds_config, folder = "zero1", tmp_path / "run"
     flags = [*RECIPE, "--ds_config", ds_config, "--out", folder]
-    # Drawing pictures at step 7 takes so long that the kill falls between two checkpoints.
-    with Launched(deepspeed(*flags, "--sample_every", 7, "--sample.steps", 2000), tmp_path / "log") as launched:
-        launched.until(checkpoint(folder, 6).exists, "step 6")
-        launched.kill()
+    monkeypatch.setenv("CUT_AT", "step 7")
+    assert forked(*flags, ranks=2, program="cut_short").code == -signal.SIGKILL
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000006"]
-    outcome = run(deepspeed(*flags, "--resume"), tmp_path / "log").succeeded()
+    outcome = forked(*flags, "--resume", ranks=2).succeeded()
     assert "steps 6 to 12" in outcome.text
     assert_same_run(folder, trained(ds_config), STEPS)
 
