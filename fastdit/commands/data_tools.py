@@ -1,4 +1,4 @@
-"""Obtain, convert and verify images: `fastdit-data fetch`, `convert`, `convert-imagenet` and `check`."""
+"""Obtain, convert and verify images and weights: `fastdit-data fetch`, `convert`, `check`, `weights` and others."""
 
 import importlib
 
@@ -9,6 +9,7 @@ COMMANDS = {
     "convert": "fastdit.commands.data_convert",
     "convert-imagenet": "fastdit.commands.data_convert_imagenet",
     "check": "fastdit.commands.data_check",
+    "weights": "fastdit.commands.data_weights",
 }
 
 

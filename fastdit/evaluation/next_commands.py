@@ -21,23 +21,23 @@ def next_commands(folder: Path, steps: int, *, shows: bool, images: int) -> dict
     run = shlex.quote(str(folder))
     commands = {}
     if shows:
-        commands[f"{_program('sample')} --run {run} --n 64 --out grid.png"] = "more pictures"
+        commands[f"{program('sample')} --run {run} --n 64 --out grid.png"] = "more pictures"
     if shows and images and importlib.util.find_spec(FEATURES):
         n = min(EVALUATED, images)
-        compared = f"{_program('evaluate')} --run {run} --n {n} --n_real {min(2 * n, images)}"
+        compared = f"{program('evaluate')} --run {run} --n {n} --n_real {min(2 * n, images)}"
         commands[compared] = "compare samples with real images"
-    commands[f"{_launched('train')} --resume --out {run} --steps {2 * steps}"] = "train on"
+    commands[f"{launched('train')} --resume --out {run} --steps {2 * steps}"] = "train on"
     commands[f"{_executable('tensorboard')} --logdir {run}"] = "curves"
     return commands
 
 
 def picture_hint(folder: Path) -> str:
     """Return the line for a run on latents without an autoencoder, whose samples cannot be shown."""
-    command = f"{_program('sample')} --run {shlex.quote(str(folder))} --autoencoder FOLDER"
+    command = f"{program('sample')} --run {shlex.quote(str(folder))} --autoencoder FOLDER"
     return f"pictures need the autoencoder of the latents:\n  {command}"
 
 
-def _program(name: str) -> str:
+def program(name: str) -> str:
     """Return how the shell calls `fastdit/NAME.py`: as a script of a clone, or as the installed command."""
     script = _script(name)
     if script.is_absolute() and (Path(sys.executable).parent / f"fastdit-{name}").exists():
@@ -45,7 +45,7 @@ def _program(name: str) -> str:
     return f"{_executable('python')} {shlex.quote(str(script))}"
 
 
-def _launched(name: str) -> str:
+def launched(name: str) -> str:
     """Return how the shell launches `fastdit/NAME.py` on all devices of this machine."""
     return f"{_executable('deepspeed')} {shlex.quote(str(_script(name)))}"
 

