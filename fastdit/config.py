@@ -38,6 +38,8 @@ class DataConfig:
             transparency dropped); else they stop the run.
         reader: library that reads files: dali (NVIDIA DALI), torch (its DataLoader with Pillow), or auto (DALI where
             it is installed). Samples, their order and latents are the same; pixels differ by a few levels.
+        crop: the way in which images are scaled to cover `size` before the center is cut out: in one bicubic step
+            (center), or as ADM's code and reference batches do (adm), by halving first. adm is read by Pillow.
         threads: DALI's CPU threads, or the DataLoader's workers, per rank.
         latent_scale: factor on latents after `latent_shift` is subtracted (SD VAE: 0.18215); one number, or one a
             channel.
@@ -63,6 +65,7 @@ class DataConfig:
     on_corrupt: Literal["stop", "skip"] = "stop"
     convert: bool = False
     reader: Literal["auto", "dali", "torch"] = "auto"
+    crop: Literal["center", "adm"] = "center"
     threads: int = 2
     latent_scale: float | tuple[float, ...] = 1.0
     latent_shift: float | tuple[float, ...] = 0.0
@@ -201,6 +204,8 @@ class SampleConfig:
         diffusion_form: diffusion coefficient of the SDE that euler_maruyama solves, by SiT's names.
         diffusion_norm: factor on the diffusion coefficient.
         last_step_size: time that the last step of euler_maruyama takes; it draws no noise.
+        precision: arithmetic: bf16 (the sampler's state is float64, and an autoencoder has TF32 products), tf32, fp32,
+            or auto (bf16 on GPUs, fp32 on CPUs).
         per_class: pictures of each class in the grid.
         max_classes: classes shown in the grid.
         agreement: samples for the class-agreement figure at the end (a k-NN on the training images, so not for
@@ -215,6 +220,7 @@ class SampleConfig:
     diffusion_form: DiffusionForm = SDE.diffusion_form
     diffusion_norm: float = SDE.diffusion_norm
     last_step_size: float = SDE.last_step_size
+    precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
     per_class: int = 8
     max_classes: int = 16
     agreement: int = 0

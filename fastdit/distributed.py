@@ -48,7 +48,8 @@ class Runtime:
 
     def leave(self) -> None:
         """Leave the process group, so that no rank reports the end of another as an error."""
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     def agree(self, values: list[float], op=dist.ReduceOp.MAX) -> list[float]:
         """Return host numbers reduced over ranks by `op`, in float64; every rank gets the same list."""
@@ -179,6 +180,20 @@ def start(config: Config) -> Runtime:
     deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)  # takes the group that is there
     hosts = dist.new_group(backend="gloo") if world > 1 else None
     return Runtime(rank, world, local_rank, device, hosts)
+
+
+def start_sampling(config: Config) -> Runtime:
+    """Join the ranks as `start` does, but for commands that do not train. Raises UserError.
+
+    One rank alone needs no process group, and so none of DeepSpeed, whose import takes seconds.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return start(config)
+    device = choose_device(config.device)
+    if device.type == "cpu":
+        keep_memory()
+    torch.set_num_threads(config.threads or _fair_threads())
+    return Runtime(0, 1, 0, device)
 
 
 def keep_memory() -> None:

@@ -13,6 +13,7 @@ from fastdit import distributed
 from fastdit.command_line import COLUMNS, SOURCE_FLAGS, OneLineParser, add_source_flags
 from fastdit.commands import encoding
 from fastdit.data import open_source
+from fastdit.data.image_rules import Crop
 from fastdit.data.sources import check_apart, check_classes
 from fastdit.errors import UserError, run_command
 from fastdit.files import prepare_folder
@@ -37,6 +38,7 @@ def _parser() -> OneLineParser:
     parser.add_argument(
         "--size", type=int | tuple[int, int], default=256, help="pixels: one number, or [height, width]"
     )
+    parser.add_argument("--crop", type=Crop, default="center", help="as --data.crop of a run")
     add_source_flags(parser)
     parser.add_argument(
         "--mirrored", type=bool, default=True, help="store the latents of mirrored images too, for data.flip"
@@ -94,6 +96,7 @@ def _encode(argv: list[str]) -> None:
         dtype=args.dtype,
         mirrored=args.mirrored,
         per_shard=args.per_shard,
+        crop=args.crop,
         **{field: getattr(args, field) for field in COLUMNS},
     )
     device = distributed.choose_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
@@ -130,6 +133,7 @@ def _encode(argv: list[str]) -> None:
             f"--data.size {height if height == width else f'[{height},{width}]'} "
             f"--data.latent_scale {autoencoder.scale} --data.latent_shift {autoencoder.shift} "
             f"--data.autoencoder {args.autoencoder}{'' if args.mirrored else ' --data.flip false'}"
+            f"{'' if args.crop == 'center' else f' --data.crop {args.crop}'}"
         )
     else:
         print(f"rank {rank} is done; others are at work")

@@ -126,7 +126,19 @@ def open_data(config: Config) -> Source:
     for name, column in columns.items():
         if column is not None and not isinstance(source.samples, TableSamples):
             raise UserError(f"data.{name}: {source.path} is no Hugging Face data set and has no columns; leave it out")
+    _check_crop(config, source)
     return source
+
+
+def _check_crop(config: Config, source: Source) -> None:
+    """Raise UserError if latents were made of images that were cropped in another way than `data.crop` says."""
+    manifest = read_manifest(source.samples.folder) if source.kind == "latent" else None
+    made = (manifest or {}).get("crop", config.data.crop)  # older manifests do not say it
+    if made != config.data.crop:
+        raise UserError(
+            f"data.crop: {config.data.crop}, but the latents in {source.path} are of images cropped as {made}; give "
+            f"--data.crop {made}, so that evaluations crop real images alike"
+        )
 
 
 def standardized(config: Config, source: Source) -> Config:
@@ -195,6 +207,7 @@ def build_loader(
         threads=data.threads,
         on_corrupt=data.on_corrupt,
         convert=data.convert,
+        crop=data.crop,
         reader=data.reader,
         latent_scale=data.latent_scale,
         latent_shift=data.latent_shift,

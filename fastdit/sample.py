@@ -1,21 +1,44 @@
-"""Draw samples from a run: `python fastdit/sample.py --run runs/x --classes 0,3 --n 64 --guidance 2 --out grid.png`."""
+"""Draw samples from a run: `python fastdit/sample.py --run runs/x --classes 0,3 --n 64 --guidance 2 --out grid.png`.
 
-from collections.abc import Sequence
+It also runs under `deepspeed` or `torchrun`, whose ranks share the work.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import torch
+from jsonargparse import Namespace
 from tqdm import tqdm
 
-from fastdit import run_parts
+from fastdit import distributed, run_parts
 from fastdit.command_line import OneLineParser
-from fastdit.config import Config
+from fastdit.config import Config, SampleConfig
 from fastdit.data.sources import read_class_names
-from fastdit.distributed import choose_device
 from fastdit.errors import UserError, run_command
-from fastdit.evaluation import draw_samples
-from fastdit.evaluation.open_run import add_run_flags, add_sampler_flags, open_run, settings_of
-from fastdit.files import prepare_file, write_atomically
+from fastdit.evaluation import draw_samples, grids, sample_requests
+from fastdit.evaluation.open_run import (
+    SampledRun,
+    add_batch_flag,
+    add_run_flags,
+    add_sampler_flags,
+    add_weights_flag,
+    open_run,
+    settings_of,
+)
+from fastdit.evaluation.sample_files import Files, check_replaceable, save_picture, writing_npz
+from fastdit.evaluation.sample_requests import Place
+from fastdit.files import prepare_file, prepare_folder, sha256_of
+from fastdit.models import LatentDecoder
+from fastdit.rundir.checkpoint_files import MANIFEST
+
+PICTURES = 64  # on a grid, by default
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,71 +50,181 @@ def _parser() -> OneLineParser:
     """Return the parser of the command's flags."""
     parser = OneLineParser(prog="fastdit-sample", description="Draw samples with a run's EMA weights.")
     add_run_flags(parser)
+    add_weights_flag(parser, "--weights")
     parser.add_argument(
         "--out",
         type=str,
         default="grid.png",
-        help="file: .png for a grid, .npz for images uint8 (n, H, W, C) and labels (n,)",
+        help="grid.png; x.npz; a folder, for PNG files by class; or x-{000000..}.tar, WebDataset shards",
     )
+    parser.add_argument(
+        "--format",
+        type=Literal["auto", "grid", "npz", "adm", "png", "shards"],
+        default="auto",
+        help="by default what --out ends in; adm: .npz with ADM's names, arr_0 and arr_1; shards: also in a folder",
+    )
+    parser.add_argument("--per_shard", type=int, default=5000, help="samples in a shard, rounded up to whole batches")
     parser.add_argument(
         "--classes",
         type=str | None,
         default=None,
-        help="class labels or names, such as 0,3,7 or cat,dog; a number is a label; default: all in turn",
+        help="class labels, ranges or names, such as 0,3,10-19 or cat,dog; a number is a label; default: all in turn",
     )
-    parser.add_argument("--n", type=int, default=64, help="number of samples")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise; sample i depends on it and on i alone")
+    parser.add_argument(
+        "--n",
+        "--samples",
+        type=int | None,
+        default=None,
+        help=f"number of samples, {PICTURES} by default; under a launcher write --samples, since it takes --n for its "
+        "own flag",
+    )
+    parser.add_argument(
+        "--seed", type=str, default="0", help="seed of the noise; sample i depends on it and on i; or several: 0,1,2"
+    )
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, or one of several, such as cuda:1")
-    add_sampler_flags(parser)
+    parser.add_argument(
+        "--threads", type=int, default=0, help="CPU threads per rank; 0: torch's choice, or a fair share"
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+    add_batch_flag(parser)
+    add_sampler_flags(parser, lists=True)
     return parser
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Hold what samples are drawn with.
+
+    Args:
+        opened: the run, with its network in the dtype and on the device of sampling.
+        decoder: decoder of its latents, on the device, or None.
+        runtime: the ranks that share the work.
+        batch: samples in a batch.
+        names: names of the classes.
+    """
+
+    opened: SampledRun
+    decoder: LatentDecoder | None
+    runtime: distributed.Runtime
+    batch: int
+    names: Sequence[str]
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Return the height, width and channels of a picture."""
+        shape, decoder = self.opened.shape, self.decoder
+        factor, channels = (decoder.autoencoder.factor, 3) if decoder else (1, shape.channels)
+        return factor * shape.height, factor * shape.width, channels
+
+    def __call__(
+        self, labels: np.ndarray, ids: Sequence[int], seed: int, settings: SampleConfig | None = None
+    ) -> np.ndarray:
+        """Return the samples `ids` of a request with these labels, uint8 (len(ids), H, W, C)."""
+        x = draw_samples.draw(
+            self.opened.network,
+            run_parts.build_noise(self.opened.config),
+            settings or self.opened.config.sample,
+            self.opened.shape,
+            labels,
+            indices=ids,
+            seed=seed,
+            device=self.runtime.device,
+            decoder=self.decoder,
+            batch=self.batch,
+        )
+        return draw_samples.to_uint8(x)
+
+    def bar(self, total: int) -> tqdm:
+        """Return a progress bar of samples, which rank 0 shows."""
+        return tqdm(total=total, desc="sampling", unit="img", disable=not self.runtime.first)
 
 
 def _sample(argv: list[str]) -> None:
     """Draw samples by the flags `argv`, and write them. Raises UserError."""
     # Check the flags.
     args = _parser().parse(argv)
-    out, run = Path(args.out), Path(args.run)
-    if out.suffix not in (".png", ".npz"):
-        raise UserError(f"--out {out}: must end in .png or .npz")
-    if args.n < 1 or args.seed < 0:
-        raise UserError(f"--n {args.n} --seed {args.seed}: take n from 1 and the seed from 0")
+    place = sample_requests.place_of(args.out, args.format)
+    guidances = sample_requests.numbers("guidance", args.guidance, float) if args.guidance else []
+    seeds = sample_requests.numbers("seed", args.seed, int)
+    if min(seeds) < 0 or (args.n is not None and args.n < 1):
+        raise UserError(f"--n {args.n} --seed {args.seed}: take n from 1 and seeds from 0")
+    for flag in ("batch", "per_shard"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise UserError(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    swept = len(guidances) > 1 or len(seeds) > 1
+    if swept and place.kind != "grid":
+        raise UserError(
+            f"--out {args.out}: several seeds or guidance scales make a grid; name a .png, or give one each"
+        )
+    args.guidance = guidances[0] if guidances else None
+    config = settings_of(args)
+    settings = [replace(config.sample, guidance=scale) for scale in guidances or [config.sample.guidance]]
+
+    # Join the other ranks, and see whether the result can be written.
+    runtime = _join(args, config)
+    runtime.decide(lambda: _check_place(place))
 
     # Open the run.
-    config, device = settings_of(args), choose_device(args.device)
-    prepare_file(out, f"--out {out}")
-    opened = open_run(args, config)
-    checkpoint, shape = opened.checkpoint, opened.shape
-    decoder = run_parts.build_decoder(config, shape)
-    if decoder is None and shape.channels not in (1, 3):
-        raise UserError(
-            f"{run}: samples are latents of {shape.channels} channels; a picture needs their autoencoder: give "
-            "--autoencoder here, or --data.autoencoder to the run"
-        )
-    names = _names(run, config, shape.classes)
-    classes = _classes(args.classes, names)
+    drawing = _open(args, config, runtime)
+    classes = sample_requests.classes_of(args.classes, drawing.names)
+    n = args.n or (PICTURES if not swept else len(classes) if args.classes else 1)
+    labels = draw_samples.balanced_labels(n, classes)
+    if place.kind == "grid":
+        grids.check_page(n * len(seeds) * len(settings), drawing.size[:2], f"--out {args.out}")
 
     # Draw the samples, and write them.
-    labels = draw_samples.balanced_labels(args.n, classes)
-    images = draw_samples.to_uint8(
-        draw_samples.draw(
-            opened.network.to(device),
-            run_parts.build_noise(config),
-            config.sample,
-            shape,
-            labels,
-            indices=range(args.n),
-            seed=args.seed,
-            device=device,
-            decoder=decoder.to(device) if decoder else None,
-            progress=partial(tqdm, desc="sampling", unit="batch"),
+    if swept:
+        _draw_sweep(drawing, labels, seeds, settings, place.path)
+    elif place.kind in ("png", "shards"):
+        _write_files(drawing, labels, seeds[0], place, args)
+    else:
+        _write_one(drawing, labels, seeds[0], place)
+    if runtime.first:
+        count = f"{n} samples" if not swept else f"{n} x {len(seeds)} x {len(settings)} samples"
+        print(f"{count} of {drawing.opened.checkpoint} in {args.out}")
+    if runtime.world > 1:
+        runtime.leave()
+
+
+def _join(args: Namespace, config: Config) -> distributed.Runtime:
+    """Return the ranks. One rank needs no process group, and so no DeepSpeed. Raises UserError."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        return distributed.Runtime(0, 1, 0, distributed.choose_device(args.device))
+    if args.device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {args.device}: every rank takes a device of its own; give cuda, cpu or auto")
+    return distributed.start(replace(config, device=args.device, threads=args.threads))
+
+
+def _check_place(place: Place) -> None:
+    """Raise UserError if the result cannot be written, or would replace a file that this command did not make."""
+    if place.kind in ("png", "shards"):
+        prepare_folder(place.path, f"--out {place.path}")
+    else:
+        prepare_file(place.path, f"--out {place.path}")
+        check_replaceable(place.path, f"--out {place.path}")
+        if place.kind != "grid" and place.path.with_name(f".{place.path.name}.partial").exists():
+            print(f"{place.path}: was interrupted and begins anew; a folder or shards would go on", flush=True)
+
+
+def _open(args: Namespace, config: Config, runtime: distributed.Runtime) -> Drawing:
+    """Open the run, its autoencoder and the names of its classes. Raises UserError."""
+    opened = open_run(args, config, runtime.decide, args.weights)
+    decoder, run = run_parts.build_decoder(config, opened.shape), Path(args.run)
+    if decoder is None and opened.shape.channels not in (1, 3):
+        raise UserError(
+            f"{run}: samples are latents of {opened.shape.channels} channels; a picture needs their autoencoder: give "
+            "--autoencoder here, or --data.autoencoder to the run"
         )
+    network = draw_samples.prepare(opened.network, config.sample, runtime.device)
+    return Drawing(
+        replace(opened, network=network),
+        decoder.to(runtime.device) if decoder else None,
+        runtime,
+        args.batch or draw_samples.BATCH[runtime.device.type],
+        _names(run, config, opened.shape.classes),
     )
-    with write_atomically(out) as temporary, temporary.open("wb") as file:
-        if out.suffix == ".npz":
-            np.savez(file, images=images, labels=labels)
-        else:
-            draw_samples.grid(images, labels, names).save(file, format="png")
-    print(f"{args.n} samples of {checkpoint} in {out}")
 
 
 def _names(run: Path, config: Config, classes: int) -> Sequence[str]:
@@ -103,30 +236,116 @@ def _names(run: Path, config: Config, classes: int) -> Sequence[str]:
     return names if len(names) == classes else [str(label) for label in range(classes)]
 
 
-def _classes(text: str | None, names: Sequence[str]) -> list[int]:
-    """Return the class labels of `--classes`. Raises UserError if one is neither a label nor one of `names`."""
-    if text is None:
-        return list(range(len(names)))
-    known = {name: label for label, name in enumerate(names)}
-    if text in known and not text.isdecimal():  # a name may have a comma
-        return [known[text]]
-    return [_class(text, part.strip(), known) for part in text.split(",")]
+def _write_one(drawing: Drawing, labels: np.ndarray, seed: int, place: Place) -> None:
+    """Draw samples, and write them into one file on rank 0: a grid, or an .npz. A collective.
+
+    The ranks draw a batch each in turns. Rank 0 appends a turn's batches in order.
+    """
+    # Open the file.
+    runtime, parts = drawing.runtime, []
+    with ExitStack() as stack:
+        append = parts.append
+        if runtime.first and place.kind != "grid":
+            names = ("images", "labels") if place.kind == "npz" else ("arr_0", "arr_1")
+            append = stack.enter_context(writing_npz(place.path, labels, drawing.size, names))
+        bar = stack.enter_context(drawing.bar(len(labels)))
+
+        # Draw.
+        turn = drawing.batch * runtime.world
+        for start in range(0, len(labels), turn):
+            first = start + runtime.rank * drawing.batch
+            ids = range(first, min(first + drawing.batch, len(labels)))
+            for images in runtime.gather(drawing(labels, ids, seed) if ids else None) or ():
+                if images is not None:
+                    append(images)
+            bar.update(min(turn, len(labels) - start))
+    if runtime.first and place.kind == "grid":
+        save_picture(draw_samples.grid(np.concatenate(parts), labels, drawing.names), place.path)
 
 
-def _class(text: str, part: str, known: dict[str, int]) -> int:
-    """Return the class label of one part of `--classes`, a number or a name. Raises UserError if it is neither."""
-    if part in known and not part.removeprefix("-").isdecimal():
-        return known[part]
-    try:
-        label = int(part)
-    except ValueError:
-        few = ", ".join(list(known)[:10]) + (", ..." if len(known) > 10 else "")
-        raise UserError(
-            f"--classes {text}: must be numbers or names of classes with commas between, as 0,3,7; the run has {few}"
-        ) from None
-    if not 0 <= label < len(known):
-        raise UserError(f"--classes {text}: {label} is out of range; the run has classes 0 to {len(known) - 1}")
-    return label
+def _write_files(drawing: Drawing, labels: np.ndarray, seed: int, place: Place, args: Namespace) -> None:
+    """Draw samples, and write them into a folder: each rank writes files of its own. A collective. Raises UserError."""
+    # Find out what is to be written.
+    runtime, batch = drawing.runtime, drawing.batch
+    unit = batch * math.ceil(args.per_shard / batch) if place.kind == "shards" else batch
+    files = Files(place.path, labels, drawing.names, place.stem if place.kind == "shards" else None, unit)
+    asked = _describe(drawing, labels, seed, args) | ({"per_shard": unit} if place.kind == "shards" else {})
+    if runtime.decide(lambda: files.begin(asked)):
+        return
+    units = runtime.share([files.missing(rank, runtime.world) for rank in range(runtime.world)])[runtime.rank]
+    waiting = sum(len(files.ids(unit)) for unit in units)
+    done = len(labels) - sum(map(int, runtime.agree([waiting], torch.distributed.ReduceOp.SUM)))
+    if runtime.first and done:
+        print(f"{place.path}: goes on after {done:,} of {len(labels):,} samples", flush=True)
+
+    # Draw and write.
+    with drawing.bar(waiting) as bar:
+
+        def batches(ids: range) -> Iterator[np.ndarray]:
+            for at in range(0, len(ids), batch):
+                yield drawing(labels, ids[at : at + batch], seed)
+                bar.update(len(ids[at : at + batch]))
+
+        try:
+            for unit in units:
+                files.write(unit, batches(files.ids(unit)))
+        except KeyboardInterrupt:
+            print(f"\n{place.path}: interrupted; the same command goes on", flush=True)
+            raise
+    runtime.barrier()
+    runtime.decide(partial(files.finish, asked))
+
+
+def _describe(drawing: Drawing, labels: np.ndarray, seed: int, args: Namespace) -> dict:
+    """Return all that samples in files depend on, as JSON can hold it."""
+    config, sample = drawing.opened.config, drawing.opened.config.sample
+    return {
+        "checkpoint": str(drawing.opened.checkpoint.resolve()),
+        "checkpoint_manifest": sha256_of(drawing.opened.checkpoint / MANIFEST),
+        "weights": args.weights,
+        "n": len(labels),
+        "size": list(drawing.size),
+        "labels": [int(label) for label in labels[: len(np.unique(labels))]],  # they repeat
+        "seed": seed,
+        "sampler": sample.describe_sampler(run_parts.build_noise(config)),
+        "steps": sample.steps,
+        "guidance": sample.guidance,
+        "interval": list(sample.interval) if sample.interval else None,
+        "guided_channels": sample.guided_channels,
+        "autoencoder": drawing.decoder and drawing.decoder.autoencoder.hash,
+        "precision": draw_samples.precision_on(sample, drawing.runtime.device),
+        "batch": drawing.batch,
+    }
+
+
+def _draw_sweep(
+    drawing: Drawing, labels: np.ndarray, seeds: list[int], settings: list[SampleConfig], path: Path
+) -> None:
+    """Draw all samples with each seed and each guidance scale, and write a table of them. A collective."""
+    # Draw. The ranks take the combinations in turns.
+    runtime, ids = drawing.runtime, range(len(labels))
+    combinations = [(scale, seed) for scale in settings for seed in seeds]
+    mine = combinations[runtime.rank :: runtime.world]
+    with drawing.bar(len(mine) * len(labels)) as bar:
+        drawn = []
+        for scale, seed in mine:
+            drawn.append(drawing(labels, ids, seed, scale))
+            bar.update(len(labels))
+    if (parts := runtime.gather(drawn)) is None:
+        return
+
+    # Lay them out: guidance scales are rows. Seeds are columns, or the samples are where there is one seed.
+    pictures = [parts[k % runtime.world][k // runtime.world] for k in range(len(combinations))]
+    table = np.stack(pictures).reshape(len(settings), len(seeds), len(labels), *drawing.size)
+    names = [drawing.names[label] for label in labels]
+    scales = [f"guidance {scale.guidance:g}" for scale in settings]
+    if len(seeds) == 1:
+        page = grids.sweep_grid(table[:, 0], scales, names)
+    else:
+        rows = [f"{name}, {scale}" if len(scales) > 1 else name for name in names for scale in scales]
+        by_sample = table.transpose(2, 0, 1, 3, 4, 5).reshape(len(rows), len(seeds), *drawing.size)
+        page = grids.sweep_grid(by_sample, rows, [f"seed {seed}" for seed in seeds])
+    save_picture(page, path)
 
 
 if __name__ == "__main__":

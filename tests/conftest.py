@@ -15,6 +15,7 @@ LONGEST = (
     *("test_train", "test_sd_dit_training", "test_gpu_suite", "test_sadm_training", "test_resume", "test_zero"),
     *("test_made_up", "test_sample", "test_evaluate", "test_tables", "test_qk_norm_rope", "test_dry_run", "test_stop"),
     *("test_new_method", "test_convergence", "test_warm_start", "test_benchmarks", "test_run_lock", "test_elastic"),
+    *("test_sample_files", "test_evaluate_images"),
     *("test_grad_checkpoint", "test_count_launches", "test_cache", "test_graphs", "test_psi_alignment", "test_rates"),
 )
 

@@ -23,12 +23,14 @@ import torch
 from torch import Tensor
 
 from fastdit.data import UNFINISHED, Source, read_in_order, write_shard
+from fastdit.data.image_rules import Crop
 from fastdit.data.latents import LatentForm, quantize
 from fastdit.data.manifest import MANIFEST, check_same, read_manifest, write_json
 from fastdit.errors import UserError
 from fastdit.files import sha256_of
 from fastdit.models import Autoencoder
 
+OLDER = {"crop": "center"}  # settings that older versions did not write
 PICTURES = 8  # images of each shard that are decoded again, to measure the PSNR
 
 
@@ -45,6 +47,7 @@ class Settings:
         mirrored: whether the latent of each mirrored image is stored too.
         per_shard: number of samples in a shard.
         image_column, label_column: the columns of a Hugging Face data set, as given to `open_source`.
+        crop: the way in which images were scaled to `size`, as `data.crop` of a run.
     """
 
     source: str
@@ -56,6 +59,7 @@ class Settings:
     per_shard: int
     image_column: str | None = None
     label_column: str | None = None
+    crop: Crop = "center"
 
     @property
     def shards(self) -> range:
@@ -77,7 +81,7 @@ def remaining(out: Path, settings: Settings, rank: int, world: int) -> list[int]
     finished, expected = out / MANIFEST, json.loads(json.dumps(asdict(settings)))
     begun = out / UNFINISHED / "settings.json"
     if finished.is_file() or begun.is_file():
-        check_same(finished if finished.is_file() else begun, expected)
+        check_same(finished if finished.is_file() else begun, expected, OLDER)
     elif any(out.glob("*.tar")):
         raise UserError(f"--out {out}: holds other shards; choose another folder")
     if finished.is_file():
@@ -112,7 +116,8 @@ def encode_shards(
     chunks = [
         np.array(settings.ids(k)[at : at + batch]) for k in shards for at in range(0, len(settings.ids(k)), batch)
     ]
-    images = read_in_order(source, chunks, size=settings.size, device=device, threads=threads, on_corrupt=on_corrupt)
+    options = {"size": settings.size, "crop": settings.crop, "on_corrupt": on_corrupt}
+    images = read_in_order(source, chunks, device=device, threads=threads, **options)
     upcoming = next(images, None)
     for shard in shards:
         statistics = Statistics()

@@ -1,9 +1,12 @@
 """Define rules for image files that every reader follows: the largest and longest size, and the number of channels."""
 
+from typing import Literal
+
 from fastdit.data.sources import Source
 from fastdit.errors import UserError
 from fastdit.files import stand_in
 
+Crop = Literal["center", "adm"]  # ways to scale an image to a size: see pillow_images.fit
 # Two damaged bytes of a JPEG can claim 4 billion pixels, which take minutes and 12 GB to decode.
 MOST_PIXELS = 1 << 28
 # An image of 1 x 12,000 pixels, scaled to cover 256 x 256, would take 2.4 GB.

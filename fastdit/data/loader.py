@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from fastdit.data.cache import CachedLatents, CachedReader
-from fastdit.data.image_rules import SKIP, decoding_fault
+from fastdit.data.image_rules import SKIP, Crop, decoding_fault
 from fastdit.data.order import BatchFailed, Order, Request
 from fastdit.data.readers import Backend, ReaderName, choose_backend, find_corrupt
 from fastdit.data.sources import Source
@@ -56,6 +56,7 @@ def make_loader(
     prefetch: int = 2,
     on_corrupt: Literal["stop", "skip"] = "stop",
     convert: bool = False,
+    crop: Crop = "center",
     reader: ReaderName = "auto",
     latent_scale: float | Sequence[float] = 1.0,
     latent_shift: float | Sequence[float] = 0.0,
@@ -67,6 +68,7 @@ def make_loader(
     The loader yields `(x, y)` forever, on `device`: x float32 (batch, channels, H, W), y int64 (batch,).
 
     - Images are in [-1, 1], scaled to cover `size` (one number or (H, W)) and center-cropped; see ImageReader.
+    - crop: "center" scales images in one step, "adm" as ADM's reference batches were made; see pillow_images.fit.
     - Latents are `(mean + std * noise - latent_shift) * latent_scale`, and the noise is drawn anew at every read. Scale
       and shift are one number, or one per channel. `size` and `channels` must be the stored ones.
     - flip: mirror half of the samples, others in each epoch. Latents need stored mirrored posteriors.
@@ -104,7 +106,9 @@ def make_loader(
             raise ValueError(f"no {cache=} for {source.kind}s, {rank=}, {world=}, {group=}")
         latents = CachedLatents(source, cache, device, group)
     elif source.kind != "synthetic":
-        backend = choose_backend(reader)
+        backend = choose_backend(reader, crop if source.kind == "image" else "center")
+        if source.kind == "image" and backend.name == "torch":
+            options["crop"] = crop
     affine = tuple(_per_channel(value, channels, device) for value in (latent_scale, latent_shift))
     return Loader(source, order, options, on_corrupt == "skip", latents, backend, affine)
 

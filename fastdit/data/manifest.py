@@ -51,11 +51,14 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def check_same(path: Path, settings: dict) -> None:
-    """Raise UserError unless the JSON file at `path`, of work begun earlier, has every field of `settings`."""
+def check_same(path: Path, settings: dict, older: dict | None = None) -> None:
+    """Raise UserError unless the JSON file at `path`, of work begun earlier, has every field of `settings`.
+
+    older: values of the fields that older versions did not write.
+    """
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        earlier = (older or {}) | json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, RecursionError):
         raise UserError(f"{path}: cannot be read; delete its folder and run the command again") from None
     for field, value in settings.items():
         if earlier.get(field) != value:

@@ -9,11 +9,12 @@ transform in its own way, and at the border of a scaled image DALI repeats the e
 import io
 import math
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from fastdit.data.image_rules import MOST_ELONGATED, MOST_PIXELS
+from fastdit.data.image_rules import MOST_ELONGATED, MOST_PIXELS, Crop
 
 # An open list would start Ghostscript for a PostScript file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000")
@@ -51,6 +52,24 @@ def decode(file: np.ndarray) -> tuple[Image.Image, int]:
         image_8_bits = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
         return _upright(image_8_bits, image), channels
     return _upright(image, image), channels
+
+
+class Header(NamedTuple):
+    """Hold what the first bytes of an image file tell."""
+
+    height: int
+    width: int
+    channels: int
+    format: str  # Pillow's name of it, such as JPEG
+
+
+def read_header(file: np.ndarray) -> Header:
+    """Return the header of an encoded file, uint8 (size,), before a turn by EXIF.
+
+    Raises exceptions of many kinds for a file that is no image.
+    """
+    image = Image.open(io.BytesIO(file.tobytes()), formats=_FORMATS)
+    return Header(image.height, image.width, _CHANNELS[image.mode], image.format)
 
 
 def to_pnm(file: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
@@ -105,16 +124,37 @@ def middle(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def fit(image: Image.Image, size: tuple[int, int], channels: int) -> np.ndarray:
-    """Return the center of `image`, scaled until it just covers `size`, as uint8 (channels, *size), maybe a view."""
+def fit(image: Image.Image, size: tuple[int, int], channels: int, crop: Crop = "center") -> np.ndarray:
+    """Return the center of `image`, scaled until it just covers `size`, as uint8 (channels, *size), maybe a view.
+
+    crop: "center" scales in one step, as DALI does. "adm" scales as guided-diffusion's `center_crop_arr` does
+        (github.com/openai/guided-diffusion, guided_diffusion/image_datasets.py), to the same pixels: it halves the
+        image by means of 2 x 2 pixels while both sides are at least twice those of `size`, and only then scales by the
+        bicubic filter. The original takes square sizes only.
+    """
     mode, image = "L" if channels == 1 else "RGB", middle(image)
     if image.mode != mode:
         image = image.convert(mode)
+    image = (_cover_as_adm if crop == "adm" else _cover)(image, size)
+    height, width = size
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)))
+    return pixels.reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def _cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Return the image scaled until it just covers `size`, by the bicubic filter with antialiasing."""
     # DALI computes extents in float32 and rounds halves up; other arithmetic gives another extent for some images.
     height, width = size
     scale = np.float32(max(height / image.height, width / image.width))
     covering = tuple(math.floor(np.float32(extent) * scale + np.float32(0.5)) for extent in image.size)
-    image = image.resize(covering, Image.Resampling.BICUBIC)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    pixels = np.asarray(image.crop((left, top, left + width, top + height)))
-    return pixels.reshape(height, width, channels).transpose(2, 0, 1)
+    return image.resize(covering, Image.Resampling.BICUBIC)
+
+
+def _cover_as_adm(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Return the image scaled until it just covers `size`, in the steps of `center_crop_arr`."""
+    height, width = size
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(height / image.height, width / image.width)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)

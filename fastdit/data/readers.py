@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
+from fastdit.data.image_rules import Crop
 from fastdit.data.order import BatchFailed
 from fastdit.errors import UserError
 
@@ -32,15 +33,19 @@ class Backend:
         return f"read by {how}" + (f" ({self.instead})" if self.instead else "")
 
 
-def choose_backend(reader: ReaderName) -> Backend:
-    """Return the module that reads files. "auto" takes DALI if it can be imported.
+def choose_backend(reader: ReaderName, crop: Crop = "center") -> Backend:
+    """Return the module that reads files. "auto" takes DALI if it can be imported and `crop` is "center".
 
-    Raises UserError if "dali" is asked for and cannot be imported, ValueError for another name.
+    crop: the way in which images are scaled. "adm" is Pillow's arithmetic, which DALI does not reproduce to the bit.
+
+    Raises UserError if "dali" is asked for and cannot be imported or cannot crop so, ValueError for another name.
     """
     if reader not in ("auto", "dali", "torch"):
         raise ValueError(f"{reader=} is none of 'auto', 'dali' and 'torch'")
-    missing = None
-    if reader != "torch":
+    if crop == "adm" and reader == "dali":
+        raise UserError("data.reader: DALI cannot crop as data.crop adm does; leave it out, or set data.crop center")
+    missing = "data.crop adm is Pillow's" if crop == "adm" and reader == "auto" else None
+    if reader != "torch" and crop == "center":
         try:
             return Backend("dali", importlib.import_module("fastdit.data.pipeline"))
         except ModuleNotFoundError as error:

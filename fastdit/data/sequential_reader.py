@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from fastdit.data.image_rules import SKIP, decoding_fault
+from fastdit.data.image_rules import SKIP, Crop, decoding_fault
 from fastdit.data.order import BatchFailed, Request
 from fastdit.data.readers import ReaderName, choose_backend, find_corrupt
 from fastdit.data.sources import Source
@@ -27,6 +27,7 @@ def read_in_order(
     prefetch: int = 2,
     on_corrupt: Literal["stop", "skip"] = "stop",
     reader: ReaderName = "auto",
+    crop: Crop = "center",
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """Yield `(ids, x)` for each of `batches`, arrays of sample ids: x float32 (b, 3, *size) in [-1, 1], on `device`.
 
@@ -34,17 +35,18 @@ def read_in_order(
     gray image gets three equal channels. The next batches are prepared while the caller uses the current one.
 
     on_corrupt: "stop" raises UserError at an image that cannot be decoded; "skip" leaves its id out of `ids`.
-    reader: the library that decodes, as in `make_loader`.
+    reader, crop: the library that decodes, and the way in which images are scaled, as in `make_loader`.
     """
     batches = [ids for ids in batches if len(ids)]
     if not batches:
         return
     # Choose the library that decodes.
-    backend = choose_backend(reader)
-    if backend.instead:
+    backend = choose_backend(reader, crop)
+    if backend.instead and crop == "center":
         log.warning("%s: %s", source.path, backend.describe("image", threads))
     options = {"batch": max(map(len, batches)), "device": device, "threads": threads, "prefetch": prefetch}
     options |= {"size": size, "channels": 3, "convert": True}
+    options |= {"crop": crop} if backend.name == "torch" else {}
     # Read until a batch fails; leave out its corrupt images and start again at that batch.
     done = 0
     while done < len(batches):

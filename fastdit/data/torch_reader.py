@@ -26,7 +26,7 @@ import torch
 from PIL import Image, ImageFile
 from torch.utils.data import DataLoader, Dataset
 
-from fastdit.data.image_rules import wrong_channels
+from fastdit.data.image_rules import Crop, wrong_channels
 from fastdit.data.order import BatchFailed, Request
 from fastdit.data.pillow_images import decode, fit
 from fastdit.data.sources import Source
@@ -75,10 +75,11 @@ class BatchDecoder(Dataset):
         slots: shared memory, uint8 (slots, batch, channels, height, width).
         convert: whether to convert images with another number of channels.
         shapes: whether to report the files' shapes.
+        crop: the way in which images are scaled: see `fit`.
     """
 
-    def __init__(self, source: Source, slots: np.ndarray, convert: bool, shapes: bool = False):
-        self.source, self.slots, self.convert, self.shapes = source, slots, convert, shapes
+    def __init__(self, source: Source, slots: np.ndarray, convert: bool, shapes: bool = False, crop: Crop = "center"):
+        self.source, self.slots, self.convert, self.shapes, self.crop = source, slots, convert, shapes, crop
         self.parent = os.getpid()
 
     def __getitem__(self, job: Job) -> Note:
@@ -100,7 +101,7 @@ class BatchDecoder(Dataset):
             file = self.source.read(i)
             try:
                 image, found = decode(file)
-                prepared = fit(image, tuple(size), channels)
+                prepared = fit(image, tuple(size), channels, self.crop)
             except MemoryError:
                 raise
             except Exception:  # a damaged file makes Pillow's parsers fail in many ways
@@ -119,7 +120,7 @@ class ImageReader:
     """Iterate over `(request, x)` in the order of `requests`: x float32 (b, channels, *size) in [-1, 1].
 
     Arguments and results are those of pipeline.ImageReader. `threads` is the number of workers. They prepare one batch
-    each, and `prefetch` batches more.
+    each, and `prefetch` batches more. `crop` is that of `fit`, which only this reader can choose.
     """
 
     by_pillow: frozenset[int] = frozenset()  # Pillow decodes all images, none of them in place of another library
@@ -137,13 +138,14 @@ class ImageReader:
         size: tuple[int, int],
         channels: int,
         convert: bool = False,
+        crop: Crop = "center",
     ):
         self.source, self.device, self.channels = source, device, channels
         self._in_flight: deque[tuple[Request, int]] = deque()
         # One more slot than batches under way: DataLoader gives out the next job before it returns a batch.
         ahead = 1 + -(-prefetch // threads)
         self._slots = shared_array((ahead * threads + 1, batch, channels, *size))
-        decoder = BatchDecoder(source, self._slots, convert, self._shapes)
+        decoder = BatchDecoder(source, self._slots, convert, self._shapes, crop)
         self._notes: Iterator[Note] | None = start_workers(decoder, self._jobs(iter(requests)), threads, ahead)
 
     def __next__(self) -> tuple[Request, torch.Tensor]:

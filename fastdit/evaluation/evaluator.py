@@ -1,15 +1,15 @@
-"""Compare a network's samples with real images, in training and in fastdit/evaluate.py. The ranks share the work.
+"""Compare a network's samples, or images made elsewhere, with real images. The ranks share the work.
 
-Samples are drawn a batch at a time, and only their features are kept. Sample i depends on the seed and i alone, so that
+Samples are drawn a batch at a time, and only their features are kept. Sample i depends on the seed and i, so that
 figures do not depend on the number of ranks. Every rank draws the same number of batches, so that none waits long for
 another.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -25,11 +25,15 @@ from fastdit.distributed import Runtime
 from fastdit.errors import UserError
 from fastdit.evaluation import draw_samples, reference
 from fastdit.evaluation.class_agreement import agreement, known_images
+from fastdit.evaluation.given_samples import GivenSamples
 from fastdit.metrics.class_agreement import class_agreement
 from fastdit.metrics.feature_nets import feature_net
+from fastdit.metrics.kernel_distance import SUBSET_SIZE, SUBSETS
+from fastdit.metrics.precision_recall import NEIGHBORS
 from fastdit.metrics.summary import Collector, compare
 from fastdit.models import LatentDecoder
 from fastdit.rundir import eval_log
+from fastdit.rundir.checkpoint_files import RAW, SAMPLED_EMA
 from fastdit.rundir.metrics_log import read_metrics, versions
 
 KEPT = 50_000  # samples, at most, whose features are kept for kernel distance, precision and recall
@@ -50,12 +54,16 @@ class Evaluator:
         decoder: LatentDecoder | None = None,
         opened: Source | None = None,
         live: bool = True,
+        batch: int | None = None,
+        weights: str = SAMPLED_EMA,
     ):
         """Open the real images and the feature network.
 
         decoder: decoder of the samples, on the device, if they are latents.
         opened: the run's training data, if it is open already.
         live: whether rank 0 shows progress.
+        batch: samples in a batch; by default `draw_samples.BATCH` of the device.
+        weights: the name of the weights that are evaluated, for the record.
 
         Raises UserError if anything that an evaluation needs is missing.
         """
@@ -69,8 +77,9 @@ class Evaluator:
         if settings.data:  # images from elsewhere are converted, as in encoding
             config = replace(config, data=replace(config.data, convert=True))
         self.config, self.settings, self.shape, self.runtime = config, settings, shape, runtime
-        self.batch = draw_samples.BATCH[runtime.device.type]
-        self.live = live and runtime.first
+        draw_samples.precision_on(config.sample, runtime.device)  # which checks it
+        self.batch = batch or draw_samples.BATCH[runtime.device.type]
+        self.live, self.weights = live and runtime.first, weights
 
         # Open the real images and the feature network.
         self.data = settings.data or config.data.source
@@ -102,15 +111,17 @@ class Evaluator:
     @cached_property
     def reference(self) -> reference.Reference | None:
         """Return the real images' side, on rank 0 only; None elsewhere. Making it is a collective. Raises UserError."""
-        shown = partial(tqdm, desc="real images", unit="batch", disable=not self.live, leave=False)
-
-        def progress(starts):
-            return self.runtime.stoppable(shown(starts))
-
-        shared = (self.net, self.runtime, self.batch, progress)
+        shared = (self.net, self.runtime, self.batch, lambda starts: self._shown(starts, "features of real images"))
         if self.source is None:
             return reference.of_archive(self.data, self.shape, *shared)
         return reference.of_source(self.source, self.config, self.n_real, *shared)
+
+    def _shown(self, starts: range, title: str) -> Iterator[int]:
+        """Yield the starts of batches of all ranks, and show the images done and the time left. Raises Stopped."""
+        with tqdm(total=starts.stop, desc=title, unit="img", disable=not self.live, leave=False) as bar:
+            for start in self.runtime.stoppable(starts):
+                yield start
+                bar.update(min(starts.step, starts.stop - start))
 
     @cached_property
     def known(self) -> tuple[Tensor, Tensor] | None:
@@ -136,38 +147,65 @@ class Evaluator:
         step: the number of steps that it was trained for.
         checkpoint: folder of the checkpoint that it comes from, if any.
         """
-        # Open the real side, and draw the samples' class labels.
-        settings, runtime = self.settings, self.runtime
-        real, known = self.reference, self.known
+        settings = self.settings
+        network = draw_samples.prepare(network, self.config.sample, self.runtime.device)
         labels = draw_labels(settings.labels, settings.n, self.shape.classes, settings.seed)
+        figures, nonfinite = self._compare(lambda ids: self._draw(network, labels, ids), settings.n, labels)
+        return self._record(figures, step, checkpoint, nonfinite) if self.runtime.first else None
 
-        # Draw samples a batch at a time, and keep their features.
-        collected, tally = Collector(settings.n, KEPT), _Tally()
-        with tqdm(total=settings.n, desc="samples", unit="img", disable=not self.live, leave=False) as bar:
-            for start in runtime.stoppable(range(0, settings.n, self.batch * runtime.world)):
-                first = start + runtime.rank * self.batch
-                ids = np.arange(first, min(first + self.batch, settings.n))
-                x = self._draw(network, labels, ids)
-                images = draw_samples.to_uint8(x.nan_to_num(0, 1, -1))
-                output = self.net(torch.from_numpy(images).permute(0, 3, 1, 2).to(runtime.device))
-                collected.add(output.take(slice(len(ids))), ids)
-                tally.nonfinite += int((~x[: len(ids)].isfinite()).flatten(1).any(1).sum())
-                if known and len(ids):
-                    tally.agreeing += round(agreement(images[: len(ids)], labels[ids], known) * len(ids))
-                bar.update(min(self.batch * runtime.world, settings.n - start))
+    def judge(self, samples: GivenSamples) -> dict | None:
+        """Return the record of images made elsewhere on rank 0, and None elsewhere. A collective. Raises UserError."""
+
+        def read(ids: np.ndarray) -> tuple[np.ndarray, int]:
+            return samples.read(ids if len(ids) else np.zeros(1, np.int64)), 0
+
+        same = self.source is not None and samples.class_names and samples.class_names == self.source.class_names
+        figures, _ = self._compare(read, samples.n, samples.labels if same else None)
+        if not self.runtime.first:
+            return None
+        record = self._record(figures, 0, samples.path, 0)
+        return record | {"n": samples.n, "sampling": None}
+
+    def _compare(
+        self, read: Callable[[np.ndarray], tuple[np.ndarray, int]], n: int, labels: np.ndarray | None
+    ) -> tuple[dict, int]:
+        """Return the figures of n samples (rank 0; {} elsewhere), and how many are not finite. A collective.
+
+        read: returns the samples of some ids, uint8 (b, H, W, C), and how many of them are not finite. Where this rank
+            has none in a turn, it returns one, which is not counted.
+        labels: the class labels that the samples were drawn for (n,), or None if there is no class agreement.
+        """
+        # Open the real side.
+        runtime = self.runtime
+        real, known = self.reference, self.known if labels is not None else None
+
+        # Read samples a batch at a time, and keep their features.
+        collected, tally = Collector(n, KEPT), _Tally()
+        for start in self._shown(range(0, n, self.batch * runtime.world), "samples"):
+            first = start + runtime.rank * self.batch
+            ids = np.arange(first, min(first + self.batch, n))
+            images, nonfinite = read(ids)
+            # The network sees full batches, so that features do not depend on the number of samples.
+            filled = torch.from_numpy(images).permute(0, 3, 1, 2)
+            filled = torch.cat([filled, filled[-1:].expand(self.batch - len(filled), -1, -1, -1)])
+            collected.add(self.net(filled.to(runtime.device)).take(slice(len(ids))), ids)
+            if len(ids):
+                tally.nonfinite += nonfinite
+                if known:
+                    tally.agreeing += round(agreement(images, labels[ids], known) * len(ids))
 
         # Combine the ranks' parts, and compare with the real images.
         samples = collected.summary().over_ranks(runtime.total, runtime.gather)
         agreeing, nonfinite = map(int, runtime.agree([tally.agreeing, tally.nonfinite], dist.ReduceOp.SUM))
         if not runtime.first:
-            return None
+            return {}, nonfinite
         figures = self.net.titled(_paired(compare(samples, real.summary), real.floor))
         if known:
-            figures["class agreement"] = {"value": agreeing / settings.n, "floor": _agreement_floor(known)}
-        return self._record(figures, step, checkpoint, nonfinite)
+            figures["class agreement"] = {"value": agreeing / n, "floor": _agreement_floor(known)}
+        return figures, nonfinite
 
-    def _draw(self, network: torch.nn.Module, labels: np.ndarray, ids: np.ndarray) -> Tensor:
-        """Return the samples `ids` as images (batch, C, H, W), about [-1, 1]; the last sample fills up the batch."""
+    def _draw(self, network: torch.nn.Module, labels: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, int]:
+        """Return the samples `ids`, or the first one if there are none, and how many of them are not finite."""
         x = draw_samples.draw(
             network,
             run_parts.build_noise(self.config),
@@ -178,13 +216,14 @@ class Evaluator:
             seed=self.settings.seed,
             device=self.runtime.device,
             decoder=self.decoder,
+            batch=self.batch,
         )
-        return torch.cat([x, x[-1:].expand(self.batch - len(x), -1, -1, -1)])
+        nonfinite = int((~x.isfinite()).flatten(1).any(1).sum())
+        return draw_samples.to_uint8(x.nan_to_num(0, 1, -1)), nonfinite
 
     def _record(self, figures: dict, step: int, checkpoint: str | None, nonfinite: int) -> dict:
         """Return the record of an evaluation: its figures, and the conditions that they depend on."""
-        config, settings, sample = self.config, self.settings, self.config.sample
-        ema = config.ema
+        settings, sample = self.settings, self.config.sample
         return {
             "step": step,
             "checkpoint": checkpoint,
@@ -192,21 +231,35 @@ class Evaluator:
             "figures": figures,
             "n": settings.n,
             "size": [self.shape.height, self.shape.width],
-            "real": {"data": self.reference.data, "n": self.reference.n, "floor_n": list(self.reference.floor_n)},
+            "real": self._describe_real(),
             "features": {"name": self.net.name, "weights": self.net.weights, "resize": self.net.resize},
             "sampling": {
-                "sampler": sample.describe_sampler(run_parts.build_noise(config)),
+                "sampler": sample.describe_sampler(run_parts.build_noise(self.config)),
                 "steps": sample.steps,
                 "guidance": sample.guidance,
                 "interval": list(sample.interval) if sample.interval else None,
                 "guided_channels": sample.guided_channels,
                 "labels": settings.labels,
                 "seed": settings.seed,
-                "ema": f"{ema.kind} {ema.std if ema.kind == 'power' else ema.decay:g}",
+                "ema": "none (raw weights)" if self.weights == RAW else self._describe_ema(),
+                "precision": draw_samples.precision_on(sample, self.runtime.device),
             },
             "nonfinite": nonfinite,
+            "protocol": f"KID is the mean over {SUBSETS} subsets of at most {SUBSET_SIZE:,}; precision and recall have "
+            f"k = {NEIGHBORS}; both see at most {KEPT:,} samples and {reference.KEPT:,} real images",
             "versions": versions(),
         }
+
+    def _describe_ema(self) -> str:
+        """Return the law of the EMA that is evaluated, or its name if it is not the one that `ema` describes."""
+        ema = self.config.ema
+        law = f"{ema.kind} {ema.std if ema.kind == 'power' else ema.decay:g}"
+        return law if self.weights == SAMPLED_EMA else self.weights
+
+    def _describe_real(self) -> dict:
+        """Return what the real images are; their crop only if they were cropped here."""
+        real = {"data": self.reference.data, "n": self.reference.n, "floor_n": list(self.reference.floor_n)}
+        return real | ({"crop": self.config.data.crop} if self.source else {})
 
 
 def during_training(session) -> Callable[[int], None]:
@@ -219,6 +272,7 @@ def during_training(session) -> Callable[[int], None]:
     if session.runtime.first and not session.config.dry_run:
         eval_log.truncate_after(run.folder, session.first_step)
         _complete_metrics(run, session.first_step)
+    draw_samples.precision_on(session.config.sample, session.runtime.device)  # grids need it, too
     if not settings.every:
         return lambda step: None
     live = sys.stderr.isatty()

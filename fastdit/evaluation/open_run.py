@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse import Namespace
 from torch import nn
@@ -14,10 +15,18 @@ from fastdit.config import CONFIG_FILE, Config
 from fastdit.errors import UserError
 from fastdit.noise import SDE, DiffusionForm
 from fastdit.parser import load
-from fastdit.rundir.checkpoint_files import choose, classes_of, first_difference, manifest, sampled_weights
+from fastdit.rundir.checkpoint_files import (
+    RAW,
+    SAMPLED_EMA,
+    choose,
+    classes_of,
+    first_difference,
+    manifest,
+    sampled_weights,
+)
 
 SAMPLER_FLAGS = ("steps", "sampler", "guidance", "interval", "guided_channels")
-SAMPLER_FLAGS += ("diffusion_form", "diffusion_norm", "last_step_size")
+SAMPLER_FLAGS += ("diffusion_form", "diffusion_norm", "last_step_size", "precision")
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,7 @@ class SampledRun:
         config: settings of the run, with the sampler's of the command line.
         checkpoint: folder of the checkpoint.
         shape: shape of a sample.
-        network: the network with the EMA weights, in eval mode, on the CPU.
+        network: the network with the weights asked for, by default the EMA weights, in eval mode, fp32, on the CPU.
     """
 
     config: Config
@@ -42,9 +51,10 @@ class SampledRun:
         return manifest(self.checkpoint)["step"]
 
 
-def add_run_flags(parser: OneLineParser) -> None:
+def add_run_flags(parser: OneLineParser, required: bool = True) -> None:
     """Add the flags that choose a run and a checkpoint."""
-    parser.add_argument("--run", type=str, required=True, help="folder of the run")
+    kind = {"type": str, "required": True} if required else {"type": str | None, "default": None}
+    parser.add_argument("--run", help="folder of the run", **kind)
     parser.add_argument(
         "--checkpoint",
         type=str | None,
@@ -53,13 +63,33 @@ def add_run_flags(parser: OneLineParser) -> None:
     )
 
 
-def add_sampler_flags(parser: OneLineParser) -> None:
-    """Add the flags of the sampler, and of the autoencoder."""
+def add_weights_flag(parser: OneLineParser, name: str) -> None:
+    """Add the flag `name`, which chooses the weights in a checkpoint."""
+    parser.add_argument(
+        name,
+        type=str,
+        default=SAMPLED_EMA,
+        help=f"{SAMPLED_EMA}, {RAW} (those that are trained), or another EMA's name",
+    )
+
+
+def add_batch_flag(parser: OneLineParser) -> None:
+    """Add the flag of the batch size."""
+    parser.add_argument(
+        "--batch",
+        type=int | None,
+        default=None,
+        help="samples that are drawn at once; their rounding depends on it; default: 12 on a CPU, 128 on a GPU",
+    )
+
+
+def add_sampler_flags(parser: OneLineParser, lists: bool = False) -> None:
+    """Add the flags of the sampler, and of the autoencoder. lists: whether several guidance scales can be given."""
     parser.add_argument(
         "--steps",
         type=int | None,
         default=None,
-        help="sampler steps; this and the next seven flags default to the run's settings",
+        help="sampler steps; this and the next eight flags default to the run's settings",
     )
     parser.add_argument(
         "--sampler",
@@ -67,7 +97,8 @@ def add_sampler_flags(parser: OneLineParser) -> None:
         default=None,
         help="heun or euler for edm and flow; full_heun or euler_maruyama for flow; ddpm or ddim for ddpm",
     )
-    parser.add_argument("--guidance", type=float | None, default=None, help="guidance scale, classifier-free; 1 is off")
+    text = "guidance scale, classifier-free; 1 is off" + ("; or several, such as 1,1.5,2" if lists else "")
+    parser.add_argument("--guidance", type=str | None if lists else float | None, default=None, help=text)
     parser.add_argument(
         "--interval",
         type=tuple[float, float] | None,
@@ -81,6 +112,12 @@ def add_sampler_flags(parser: OneLineParser) -> None:
     parser.add_argument("--diffusion_norm", type=float | None, default=None, help="factor on it")
     parser.add_argument(
         "--last_step_size", type=float | None, default=None, help="time of euler_maruyama's last step, without noise"
+    )
+    parser.add_argument(
+        "--precision",
+        type=Literal["auto", "bf16", "tf32", "fp32"] | None,
+        default=None,
+        help="arithmetic; auto: bf16 on GPUs (an autoencoder: TF32), fp32 on CPUs",
     )
     parser.add_argument(
         "--autoencoder", type=str | None, default=None, help="decoder of latents; default: the run's data.autoencoder"
@@ -104,10 +141,16 @@ def settings_of(args: Namespace) -> Config:
     return config
 
 
-def open_run(args: Namespace, config: Config, decide: Callable[[Callable], object] = lambda work: work()) -> SampledRun:
+def open_run(
+    args: Namespace,
+    config: Config,
+    decide: Callable[[Callable], object] = lambda work: work(),
+    weights: str = SAMPLED_EMA,
+) -> SampledRun:
     """Return the run at `args.run`, at the checkpoint `args.checkpoint` or the newest undamaged one.
 
     decide: calls a function on one rank for all, as `Runtime.decide` does. Choosing a checkpoint reads all its bytes.
+    weights: the weights that are loaded, as in `sampled_weights`.
 
     Raises UserError if there is no such checkpoint, or if it belongs to another run.
     """
@@ -119,7 +162,7 @@ def open_run(args: Namespace, config: Config, decide: Callable[[Callable], objec
         field, before, now = difference
         raise UserError(f"{checkpoint}: has {field} {before}, {run} has {now}; give one of that run")
 
-    # Build the network with the EMA weights.
+    # Build the network with the weights.
     network = run_parts.build_network(config, shape)
-    network.load_state_dict(sampled_weights(checkpoint))
+    network.load_state_dict(sampled_weights(checkpoint, weights))
     return SampledRun(config, checkpoint, shape, network.eval())

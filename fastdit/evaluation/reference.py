@@ -25,6 +25,7 @@ from fastdit.errors import UserError
 from fastdit.files import write_atomically
 from fastdit.metrics.feature_nets import FeatureNet
 from fastdit.metrics.moments import Moments
+from fastdit.metrics.precision_recall import radii
 from fastdit.metrics.summary import Collector, Summary, compare
 from fastdit.run_parts import Shape
 
@@ -68,6 +69,9 @@ def of_source(
     path, key = _cached(source, config, n, net)
     found = _read(path, key, runtime.device) if runtime.first else None
     if runtime.share(found is not None):
+        if found is not None and found.summary.radii is None:  # of an older version
+            found = _with_radii(found, runtime.device)
+            _write(path, key, found)
         return found
 
     # Read the images, compute their features, and cache them.
@@ -84,6 +88,7 @@ def of_source(
         threads=config.data.threads,
         on_corrupt=config.data.on_corrupt,
         convert=config.data.convert,
+        crop=config.data.crop,
         reader=config.data.reader,
     )
     with closing(loader):
@@ -104,7 +109,7 @@ def of_archive(
     Raises UserError if the file holds none of these, or does not fit the feature network or the run.
     """
     # Read the file, and check that it fits the feature network.
-    arrays = _archive(path)
+    arrays = read_archive(path, "give an ADM reference .npz")
     images = next((arrays[name] for name in ("arr_0", "images") if name in arrays), None)
     if images is None and not arrays.keys() >= _STATISTICS:
         raise UserError(f"{path}: holds neither mu and sigma nor images (arr_0); give an ADM reference batch")
@@ -119,7 +124,7 @@ def of_archive(
     if images is not None:
         expected = (len(images), shape.height, shape.width, shape.channels)
         if images.dtype != np.uint8 or images.shape != expected or len(images) < 4:
-            raise UserError(f"{path}: its images are {images.dtype} {images.shape}; the run's are uint8 {expected}")
+            raise UserError(f"{path}: its images are {images.dtype} {images.shape}; the samples are uint8 {expected}")
         made = _make(_reader(images), path, len(images), net, runtime, batch, progress)
     if not runtime.first or not arrays.keys() >= _STATISTICS:
         return made
@@ -160,7 +165,13 @@ def _make(
     a, b = (half.summary().over_ranks(runtime.total, runtime.gather) for half in halves)
     if not runtime.first:
         return None
-    return Reference(data, n, a + b, compare(a, b), (a.moments.n, b.moments.n))
+    return _with_radii(Reference(data, n, a + b, compare(a, b), (a.moments.n, b.moments.n)), runtime.device)
+
+
+def _with_radii(made: Reference, device: torch.device) -> Reference:
+    """Return a reference with the radii of its features, which every evaluation needs."""
+    known = radii(made.summary.kept.to(device)).cpu()
+    return replace(made, summary=replace(made.summary, radii=known))
 
 
 def _levels(x: Tensor) -> Tensor:
@@ -173,13 +184,13 @@ def _reader(images: np.ndarray) -> Callable[[np.ndarray], Tensor]:
     return lambda ids: torch.from_numpy(images[ids % len(images)]).permute(0, 3, 1, 2)
 
 
-def _archive(path: str) -> dict[str, np.ndarray]:
-    """Return the arrays of an `.npz` file by name. Raises UserError."""
+def read_archive(path: str, remedy: str) -> dict[str, np.ndarray]:
+    """Return the arrays of an `.npz` file by name. Raises UserError with `remedy`."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except _UNREADABLE as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); give an ADM reference .npz") from None
+        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); {remedy}") from None
 
 
 def _moments(arrays: dict[str, np.ndarray], mean: str, covariance: str, device: torch.device) -> Moments:
@@ -212,8 +223,11 @@ def _cached(source: Source, config: Config, n: int, net: FeatureNet) -> tuple[Pa
         "net": [net.name, net.weights, net.resize],
         "kept": KEPT,
     }
-    if source.kind == "image" and (reader := choose_backend(config.data.reader).name) != "dali":
-        key["reader"] = reader  # its pixels differ by a few levels
+    if source.kind == "image":
+        if (reader := choose_backend(config.data.reader, config.data.crop).name) != "dali":
+            key["reader"] = reader  # its pixels differ by a few levels
+        if config.data.crop != "center":
+            key["crop"] = config.data.crop
     text = json.dumps(key)
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdit"
     return home / f"{net.name}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.npz", text
@@ -224,6 +238,7 @@ def _write(path: Path, key: str, reference: Reference) -> None:
     # Collect arrays and numbers.
     summary = reference.summary
     arrays = {"mu": summary.moments.mean, "sigma": summary.moments.covariance, "features": summary.kept}
+    arrays["radii"] = summary.radii
     if summary.spatial is not None:
         arrays |= {"mu_s": summary.spatial.mean, "sigma_s": summary.spatial.covariance}
     rest = {"data": reference.data, "n": reference.n, "floor": reference.floor, "floor_n": reference.floor_n}
@@ -253,6 +268,8 @@ def _read(path: Path, key: str, device: torch.device) -> Reference | None:
                 if names[0] in file
             }
             kept = torch.from_numpy(file["features"])
+            known = torch.from_numpy(file["radii"]) if "radii" in file else None  # older files have none
     except _UNREADABLE:
         return None
-    return Reference(rest["data"], rest["n"], Summary(**found, kept=kept), rest["floor"], tuple(rest["floor_n"]))
+    summary = Summary(**found, kept=kept, radii=known)
+    return Reference(rest["data"], rest["n"], summary, rest["floor"], tuple(rest["floor_n"]))

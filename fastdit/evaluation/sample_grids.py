@@ -94,7 +94,7 @@ def _samples(session: Session, n: int, classes: list[int]) -> tuple[np.ndarray, 
     runtime, batch = session.runtime, draw_samples.BATCH[session.runtime.device.type]
     labels = draw_samples.balanced_labels(n, classes)
     samples = draw_samples.draw(
-        session.ema_network(),
+        draw_samples.prepare(session.ema_network(), session.config.sample, runtime.device),
         session.process,
         session.config.sample,
         session.shape,

@@ -7,9 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SUBSETS, SUBSET_SIZE = 100, 1000  # torch-fidelity's defaults
+
 
 def kernel_distance(
-    x: Tensor, y: Tensor, *, subsets: int = 100, size: int = 1000, seed: int = 2020
+    x: Tensor, y: Tensor, *, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = 2020
 ) -> tuple[float, float]:
     """Return mean and standard deviation of the unbiased estimate over `subsets` random pairs of subsets.
 

@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor
 
+NEIGHBORS = 3  # the k of the manifolds
 _ELEMENTS = 1 << 25  # in a block of distances, which takes 256 MiB
 
 
-def precision_recall(samples: Tensor, real: Tensor, *, k: int = 3) -> tuple[float, float]:
+def precision_recall(
+    samples: Tensor, real: Tensor, *, k: int = NEIGHBORS, real_radii: Tensor | None = None
+) -> tuple[float, float]:
     """Return precision and recall, both from 0 to 1.
 
     Precision is the share of samples inside the manifold of the real features. Recall is the share of real features
@@ -15,13 +18,16 @@ def precision_recall(samples: Tensor, real: Tensor, *, k: int = 3) -> tuple[floa
     conventions of the ADM evaluator and of torch-fidelity.
 
     samples: (n, d). real: (m, d). Distances are float64, computed in blocks.
+    real_radii: the radii of `real` (m,), if they are known: computing them takes most of the time for few samples.
     """
     samples, real = samples.double(), real.double()
-    return _inside(samples, real, _radii(real, k)), _inside(real, samples, _radii(samples, k))
+    real_radii = radii(real, k) if real_radii is None else real_radii
+    return _inside(samples, real, real_radii), _inside(real, samples, radii(samples, k))
 
 
-def _radii(x: Tensor, k: int) -> Tensor:
-    """Return the radius of the ball around each row of x (n, d), (n,)."""
+def radii(x: Tensor, k: int = NEIGHBORS) -> Tensor:
+    """Return the radius of the ball around each row of x (n, d), float64 (n,)."""
+    x = x.double()
     nearest = min(k + 1, len(x))  # the first is the member itself
     return torch.cat([torch.cdist(rows, x).kthvalue(nearest).values for rows in _blocks(x, len(x))])
 

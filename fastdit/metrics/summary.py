@@ -57,6 +57,7 @@ class Summary:
         scores: sums for the Inception score.
         kept: the features that are kept, float32 (m, d), on the CPU.
         ids: ids of the images that these belong to, int64 (m,).
+        radii: `precision_recall.radii` of these features, float64 (m,), for a set that many others are compared with.
     """
 
     moments: Moments
@@ -64,6 +65,7 @@ class Summary:
     scores: ScoreSums | None = None
     kept: Tensor | None = None
     ids: np.ndarray | None = None
+    radii: Tensor | None = None
 
     @classmethod
     def of(cls, output: Output, ids: np.ndarray, n: int, keep: int) -> "Summary":
@@ -162,5 +164,6 @@ def compare(samples: Summary, real: Summary) -> dict[str, float]:
         device = samples.moments.mean.device
         x, y = samples.kept.to(device), real.kept.to(device)
         found["kernel"], found["kernel_std"] = kernel_distance(x, y)
-        found["precision"], found["recall"] = precision_recall(x, y)
+        radii = None if real.radii is None else real.radii.to(device)
+        found["precision"], found["recall"] = precision_recall(x, y, real_radii=radii)
     return found

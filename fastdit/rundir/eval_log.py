@@ -79,20 +79,52 @@ def shown(name: str, figure: dict) -> str:
 
 def conditions(record: dict) -> str:
     """Return a line with all conditions that the figures of an evaluation depend on."""
-    real, how, net = record["real"], record["sampling"], record["features"]
+    return "; ".join(f"{name} {text}" if name == "floor:" else text for name, text in _conditions(record))
+
+
+def block(record: dict) -> str:
+    """Return an evaluation as Markdown: a table of its figures, and all conditions that they depend on."""
+    step = f" (step {record['step']:,})" if record["sampling"] else ""
+    lines = [f"**{record['checkpoint']}**{step}", "", "| figure | value | floor |", "|---|---|---|"]
+    for name, figure in record["figures"].items():
+        value, _, floor = shown(name, figure).partition(" (floor ")
+        lines.append(f"| {name} | {value} | {floor.rstrip(')')} |")
+    lines += ["", *(f"- {name} {text}" for name, text in _conditions(record))]
+    lines += [f"- protocol: {record['protocol']}"] if "protocol" in record else []
+    versions = record["versions"]
+    lines.append(f"- software: fastdit {versions['commit']}, torch {versions['torch']}, on {versions['device']}")
+    return "\n".join(lines)
+
+
+def _conditions(record: dict) -> list[tuple[str, str]]:
+    """Return the conditions that the figures depend on, each with the name of its kind."""
+    real, net = record["real"], record["features"]
     height, width = record["size"]
+    crop = f", cropped as {real['crop']}" if real.get("crop", "center") != "center" else ""
+    against = f"{record['n']:,} samples against {_count(real['n'])} of {real['data']} at {height}x{width}{crop}"
+    halves = "two halves of the real images, {:,} and {:,}".format(*real["floor_n"]) if any(real["floor_n"]) else ""
+    parts = [
+        ("n:", against),
+        ("floor:", halves),
+        *_sampling(record["sampling"]),
+        ("features:", f"{net['name']} ({net['weights']}), resize {net['resize']}"),
+        ("finite:", f"{record['nonfinite']} samples not finite" if record["nonfinite"] else ""),
+        *(("note:", note.removeprefix("note: ")) for note in record.get("notes", ())),
+    ]
+    return [(name, text) for name, text in parts if text]
+
+
+def _sampling(how: dict | None) -> list[tuple[str, str]]:
+    """Return the conditions of sampling, or that the samples were made elsewhere."""
+    if how is None:
+        return [("sampling:", "samples made elsewhere")]
     guidance = f"guidance {how['guidance']:g}"
     guidance += f" for noise in {how['interval']}" if how["interval"] else ""
     guidance += f" on {how['guided_channels']} channels" if how["guided_channels"] else ""
-    parts = [
-        f"{record['n']:,} samples against {_count(real['n'])} of {real['data']} at {height}x{width}",
-        "floor: two halves of the real images, {:,} and {:,}".format(*real["floor_n"]) if any(real["floor_n"]) else "",
-        f"{how['sampler']}, {how['steps']} steps, {guidance}, {how['labels']} labels, seed {how['seed']}",
-        f"EMA {how['ema']}",
-        f"{net['name']} ({net['weights']}), resize {net['resize']}",
-        f"{record['nonfinite']} samples not finite" if record["nonfinite"] else "",
-    ]
-    return "; ".join(part for part in parts if part)
+    text = f"{how['sampler']}, {how['steps']} steps, {guidance}, {how['labels']} labels, seed {how['seed']}"
+    if how.get("precision", "fp32") != "fp32":
+        text += f", {how['precision']}"
+    return [("sampling:", text), ("weights:", f"EMA {how['ema']}")]
 
 
 def line(record: dict) -> str:

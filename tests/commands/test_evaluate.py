@@ -137,7 +137,7 @@ def test_figures_are_those_of_the_samples_and_the_data(trained, cheap, monkeypat
 
 def test_the_floor_is_between_two_halves_of_the_data(trained, cheap):
     record = (evaluator := Opened(trained, n_real=41).evaluator())(Opened(trained).network, 2)
-    assert record["real"] == {"data": "fashion_mnist", "n": 41, "floor_n": [21, 20]}
+    assert record["real"] == {"data": "fashion_mnist", "n": 41, "floor_n": [21, 20], "crop": "center"}
     whole = evaluator.reference.summary
     assert whole.moments.n == 41
     assert whole.kept.shape == (41, 8)
@@ -161,6 +161,7 @@ def test_a_record_says_what_the_figures_depend_on(trained, cheap):
         "labels": "random",
         "seed": 5,
         "ema": "fixed 0.9999",
+        "precision": "fp32",
     }
     assert record["nonfinite"] == 0
     assert json.loads(json.dumps(record)) == record
@@ -208,6 +209,27 @@ def test_the_reference_is_made_once(trained, cheap, cache):
     assert len(list(cache.iterdir())) == 2
 
 
+def test_a_reference_of_an_older_version_gets_its_radii(trained, cheap, cache):
+    """They are cached with it, because computing them takes most of the time of a small evaluation."""
+    first = Opened(trained).figures()
+    (kept,) = cache.iterdir()
+    arrays = dict(np.load(kept))
+    assert len(arrays.pop("radii")) == 40
+    np.savez(kept, **arrays)
+    assert Opened(trained).figures() == first
+    assert len(np.load(kept)["radii"]) == 40
+
+
+def test_other_weights_and_batches(trained, cheap):
+    """The record names the weights; another batch changes nothing but rounding."""
+    opened = Opened(trained)
+    evaluator = Evaluator(opened.config, opened.shape, ALONE, live=False, weights="raw", batch=24)
+    record = evaluator(opened.network, 2)
+    assert record["sampling"]["ema"] == "none (raw weights)"
+    assert "EMA none (raw weights)" in eval_log.conditions(record)
+    assert record["figures"]["FD-cheap"]["value"] == pytest.approx(opened.figures()["FD-cheap"]["value"], rel=1e-3)
+
+
 def test_a_cache_that_cannot_be_written(trained, cheap, monkeypatch, tmp_path, capsys):
     first = Opened(trained).figures()
     (tmp_path / "file").write_text("")
@@ -225,7 +247,7 @@ def test_images_of_ones_own(trained, cheap, tmp_path):
             (tmp_path / "tree" / name / f"{i}.png").write_bytes(encode(image, "PNG"))
     opened = Opened(trained, data=str(tmp_path / "tree"), n_real=None)
     record = opened.evaluator()(opened.network, 2)
-    assert record["real"] == {"data": str(tmp_path / "tree"), "n": 10, "floor_n": [5, 5]}
+    assert record["real"] == {"data": str(tmp_path / "tree"), "n": 10, "floor_n": [5, 5], "crop": "center"}
     assert "class agreement" not in record["figures"]
 
 
@@ -311,7 +333,8 @@ def test_the_command_leaves_figures_everywhere(evaluated):
     assert record["figures"].keys() == figures
     assert record["checkpoint"] == str(checkpoint(folder, 2))
     for name, figure in record["figures"].items():
-        assert f"{name}: {eval_log.shown(name, figure)}" in text
+        value, floor = eval_log.shown(name, figure).removesuffix(")").split(" (floor ")
+        assert f"\n| {name} | {value} | {floor} |\n" in text
     assert "21 samples against 20 images of fashion_mnist at 28x28" in text
     assert "resize bicubic with antialiasing, to 224" in text
     board = EventAccumulator(str(folder / "tensorboard")).Reload()
@@ -383,7 +406,7 @@ def test_data_that_does_not_fit(trained, cheap, tmp_path):
     assert "has 10000 images, 10001 are asked for (n_real)" in mistake(trained, n_real=10_001)
     assert "holds neither mu and sigma nor images" in mistake(trained, data=archive(tmp_path, a=np.zeros(3)))
     cut = archive(tmp_path, arr_0=some_images(11)[:, :27])
-    assert "images are uint8 (11, 27, 28, 1); the run's are uint8 (11, 28, 28, 1)" in mistake(trained, data=cut)
+    assert "images are uint8 (11, 27, 28, 1); the samples are uint8 (11, 28, 28, 1)" in mistake(trained, data=cut)
     assert "statistics of the 2015 Inception network's features, not of cheap's" in mistake(
         trained, data=archive(tmp_path, mu=np.zeros(8), sigma=np.eye(8))
     )

@@ -12,8 +12,9 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from fastdit.config import SampleConfig
 from fastdit.data import open_source
+from fastdit.errors import UserError
 from fastdit.evaluation.draw_samples import BATCH as BATCHES
-from fastdit.evaluation.draw_samples import balanced_labels, draw, grid, to_uint8
+from fastdit.evaluation.draw_samples import balanced_labels, draw, grid, padded, precision_on, prepare, to_uint8
 from fastdit.evaluation.sample_grids import describe_divergence
 from fastdit.metrics.class_agreement import class_agreement, knn_labels
 from fastdit.models import DiT, LatentDecoder, open_autoencoder
@@ -53,7 +54,7 @@ class Studio:
         self.process = PROCESSES[self.sampler]
         self.network = trained_like(self.process)
 
-    def __call__(self, indices, labels, seed=0, decoder=None, **settings) -> torch.Tensor:
+    def __call__(self, indices, labels, seed=0, decoder=None, batch=None, **settings) -> torch.Tensor:
         settings = {"sampler": self.sampler, "steps": 4, "guidance": 2.0, "interval": (0.1, 20.0), **settings}
         return draw(
             self.network,
@@ -65,6 +66,7 @@ class Studio:
             seed=seed,
             device=torch.device("cpu"),
             decoder=decoder,
+            batch=batch,
         )
 
 
@@ -112,6 +114,64 @@ def test_the_network_always_sees_full_batches(studio):
     studio(range(2 * BATCH + 1), balanced_labels(2 * BATCH + 1, [0]))
     hook.remove()
     assert seen == {BATCH, 2 * BATCH}, "plain where guidance does not act, double where it does"
+
+
+def test_batches_that_are_not_full_have_a_few_sizes():
+    """On a GPU a small request does not pay for 128 samples; on a CPU the default batch is the only size."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [padded(n, 128, gpu) for n in (1, 8, 9, 17, 64, 65, 128)] == [8, 8, 16, 32, 64, 128, 128]
+    assert [padded(n, 100, gpu) for n in (3, 33, 65, 100)] == [8, 64, 100, 100]
+    assert [padded(n, 5, gpu) for n in (1, 5)] == [5, 5]
+    assert {padded(n, BATCH, cpu) for n in range(1, BATCH + 1)} == {BATCH}
+    assert [padded(n, 50, cpu) for n in (1, 12, 13, 25, 49)] == [12, 12, 24, 48, 50]
+
+
+def test_a_sample_depends_on_the_size_of_its_batch_alone():
+    """In batches of 48, a small one is filled up to 12 or 24, and has the bits of full batches of these sizes."""
+    studio, labels, seen = Studio("heun"), balanced_labels(60, range(SHAPE.classes)), []
+    hook = studio.network.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    whole = studio(range(60), labels, batch=48)
+    hook.remove()
+    assert set(seen) == {48, 96, 12, 24}
+    assert torch.equal(whole[48:], studio(range(48, 60), labels))
+    torch.testing.assert_close(whole, studio(range(60), labels), rtol=1e-3, atol=1e-3)
+
+
+def test_bf16_computes_as_training_does():
+    studio, labels = Studio("heun"), balanced_labels(3, range(SHAPE.classes))
+    plain = studio(range(3), labels)
+    settings = SampleConfig(precision="bf16")
+    prepare(studio.network, settings, torch.device("cpu"))
+    assert {param.dtype for param in studio.network.parameters()} == {torch.bfloat16}
+    half = studio(range(3), labels, precision="bf16")
+    assert half.dtype == torch.float32
+    error = (half - plain).norm() / plain.norm()
+    assert 1e-5 < error < 0.05
+    assert torch.equal(half[:1], studio(range(1), labels, precision="bf16"))
+
+
+def test_precision_on_a_device():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    found = [precision_on(SampleConfig(precision=name), gpu) for name in ("auto", "bf16", "tf32", "fp32")]
+    assert found == ["bf16", "bf16", "tf32", "fp32"]
+    assert [precision_on(SampleConfig(precision=name), cpu) for name in ("auto", "bf16", "fp32")] == [
+        "fp32",
+        "bf16",
+        "fp32",
+    ]
+    with pytest.raises(UserError, match="tf32 is for GPUs"):
+        precision_on(SampleConfig(precision="tf32"), cpu)
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("auto", False), ("fp32", False), ("bf16", True)])
+def test_tf32_is_on_while_samples_are_drawn_only(precision, allowed):
+    studio, seen = Studio("heun"), []
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [flag.allow_tf32 for flag in flags]
+    studio.network.register_forward_hook(lambda *args: seen.append([flag.allow_tf32 for flag in flags]))
+    studio(range(1), balanced_labels(1, [0]), precision=precision)
+    assert all(state == [allowed, allowed] for state in seen)
+    assert [flag.allow_tf32 for flag in flags] == before
 
 
 def test_nothing_to_draw_is_nothing_drawn(studio):

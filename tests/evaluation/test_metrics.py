@@ -13,7 +13,7 @@ from fastdit.metrics import precision_recall as precision_recall_module
 from fastdit.metrics.inception_score import ScoreSums, splits_of
 from fastdit.metrics.kernel_distance import kernel_distance
 from fastdit.metrics.moments import Moments, frechet_distance
-from fastdit.metrics.precision_recall import precision_recall
+from fastdit.metrics.precision_recall import precision_recall, radii
 from fastdit.metrics.summary import Collector, Output, Summary, compare
 
 
@@ -308,3 +308,10 @@ def test_statistics_alone_give_the_distances_that_need_no_more():
     assert compare(samples, known)["frechet"] == pytest.approx(
         frechet_distance(Moments.of(features(40)), Moments.given(50, torch.zeros(24), torch.eye(24)))
     )
+
+
+def test_known_radii_change_nothing():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(50, 6, generator=generator), torch.randn(70, 6, generator=generator) * 1.2
+    assert precision_recall(x, y, real_radii=radii(y)) == precision_recall(x, y)
+    assert precision_recall(x, y, real_radii=2 * radii(y)) != precision_recall(x, y)
