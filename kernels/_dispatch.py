@@ -6,6 +6,7 @@ operation's `implementation` argument is strict: the call raises where that impl
 """
 
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -14,8 +15,17 @@ from ._native import load_native
 CHOICES = ("auto", "triton", "cpp", "reference")
 
 
-# Decided once, while torch.compile traces: the choice depends on constants only.
-@torch.compiler.assume_constant_result
+def constant_result(function: Callable) -> Callable:
+    """Let torch.compile call a function once, while it traces, and keep the result.
+
+    This is `torch.compiler.assume_constant_result` without its import of the compiler, which takes 1.5 s of each
+    process's start.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant_result  # the choice depends on constants only
 def choose(
     device: torch.device,
     *,

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ._dispatch import constant_result
 from .rotary import norm_rotate
 
 _TORCH_KERNELS = {
@@ -97,8 +98,7 @@ def _prefers_products(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.bfloat16
 
 
-# Decided once, while torch.compile traces: the choice depends on constants only.
-@torch.compiler.assume_constant_result
+@constant_result  # the choice depends on constants only
 def _resolve(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Return the name of the backend that serves these inputs, or raise ValueError with the reason."""
     if backend == "auto":

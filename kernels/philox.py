@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._dispatch import choose
+from ._dispatch import choose, constant_result
 from ._native import load_native
 from ._operator import operator
 
@@ -94,7 +94,7 @@ def _numbers(
     return _philox_cpp(*place) if found == "cpp" else _philox(*place, device)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _built() -> bool:
     """Return whether the C++ module has this kernel, which an older build lacks."""
     return hasattr(load_native("cpu")[0], "philox")

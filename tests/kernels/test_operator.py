@@ -1,5 +1,7 @@
 """Operators step aside where nothing watches them, and only there."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,3 +110,15 @@ def test_a_blocks_layers_do_without_the_dispatcher(monkeypatch):
     out = linear.gelu_linear(out, normal(8, 12, seed=7).requires_grad_(), implementation="triton")
     (r.sum() + out.sum()).backward()
     assert x.grad.device.type == DEVICE
+
+
+def test_a_constant_result_is_what_torch_makes_of_it():
+    """The decorator sets the attribute that torch's own sets, and no other; torch's takes long to import."""
+    from fastdit.kernels._dispatch import constant_result
+
+    assert vars(constant_result(lambda: 0)) == vars(torch.compiler.assume_constant_result(lambda: 0)) != {}
+
+
+def test_a_start_does_not_import_the_compiler():
+    code = "import sys, fastdit.sample, fastdit.evaluate, fastdit.parser; print('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
