@@ -40,6 +40,8 @@ MANIFEST = "manifest.json"
 OLDER_EMA_FILE = "ema.safetensors"  # of the first version
 # Kinds of pieces. Moments and EMAs have their names in the optimizer's state.
 WEIGHTS, BUFFERS, STEP, SAMPLED_EMA = "weights", "buffers", "step", "ema"
+_NO_EMA = {WEIGHTS, BUFFERS, STEP, "exp_avg", "exp_avg_sq"}
+RAW = "raw"  # stands for the weights that are trained, where an EMA could be named
 
 NAME = r"step-\d{8,}"
 LARGEST_MANIFEST = 2**26  # bytes; a checkpoint of a thousand ranks has about a megabyte
@@ -265,24 +267,33 @@ def first_difference(checkpoint: Path, signature: dict) -> tuple[str, object, ob
     return None
 
 
-def sampled_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Return the sampled network's state dict with EMA weights, on the CPU.
+def sampled_weights(checkpoint: Path, kind: str = SAMPLED_EMA) -> dict[str, torch.Tensor]:
+    """Return the sampled network's state dict, on the CPU.
 
     Weights are fp32, and buffers are as they were. Before the first update, and for frozen parameters, the EMA weights
-    are the weights themselves. Raises UserError if they cannot be read.
+    are the weights themselves.
+
+    kind: the EMA, by its name in the checkpoint, or RAW for the weights that are trained.
+
+    Raises UserError if they cannot be read, or if the checkpoint has no EMA of that name that covers the network.
     """
     written = manifest(checkpoint)
     if "format" not in written:
+        if kind != SAMPLED_EMA:
+            raise UserError(f"{checkpoint}: is of an older version, of which only the EMA weights can be sampled")
         path = checkpoint / OLDER_EMA_FILE
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: cannot be read ({error}); use another checkpoint") from None
     reader, prefix = PieceReader(checkpoint / SHARDS), written["sampled"]
-    averaged = reader.shapes(SAMPLED_EMA)
+    averaged = {} if kind == RAW else reader.shapes(kind)
+    sampled = [name for name in reader.shapes(SAMPLED_EMA) if name.startswith(prefix)]
+    if kind not in (RAW, SAMPLED_EMA) and (kind in _NO_EMA or not averaged or any(x not in averaged for x in sampled)):
+        whole = [x for x in reader.kinds if x not in _NO_EMA and all(name in reader.shapes(x) for name in sampled)]
+        raise UserError(f"{checkpoint}: has no EMA {kind!r} of the sampled network; take {', '.join([*whole, RAW])}")
     state = {
-        name: reader.read_whole(SAMPLED_EMA if name in averaged else WEIGHTS, name).float()
-        for name in reader.shapes(WEIGHTS)
+        name: reader.read_whole(kind if name in averaged else WEIGHTS, name).float() for name in reader.shapes(WEIGHTS)
     }
     state |= {name: reader.read_whole(BUFFERS, name) for name in reader.shapes(BUFFERS)}
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
