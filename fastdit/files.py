@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -179,6 +180,42 @@ def refuse_file_in_the_way(folder: Path, flag: str) -> None:
     if not place.is_dir():
         reason = os.strerror(errno.EEXIST if place == folder.absolute() else errno.ENOTDIR)
         raise UserError(f"{flag}: cannot write into {folder} ({reason}); choose another place")
+
+
+def prepare_new_folder(folder: Path, flag: str) -> None:
+    """Check that `write_new_folder` can write `folder`, which must not exist or be empty. Raises UserError.
+
+    flag: as in `prepare_folder`.
+    """
+    refuse_file_in_the_way(folder, flag)
+    prepare_folder(folder.absolute().parent, flag)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{flag}: is not empty; name a new folder")
+
+
+@contextmanager
+def write_new_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `folder`, and rename it to `folder` when the block ends.
+
+    If the block raises, the temporary folder is removed. A process that is killed leaves it behind, and the next one
+    replaces it. Raises UserError if the system refuses to write, or if `folder` holds something by then.
+    """
+    folder = folder.absolute()
+    temporary = folder.with_name(f".{folder.name}.partial")
+    with writing(folder):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            try:
+                temporary.replace(folder)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                raise UserError(f"{folder}: something was written into it meanwhile; name a new folder") from None
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def prepare_file(path: Path, flag: str) -> None:

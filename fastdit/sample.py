@@ -20,7 +20,6 @@ from tqdm import tqdm
 from fastdit import distributed, run_parts
 from fastdit.command_line import OneLineParser
 from fastdit.config import Config, SampleConfig
-from fastdit.data.sources import read_class_names
 from fastdit.errors import UserError, run_command
 from fastdit.evaluation import draw_samples, grids, sample_requests
 from fastdit.evaluation.open_run import (
@@ -29,6 +28,7 @@ from fastdit.evaluation.open_run import (
     add_run_flags,
     add_sampler_flags,
     add_weights_flag,
+    class_names,
     open_run,
     settings_of,
 )
@@ -223,17 +223,8 @@ def _open(args: Namespace, config: Config, runtime: distributed.Runtime) -> Draw
         decoder.to(runtime.device) if decoder else None,
         runtime,
         args.batch or draw_samples.BATCH[runtime.device.type],
-        _names(run, config, opened.shape.classes),
+        class_names(run, config, opened.shape.classes),
     )
-
-
-def _names(run: Path, config: Config, classes: int) -> Sequence[str]:
-    """Return the names of the classes that the run keeps, else those of its data, else the classes' numbers."""
-    try:
-        names = read_class_names(run) or run_parts.open_data(config).class_names
-    except UserError:
-        names = ()
-    return names if len(names) == classes else [str(label) for label in range(classes)]
 
 
 def _write_one(drawing: Drawing, labels: np.ndarray, seed: int, place: Place) -> None:

@@ -16,6 +16,7 @@ from fastdit.models import read_metadata
 from fastdit.noise import PROCESSES, NoiseProcess
 
 KEY = "fastdit"  # in the metadata
+DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"  # weights in a folder of diffusers
 FORMAT = 1  # version of the description
 
 
@@ -41,11 +42,15 @@ def describe(config: Config, shape: Shape, class_names: Sequence[str] = ()) -> d
 
 
 def read_description(path: str | Path) -> dict | None:
-    """Return the description in a file of weights, or None if it has none.
+    """Return the description in a file of weights, or in those of a folder of diffusers, or None if there is none.
 
     Raises UserError if it cannot be understood, or was written by a later version of fastdit.
     """
-    text = read_metadata(Path(path)).get(KEY)
+    file = Path(path)
+    if file.is_dir():
+        transformer = file / "transformer"
+        file = (transformer if transformer.is_dir() else file) / DIFFUSERS_FILE
+    text = read_metadata(file).get(KEY)
     if text is None:
         return None
     try:

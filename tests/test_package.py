@@ -220,7 +220,7 @@ def test_only_one_module_uses_deepspeeds_internals():
 
 def test_no_part_imports_a_command():
     commands = {path.stem for path in FASTDIT.glob("*.py")} - {"__init__", "run_parts", "errors", "files", *SETTINGS}
-    assert commands == {"train", "sample", "evaluate", "encode", "export"}
+    assert commands == {"train", "sample", "evaluate", "encode", "export", "api"}
     for path in (path for room in FASTDIT.iterdir() if room.is_dir() for path in room.rglob("*.py")):
         found = {name.split(".")[1] for name in imports(path, "fastdit") if name.startswith("fastdit.")}
         assert found & commands == set(), path

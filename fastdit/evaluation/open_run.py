@@ -1,7 +1,7 @@
 """Open a finished or running run to draw samples: define the flags of the commands, and build its network."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -11,7 +11,8 @@ from torch import nn
 
 from fastdit import run_parts
 from fastdit.command_line import OneLineParser
-from fastdit.config import CONFIG_FILE, Config
+from fastdit.config import CONFIG_FILE, Config, SampleConfig
+from fastdit.data.sources import read_class_names
 from fastdit.errors import UserError
 from fastdit.noise import SDE, DiffusionForm
 from fastdit.parser import load
@@ -129,16 +130,31 @@ def settings_of(args: Namespace) -> Config:
 
     Raises UserError if the run has no readable config.yaml, or if a value is impossible.
     """
-    config = load(Path(args.run) / CONFIG_FILE)
-    chosen = {key: getattr(args, key) for key in SAMPLER_FLAGS if getattr(args, key) is not None}
-    if chosen.get("sampler", "euler_maruyama") != "euler_maruyama":
-        chosen = asdict(SDE()) | chosen  # the run's own settings of an SDE are not for this sampler
-    model = replace(config.model, attention="auto")  # the backend of training may not exist here
-    data = replace(config.data, autoencoder=args.autoencoder or config.data.autoencoder)
-    config = replace(config, model=model, data=data, sample=replace(config.sample, **chosen))
+    chosen = {key: getattr(args, key) for key in SAMPLER_FLAGS}
+    config = sampling_config(load(Path(args.run) / CONFIG_FILE), chosen, args.autoencoder)
     for note in config.notes:
         print(note, file=sys.stderr)
     return config
+
+
+def sampling_config(config: Config, chosen: dict[str, object], autoencoder: str | None = None) -> Config:
+    """Return a run's settings for sampling: `chosen` replaces those of the sampler, and `autoencoder` the run's own.
+
+    chosen: fields of `SampleConfig` by name; None takes the run's.
+
+    Raises UserError if a value is impossible.
+    """
+    model = replace(config.model, attention="auto")  # the backend of training may not exist here
+    data = replace(config.data, autoencoder=autoencoder or config.data.autoencoder)
+    return replace(config, model=model, data=data, sample=choose_sampler(config.sample, chosen))
+
+
+def choose_sampler(settings: SampleConfig, chosen: dict[str, object]) -> SampleConfig:
+    """Return `settings` with the values of `chosen` that are not None. Raises UserError if one is impossible."""
+    chosen = {key: value for key, value in chosen.items() if value is not None}
+    if chosen.get("sampler", "euler_maruyama") != "euler_maruyama":
+        chosen = asdict(SDE()) | chosen  # the run's own settings of an SDE are not for this sampler
+    return replace(settings, **chosen)
 
 
 def open_run(
@@ -154,9 +170,19 @@ def open_run(
 
     Raises UserError if there is no such checkpoint, or if it belongs to another run.
     """
-    # Choose the checkpoint, and check that it belongs to this run.
     run = Path(args.run)
-    checkpoint = decide(lambda: choose(run, args.checkpoint))
+    return open_checkpoint(run, config, decide(lambda: choose(run, args.checkpoint)), weights)
+
+
+def open_checkpoint(run: Path, config: Config, checkpoint: Path, weights: str = SAMPLED_EMA) -> SampledRun:
+    """Return a run at one of its checkpoints, which `choose` has found undamaged.
+
+    config: settings of the run, as `sampling_config` returns them.
+    weights: the weights that are loaded, as in `sampled_weights`.
+
+    Raises UserError if the checkpoint belongs to another run, or does not hold such weights.
+    """
+    # Check that it belongs to this run.
     shape = run_parts.shape_of(config, classes_of(checkpoint))
     if difference := first_difference(checkpoint, run_parts.checkpoint_signature(config, shape)):
         field, before, now = difference
@@ -166,3 +192,21 @@ def open_run(
     network = run_parts.build_network(config, shape)
     network.load_state_dict(sampled_weights(checkpoint, weights))
     return SampledRun(config, checkpoint, shape, network.eval())
+
+
+def known_class_names(run: Path, config: Config) -> Sequence[str]:
+    """Return the names of the run's classes that its folder keeps, else those of its data, none if it is not there."""
+    try:
+        return read_class_names(run) or run_parts.open_data(config).class_names
+    except UserError:
+        return ()
+
+
+def class_names(run: Path, config: Config, classes: int) -> list[str]:
+    """Return the names of a run's classes, by label: those of `known_class_names`, else the classes' numbers."""
+    return names_or_numbers(known_class_names(run, config), classes)
+
+
+def names_or_numbers(names: Sequence[str], classes: int) -> list[str]:
+    """Return `names` if there is one for each of `classes` labels, else the labels as text."""
+    return list(names) if len(names) == classes else [str(label) for label in range(classes)]

@@ -62,7 +62,7 @@ def _check_network(path: Path, network: Network) -> str:
     if network.layout == "diffusers":
         _check_sample_size(path / "config.json", network.latents)
     try:
-        read = read_weights(model, path)
+        read = read_weights(path)
         tensors = len(read.state)
         fit_outputs(model, read.state, network.outputs == "sit", read.noise is not None)
     except KeyError as missing:

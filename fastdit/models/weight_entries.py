@@ -8,6 +8,7 @@ import argparse
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -51,6 +52,22 @@ class Entry:
     def answers(self, word: str) -> bool:
         """Return whether `--init_weights word` may mean this entry."""
         return word in (self.name, *self.name.split(".")) or (word == "ema" and self.is_ema)
+
+
+class Read(NamedTuple):
+    """Hold weights in our layout, and what their file tells beside them.
+
+    lines: what a user should know. The others are None if the file does not state them: the position table, the number
+    of classes, name and settings of the noise process, the number of attention heads, and the grid of patches.
+    """
+
+    state: State
+    lines: list[str | None]
+    positions: Tensor | None = None
+    classes: int | None = None
+    noise: dict[str, str] | None = None
+    heads: int | None = None
+    grid: tuple[int, int] | None = None
 
 
 def find_entries(content: object) -> list[Entry]:

@@ -17,7 +17,7 @@ from .weight_files import State
 ATTENTION = {"blocks.0.q_norm": ("model.qk_norm", "rms", "none"), "rope.theta": ("model.rope", "true", "false")}
 _SIT = "--noise.name flow --noise.flow.convention sit"
 # Numbers of classes that data sets often have. A table of as many rows has no null class.
-_USUAL_CLASSES = (10, 100, 1000)
+USUAL_CLASSES = (10, 100, 1000)
 
 
 def check_fits(model: DiT | Encoder | EncoderDecoder, state: State) -> None:
@@ -160,7 +160,7 @@ def fit_labels(stored: Tensor, fresh: Tensor, declared: int | None, new_labels: 
     if declared is not None:
         has_null = rows > declared
     else:
-        has_null = rows == classes + 1 or (rows != classes and rows not in _USUAL_CLASSES)
+        has_null = rows == classes + 1 or (rows != classes and rows not in USUAL_CLASSES)
     no_null = f"its label table of {rows} rows has no null class; a new null label is trained"
     if not new_labels:
         if has_null or rows != classes:

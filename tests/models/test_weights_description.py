@@ -181,15 +181,15 @@ def test_an_export_for_the_original_sampler_says_that_it_cannot_run_it(trained, 
     assert "noise process is flow; sample them with fastdit, and start from them with --noise.name flow" in text
     network = run_parts.build_network(parse([*map(str, TINY)]), run_parts.Shape(1, 28, 28, 10))
     load_checkpoint(network, tmp_path / "dit.pt")
-    # Nothing is said of DDPM with the original's steps and betas.
-    settings = (trained / "config.yaml").read_text()
-    try:
-        for name, steps, said in (("ddpm", 1000, False), ("ddpm", 500, True)):
-            changed = settings.replace("name: flow", f"name: {name}").replace("steps: 1000", f"steps: {steps}")
-            (trained / "config.yaml").write_text(changed)
-            export(trained, tmp_path / "dit.pt")
-            assert ("note: the original" in (text := capsys.readouterr().out)) == said
-            assert ("ddpm with 500 steps and betas from 0.0001 to 0.02" in text) == said
-    finally:
-        (trained / "config.yaml").write_text(settings)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(("steps", "said"), [(1000, False), (500, True)])
+def test_nothing_is_said_of_ddpm_with_the_originals_steps_and_betas(tmp_path, capsys, steps, said):
+    flags = ["--noise.name", "ddpm", "--noise.ddpm.steps", steps, "--steps", 1]
+    forked(*TINY, *flags, "--out", tmp_path / "run").succeeded()
+    export(tmp_path / "run", tmp_path / "dit.pt")
+    assert ("note: the original" in (text := capsys.readouterr().out)) == said
+    assert ("ddpm with 500 steps and betas from 0.0001 to 0.02" in text) == said
+    assert torch.load(tmp_path / "dit.pt", weights_only=True)
     assert torch.load(tmp_path / "dit.pt", weights_only=True)
