@@ -11,6 +11,7 @@ from fastdit.errors import UserError, check_ranges
 from fastdit.methods.registry import METHODS, canonical_name, methods_of
 from fastdit.models import SIZES, check_fp8_width, check_head_dim
 from fastdit.noise import PROCESSES, SDE, DiffusionForm, NoiseProcess
+from fastdit.wandb_settings import WandbSettings
 
 CONFIG_FILE = "config.yaml"  # in a run's folder
 
@@ -382,7 +383,7 @@ _MethodFields.__doc__ = "\n    ".join(
 
 
 @dataclass(frozen=True)
-class Config(_MethodFields, _RunConfig):
+class Config(_MethodFields, _RunConfig, WandbSettings):
     """Hold everything that a training run depends on."""
 
     def uses(self, method: str) -> bool:
@@ -405,6 +406,8 @@ class Config(_MethodFields, _RunConfig):
         counts = "steps batch micro_batch log_every save_every keep_checkpoints max_nonfinite"
         ranges = {counts: (1,), "warmup lr eps weight_decay grad_clip seed threads sample_every": (0,)}
         check_ranges(self, "", ranges | {"betas": (0, 0.999999), "label_drop": (0, 1)})
+
+        self.check_wandb()
 
         # Check what depends on two groups.
         if self.finetune and not self.init_from:

@@ -74,7 +74,7 @@ def _evaluate(argv: list[str]) -> None:
 
     from fastdit import run_parts
     from fastdit.evaluation.evaluator import Evaluator
-    from fastdit.rundir.report import check_files, refresh_report
+    from fastdit.rundir.report import check_files, write_report
 
     # Evaluate the checkpoint, unless its figures could not be added to the run's files afterwards.
     ranks.decide(lambda: check_files(run))
@@ -87,7 +87,7 @@ def _evaluate(argv: list[str]) -> None:
     if record is not None:
         eval_log.append(run, record)
         eval_log.to_board(run, record)
-        report = refresh_report(run)
+        report = write_report(run)
         for name, figure in record["figures"].items():
             print(f"{name}: {eval_log.shown(name, figure)}")
         print(f"{opened.checkpoint}; {eval_log.conditions(record)}")

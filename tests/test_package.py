@@ -158,6 +158,7 @@ SETTINGS = (
     "parser",
     "rendezvous",
     "settings_help",
+    "wandb_settings",
     "weights_description",
 )
 for name in ("run_parts", "rundir", "training", "evaluation", "commands"):  # each may import all those before it
