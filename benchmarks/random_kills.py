@@ -34,7 +34,7 @@ RUN = shlex.split(
     "--log_every 3 --save_every 5 --sample_every 20 --sample.steps 2 --sample.per_class 1 "
     "--eval.every 20 --eval.n 40 --eval.n_real 80 --keep_checkpoints 2"
 )
-TIMES = ("seconds", "seconds_per_step", "images_per_sec", "mfu")  # what equal runs may differ in
+TIMES = ("seconds", "seconds_per_step", "images_per_sec", "memory_gb", "mfu")  # what equal runs may differ in
 LAST = "checkpoints/step-00000060"
 
 

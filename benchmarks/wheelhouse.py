@@ -45,7 +45,8 @@ IMAGE = (
 # DALI and its decoder are 270 MB, and optional: without them a torch DataLoader reads the data, at a higher cost.
 DALI = ("nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13")
 SOURCE_ONLY = ("deepspeed",)  # publishes no wheels; its source makes one without compiled files, for any machine
-SETS = ("eval", "dali")
+PLOTLY = ("plotly",)  # without it the report shows its curves as a picture
+SETS = ("eval", "dali", "plotly")
 PLATFORMS = {"linux-x86_64": "x86_64", "linux-aarch64": "aarch64"}
 NEWEST_GLIBC = 28  # torch's own wheels need glibc 2.28
 MANIFEST = "MANIFEST"
@@ -152,7 +153,8 @@ def requirements(sets: list[str]) -> list[Requirement]:
     """Return what pyproject.toml requires for the named sets. What IMAGE has is left in; `collect` passes over it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     own = [Requirement(text) for text in project["dependencies"]]
-    found = [requirement for requirement in own if "dali" in sets or requirement.name not in DALI]
+    left_out = {name for kind, names in (("dali", DALI), ("plotly", PLOTLY)) if kind not in sets for name in names}
+    found = [requirement for requirement in own if requirement.name not in left_out]
     for name in set(sets) & set(project["optional-dependencies"]):
         found += map(Requirement, project["optional-dependencies"][name])
     return found

@@ -97,7 +97,7 @@ class OneLineParser(ArgumentParser):
 
     def read(self, path: str | Path, base: Namespace | None = None) -> Namespace:
         """Return the values of a YAML file, which replace those of `base`, as a base for `parse`. Raises UserError."""
-        values = _read_settings(path)
+        values = read_settings(path)
         _rename(values, self.renamed)
         sections = {action.dest.rpartition(".")[0] for action in self._actions}
         values = {name: value for name, value in values.items() if value is not None or name not in sections}
@@ -159,13 +159,13 @@ def _whole_number(value: object) -> object:
 
 def preset_of(path: str | Path) -> str | None:
     """Return the preset that a file of settings builds on, its `preset:`, or None. Raises UserError."""
-    name = _read_settings(path).get("preset")
+    name = read_settings(path).get("preset")
     if not isinstance(name, str | None):
         raise UserError(f"{path}: preset: expected text, got {name!r}")
     return name
 
 
-def _read_settings(path: str | Path) -> dict:
+def read_settings(path: str | Path) -> dict:
     """Return the content of a YAML file of settings. Raises UserError."""
     try:
         values = _load_yaml(Path(path).read_text(encoding="utf-8"))

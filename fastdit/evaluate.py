@@ -118,7 +118,7 @@ def _evaluate_run(args: Namespace) -> None:
 
     from fastdit import run_parts
     from fastdit.evaluation.evaluator import Evaluator
-    from fastdit.rundir.report import check_files, refresh_report
+    from fastdit.rundir.report import check_files, write_report
 
     # Evaluate the checkpoint, unless its figures could not be added to the run's files afterwards.
     ranks.decide(lambda: check_files(run))
@@ -132,7 +132,7 @@ def _evaluate_run(args: Namespace) -> None:
     if record is not None:
         eval_log.append(run, record)
         eval_log.to_board(run, record)
-        report = refresh_report(run)
+        report = write_report(run)
         print(f"{eval_log.block(record)}\n\nadded to {run / EVALUATIONS} and {report}")
     ranks.leave()
 

@@ -133,6 +133,26 @@ def parse(argv: list[str]) -> Config:
     return config
 
 
+def preset_names(argv: list[str]) -> list[str]:
+    """Return the presets that a command line names, each a shipped one's name or the absolute path of a file."""
+    words = [word for arg in argv for word in (arg.split("=", 1) if arg.startswith("--preset=") else [arg])]
+    names = [name for flag, name in pairwise(words) if flag == "--preset"]
+    return [os.path.abspath(name) if name not in presets() and os.path.isfile(name) else name for name in names]
+
+
+def flat_settings(config: Config) -> dict[str, object]:
+    """Return the settings that config.yaml has, by flag, such as `model.depth`."""
+    return flatten(yaml.safe_load(dump(config)))
+
+
+def flatten(settings: dict, prefix: str = "") -> dict[str, object]:
+    """Return nested settings by flag."""
+    flat = {}
+    for name, value in settings.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
 def _saved_settings(args: list[str]) -> list[str]:
     """Return the config.yaml of a run that is resumed without a preset: `--resume --out DIR` is enough for it."""
     given = dict(pairwise(args))

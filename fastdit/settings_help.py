@@ -15,7 +15,7 @@ FLAGS = ("--help", "-h")
 COMMON = """
     preset method out resume dry_run ds_config init_from finetune steps batch micro_batch lr warmup schedule grad_clip
     precision device seed log_every save_every sample_every data.source data.size data.channels data.classes data.flip
-    model.size model.patch noise.name ema.kind ema.decay sample.steps sample.guidance eval.every
+    model.size model.patch noise.name ema.kind ema.decay sample.steps sample.guidance eval.every wandb
 """.split()  # noqa: SIM905
 REST = "run"  # the group of settings without a prefix
 WIDEST = 120

@@ -6,6 +6,7 @@ from pathlib import Path
 from fastdit.config import Config
 from fastdit.errors import UserError, run_command
 from fastdit.parser import parse
+from fastdit.rundir import wandb_run
 from fastdit.rundir.checkpoint_files import holds_run
 from fastdit.rundir.run_lock import RunLock
 
@@ -24,6 +25,7 @@ def _train(argv: list[str]) -> None:
     from fastdit import distributed
 
     ranks = distributed.start(config)
+    ranks.decide(partial(wandb_run.check, config))
     lock = RunLock(Path(config.out))
     ranks.decide(lock.check_place if config.dry_run else lock.acquire)
     from fastdit.evaluation import evaluator, sample_grids
@@ -35,18 +37,20 @@ def _train(argv: list[str]) -> None:
         ranks.decide(partial(_refuse_finished, config))  # once more: another run may have come first
         if config.resume:
             ranks.decide(partial(check_files, Path(config.out)))
-        session = Session(config, ranks)
+        session = Session(config, ranks, argv)
         evaluate = evaluator.during_training(session)
     except (UserError, KeyboardInterrupt):
         lock.withdraw()
         raise
     if config.dry_run:
         dry_run.estimate(session)
-    elif loop.train(session.run, session.first_step, partial(sample_grids.write_grid, session), evaluate):
-        try:
-            sample_grids.finish(session)
-        except distributed.Stopped:
-            session.run.say("stopped before the final samples and the report; --resume makes them")
+    else:
+        with session.run.reporting():
+            if loop.train(session.run, session.first_step, partial(sample_grids.write_grid, session), evaluate):
+                try:
+                    sample_grids.finish(session)
+                except distributed.Stopped:
+                    session.run.say("stopped before the final samples and the report; --resume makes them")
     session.close()
     lock.release()
 

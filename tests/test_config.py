@@ -367,10 +367,12 @@ def test_settings_are_known_under_their_older_names(capsys, tmp_path, older, cur
 
 
 def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
-    for words in (["--resume", "--out", str(tmp_path)], ["--out", str(tmp_path), "--resume"]):
+    out = ["--out", str(tmp_path)]
+    for words in (["--resume", *out], [*out, "--resume"], ["--resume", *out, "--steps", "4", "--method=sadm"]):
         with pytest.raises(UserError, match="holds no run to resume"):
             parse(words)
-    assert parse(["--resume", "--out", str(tmp_path), "--batch", "4"]).resume, "a command that is to go on if it can"
+    for data in (["--preset", "quickstart"], ["--preset=quickstart"], ["--data.source", "x"], ["--data.source=x"]):
+        assert parse(["--resume", *out, *data]).resume, "a command that is to go on if it can"
 
 
 def test_whole_numbers_may_have_a_power_of_ten():

@@ -158,7 +158,9 @@ SETTINGS = (
     "other_trainers",
     "parser",
     "rendezvous",
+    "sample_settings",
     "settings_help",
+    "wandb_settings",
     "weights_description",
 )
 for name in ("run_parts", "rundir", "training", "evaluation", "commands"):  # each may import all those before it

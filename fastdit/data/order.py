@@ -89,6 +89,18 @@ class Order:
         return Request(start, ids, flips)
 
 
+@dataclass(frozen=True)
+class FixedOrder(Order):
+    """Show the samples `ids` in each batch, on one rank and not mirrored."""
+
+    ids: tuple[int, ...] = ()
+
+    def request(self, position: int, excluded: Collection[int] = ()) -> Request:
+        """Return the batch. Each sample in `excluded` is replaced by the next id that is not in it."""
+        ids = np.array([_next_good(i, excluded, self.n) for i in self.ids], dtype=np.int64)
+        return Request(position, ids, np.zeros(len(ids), dtype=bool))
+
+
 def _next_good(i: int, excluded: Collection[int], n: int) -> int:
     """Return the first id from `i` on, cyclically, that is not in `excluded`."""
     while i in excluded:

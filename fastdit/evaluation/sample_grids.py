@@ -6,14 +6,20 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
+from fastdit import run_parts
+from fastdit.data.order import FixedOrder
+from fastdit.errors import UserError
 from fastdit.evaluation import class_agreement, draw_samples
 from fastdit.evaluation.next_commands import next_commands, picture_hint
 from fastdit.files import write_atomically, writing
-from fastdit.rundir.metrics_log import read_metrics, versions
-from fastdit.rundir.report import write_report
-from fastdit.rundir.run_files import GRID, grid_file
+from fastdit.parser import flat_settings
+from fastdit.rundir import eval_log
+from fastdit.rundir.facts import read_texts
+from fastdit.rundir.metrics_log import read_metrics
+from fastdit.rundir.run_files import FACTS, GRID, REAL, grid_file
 from fastdit.training.session import Session
 
 LAST_LINES = 5  # of the metrics, whose median loss is compared with the first
@@ -21,9 +27,10 @@ FAR_ABOVE = 10.0  # times the first loss: no run that learns ends there
 
 
 def write_grid(session: Session, step: int) -> None:
-    """Write a grid of samples of the EMA weights to samples/step-N.png and TensorBoard. A collective.
+    """Write a grid of samples of the EMA weights to samples/step-N.png, TensorBoard and W&B. A collective.
 
-    The grid has one row for each class. Nothing is written if samples are latents and the run has no autoencoder.
+    The grid has one row for each class. Before the first, training images in the same order are written to real.png.
+    Nothing is written if samples are latents and the run has no autoencoder.
     """
     if not _can_show(session):
         return
@@ -36,6 +43,7 @@ def write_grid(session: Session, step: int) -> None:
             path.parent.mkdir(exist_ok=True)
         _save(picture, path)
         session.run.recorder.image(step, np.asarray(picture))
+        _write_real_grid(session)
 
 
 def _save(picture: Image.Image, path: Path) -> None:
@@ -47,14 +55,17 @@ def _save(picture: Image.Image, path: Path) -> None:
 def finish(session: Session) -> None:
     """Write the final grid and the report, and print class agreement, paths and the next commands. A collective."""
     # Draw samples for the grid and for class agreement.
-    run, settings, figures = session.run, session.config.sample, {}
+    run, settings, figures, share = session.run, session.config.sample, {}, None
     if _can_show(session):
         classes = _shown_classes(session)
         on_grid = settings.per_class * len(classes)
         samples = _samples(session, max(on_grid, settings.agreement), classes)
         if samples:
             images, labels = samples
-            _save(draw_samples.grid(images[:on_grid], labels[:on_grid], session.source.class_names), run.folder / GRID)
+            picture = draw_samples.grid(images[:on_grid], labels[:on_grid], session.source.class_names)
+            _save(picture, run.folder / GRID)
+            run.recorder.image(session.config.steps, np.asarray(picture))
+            _write_real_grid(session)
             if (n := settings.agreement) and session.source.kind != "latent" and session.shape.classes > 1:
                 known = class_agreement.known_images(session.config, session.source)
                 share = class_agreement.agreement(images[:n], labels[:n], known)
@@ -62,12 +73,58 @@ def finish(session: Session) -> None:
 
     # Write the report, and print the last lines.
     if session.runtime.first:
-        report = write_report(run.folder, figures | _facts(session), versions())
+        final = _final_figures(run.folder) | ({"class agreement": share} if share is not None else {})
+        run.recorder.summarize(run.config.steps, flat_settings(run.config), final)
+        report = run.report.finish(figures | _facts(session))
         run.say(_farewell(session, report, figures))
         run.say(run.describe_skipped(run.config.steps))
         if fault := describe_divergence(read_metrics(run.folder)):
             run.say(f"warning: {fault}, so the weights are of no use; train again with a lower --lr")
     session.runtime.barrier()
+
+
+def _final_figures(folder: Path) -> dict[str, float]:
+    """Return the figures by which finished runs are compared: of the last metrics and the last evaluation."""
+    lines = [line for line in read_metrics(folder) if "loss" in line]
+    last = lines[-1] if lines else {}
+    names = ("loss", "images_per_sec", "mfu", "memory_gb", "seconds")
+    found = {name: last[name] for name in names if last.get(name) is not None}
+    evaluated = [record for record in eval_log.read(folder) if not record["checkpoint"]]
+    return found | (eval_log.scalars(evaluated[-1]) if evaluated else {})
+
+
+def _write_real_grid(session: Session) -> None:
+    """Write the first training images of each class to real.png, laid out as the sample grid, on rank 0.
+
+    It is written once, and also to TensorBoard and W&B. Where images cannot be read, nothing is written: training meets
+    them too, and tells.
+    """
+    # Choose the images.
+    run, config, source = session.run, session.config, session.source
+    path = run.folder / REAL
+    if path.exists():
+        return
+    rows = [np.flatnonzero(source.labels == label)[: config.sample.per_class] for label in _shown_classes(session)]
+    ids = np.concatenate(rows)
+    if not len(ids):
+        return
+
+    # Read them as the network sees them, not mirrored.
+    cpu = torch.device("cpu")
+    loader = run_parts.build_loader(config, source, batch=len(ids), rank=0, world=1, device=cpu, flip=False)
+    loader.order = FixedOrder(source.n, len(ids), flip=False, ids=tuple(ids.tolist()))
+    try:
+        x, labels = next(loader)
+    except UserError:
+        return
+    finally:
+        loader.close()
+    if session.decoder is not None:
+        parts = x.split(draw_samples.BATCH[session.runtime.device.type])
+        x = torch.cat([session.decoder(part.to(session.runtime.device)).cpu() for part in parts])
+    picture = draw_samples.grid(draw_samples.to_uint8(x), labels.numpy(), source.class_names)
+    _save(picture, path)
+    run.recorder.image(0, np.asarray(picture), "training images")
 
 
 def describe_divergence(metrics: list[dict]) -> str | None:
@@ -127,14 +184,12 @@ def _shown_classes(session: Session) -> list[int]:
 
 
 def _facts(session: Session) -> dict[str, str]:
-    """Return the lines at the top of the report."""
+    """Return the lines about the run in the report: those of its start, and how it went."""
     config, run, settings = session.config, session.run, session.config.sample
     lines = [line for line in read_metrics(run.folder) if "loss" in line]
     last = lines[-1] if lines else {}
     sampler = f"{settings.describe_sampler(session.process)}, {settings.steps} steps"
-    return {
-        "method": f"{config.method}, noise {session.process.name}, {session.parameters / 1e6:.1f} M parameters",
-        "data": f"{session.source.n:,} samples of {session.source.path}",
+    return read_texts(run.folder / FACTS) | {
         "trained": f"{config.steps:,} steps of {run.deepspeed.batch} in {run.seconds:.0f} s; "
         + run.describe_skipped(config.steps),
         "last loss": f"{last['loss']:.4f}" if last.get("loss") is not None else "none",

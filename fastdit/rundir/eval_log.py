@@ -137,12 +137,12 @@ def _count(n: int | None) -> str:
     return "statistics" if n is None else f"{n:,} images"
 
 
-def table(records: list[dict]) -> list[dict[str, str]]:
-    """Return one row of the report for each evaluation: step, figures, conditions."""
+def table(records: list[dict]) -> list[dict[str, object]]:
+    """Return one row of the report for each evaluation: step, figures by name, conditions."""
     return [
         {
             "step": f"{record['step']:,}",
-            "figures": [f"{name} {shown(name, figure)}" for name, figure in record["figures"].items()],
+            "figures": {name: shown(name, figure) for name, figure in record["figures"].items()},
             "conditions": conditions(record),
         }
         for record in records

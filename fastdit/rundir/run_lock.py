@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -109,16 +110,26 @@ class RunLock:
 
     def _owner(self) -> dict | None:
         """Return host, pid and start time of the process that the file names, or None."""
-        try:
-            owner = json.loads(os.pread(self.handle, 4096, 0))
-            return owner if owner.keys() >= {"host", "pid", "started"} else None
-        except (OSError, ValueError, AttributeError, RecursionError):
-            return None
+        return _read_owner(lambda: os.pread(self.handle, 4096, 0))
 
     def _write(self, content: bytes) -> None:
         """Replace the file's content."""
         os.ftruncate(self.handle, 0)
         os.pwrite(self.handle, content, 0)
+
+
+def trains(folder: Path) -> bool:
+    """Return whether a process trains into a run's folder, as far as this host can know. Nothing is locked."""
+    return _lives(_read_owner((folder / LOCK).read_bytes))
+
+
+def _read_owner(read: Callable[[], bytes]) -> dict | None:
+    """Return host, pid and start time of the process that a lock's content names, or None."""
+    try:
+        owner = json.loads(read())
+        return owner if owner.keys() >= {"host", "pid", "started"} else None
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
 
 
 def _this_process() -> dict:

@@ -2,7 +2,8 @@
 
 import shutil
 import time
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from fastdit.files import writing
 from fastdit.kernels import AdamWEMA, SampleGenerator
 from fastdit.methods.denoising import Denoising
 from fastdit.rundir import checkpoint_files, eval_log
-from fastdit.rundir.metrics_log import Recorder, peak_flops
+from fastdit.rundir.metrics_log import Recorder, peak_flops, peak_memory
+from fastdit.rundir.report import LiveReport
 from fastdit.rundir.run_files import CHECKPOINTS, grid_file
 from fastdit.training import checkpoint, schedules
 from fastdit.training.deepspeed_config import DeepSpeedConfig
@@ -43,6 +45,7 @@ class Run:
     ema_replicas: list[EMAReplicas] = field(default_factory=list)
     skipped_steps: SkippedSteps = field(default_factory=SkippedSteps)
     recorder: Recorder | None = None  # on rank 0 only
+    report: LiveReport | None = None  # on rank 0 only
     seconds: float = 0.0  # training time over all starts, without sample grids, checkpoints and evaluations
 
     def state(self) -> dict:
@@ -119,6 +122,20 @@ class Run:
             if names is None or replicas.name in names:
                 replicas.refresh()
 
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Leave a report of how the run ended, if the block does not write the final one."""
+        try:
+            yield
+        except UserError as error:
+            self._end_report(f"Stopped by an error: {error}")
+            raise
+        self._end_report("Stopped; --resume goes on")
+
+    def _end_report(self, status: str) -> None:
+        if self.report:
+            self.report.end(status, self.say)
+
     def describe_skipped(self, step: int) -> str:
         """Return how many of the first `step` steps were skipped, over all starts of the run."""
         return f"skipped {int(self.meter.skipped)} of {step:,} steps, whose loss or gradient was not finite"
@@ -180,6 +197,8 @@ def train(run: Run, first_step: int, draw_samples, evaluate=lambda step: None) -
             # Write metrics, checkpoint, sample grid and evaluation when they are due.
             if done % config.log_every == 0 or last:
                 stop_every = _record(run, clock, done)
+                if run.report:
+                    clock.paused(run.report.update, run.say)
             if done % config.save_every == 0 or last:
                 clock.paused(_save, run, done)
                 saved = done
@@ -323,7 +342,7 @@ def _record(run: Run, clock: Clock, step: int) -> int:
     """
     # Collect the running means, times and rates.
     values = run.meter.read()  # waits for the device
-    seconds, steps = run.runtime.agree(list(clock.read()))
+    seconds, steps, memory = run.runtime.agree([*clock.read(), peak_memory(run.runtime.device)])
     worst, first_bad = values.pop("worst_streak"), values.pop("first_bad")
     run.seconds += seconds
     images = run.deepspeed.batch * steps
@@ -333,6 +352,7 @@ def _record(run: Run, clock: Clock, step: int) -> int:
         "images_per_sec": images / seconds,
         "seconds_per_step": seconds / steps,
         "seconds": run.seconds,
+        "memory_gb": memory,
         "corrupt_skipped": run.loader.skipped,
     }
     if (norm := _grad_norm(run)) is not None:

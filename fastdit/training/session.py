@@ -1,6 +1,7 @@
 """Open a training run, new or resumed, on every rank."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import deepspeed
@@ -17,10 +18,13 @@ from fastdit.files import write_text
 from fastdit.kernels import AdamWEMA, ApexAdamEMA, describe_attention, describe_native, describe_optimizer
 from fastdit.methods.registry import methods_of
 from fastdit.models.dit import Block, keep_biases
-from fastdit.parser import dump
+from fastdit.parser import dump, flat_settings
 from fastdit.rundir.checkpoint_files import newest_good
+from fastdit.rundir.facts import start_facts
 from fastdit.rundir.metrics_log import Recorder, versions
-from fastdit.rundir.run_files import CHECKPOINTS, CLASSES, VERSIONS
+from fastdit.rundir.report import LiveReport
+from fastdit.rundir.run_files import CHECKPOINTS, CLASSES, FACTS, VERSIONS
+from fastdit.rundir.wandb_run import WandbRun
 from fastdit.training import cuda_graphs
 from fastdit.training.deepspeed_config import DeepSpeedConfig, make_deepspeed_config
 from fastdit.training.deepspeed_internals import shorten_step_on_one_rank, skip_muon
@@ -39,16 +43,19 @@ class Session:
         source, shape: the training data, and the shape of a sample.
         process: the noise process.
         decoder: the decoder of latents on the device, or None.
-        parameters: the number of parameters.
+        parameters, trained_parameters: the number of parameters, and of those that are trained.
         attention: a description of the attention backend.
         graphs: a description of the CUDA graphs, empty where none were wanted.
         run: the run that the loop trains.
         first_step: the number of finished steps.
     """
 
-    def __init__(self, config: Config, runtime: Runtime):
-        """Build all parts. With `config.resume`, load the newest undamaged checkpoint. Raises UserError."""
-        self.runtime = runtime
+    def __init__(self, config: Config, runtime: Runtime, argv: Sequence[str] = ()):
+        """Build all parts. With `config.resume`, load the newest undamaged checkpoint. Raises UserError.
+
+        argv: the flags that gave `config`, for the report.
+        """
+        self.runtime, self.argv = runtime, list(argv)
 
         # Complete the settings by the DeepSpeed file and the data.
         if config.precision == "fp8":
@@ -88,6 +95,7 @@ class Session:
         self.attention = _attention(config.model.attention, runtime.device, settings.precision, network)
         decays = {EMA: config.ema.decay, **method.begin_step(0, config.steps)}
         trained = [p for p in module.parameters() if p.requires_grad]
+        self.trained_parameters = sum(p.numel() for p in trained)
         optimizer = make_optimizer(config, settings, runtime.device, trained, decays)
         with skip_muon():
             engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings.merged)
@@ -155,7 +163,25 @@ class Session:
         write_text(folder / CONFIG_FILE, dump(self.config))
         write_text(folder / CLASSES, json.dumps(self.class_names))
         write_text(folder / VERSIONS, json.dumps(versions(), indent=1))
-        self.run.recorder = Recorder(folder, self.first_step, self.config.steps)
+        facts = start_facts(folder, self.argv, self.first_step, self.runtime.world, self._describe())
+        write_text(folder / FACTS, json.dumps(facts, indent=1))
+        wandb = WandbRun(folder, self.config, flat_settings(self.config)) if self.config.wandb else None
+        self.run.recorder = Recorder(folder, self.first_step, self.config.steps, wandb)
+        self.run.report = LiveReport(folder, self.run.say)
+
+    def _describe(self) -> dict[str, str]:
+        """Return the lines of the report about what is trained."""
+        config, total, trained = self.config, self.parameters, self.trained_parameters
+        part = "all trained" if trained == total else f"{trained / 1e6:.2f} M trained ({trained / total:.1%})"
+        start = f"{config.init_from}, weights {config.init_weights or 'EMA, else the first'}"
+        return {
+            "method": f"{config.method}, noise {self.process.name}",
+            "parameters": f"{total / 1e6:.1f} M, {part}",
+            "initial weights": start if config.init_from else "random",
+            "fine-tuning": config.finetune or "none",
+            "data": f"{self.source.n:,} samples of {self.source.path}, {self.source.classes:,} classes",
+            "seed": str(config.seed),
+        }
 
     def _resume(self) -> int:
         """Load the newest undamaged checkpoint, if there is any. Return the number of finished steps.

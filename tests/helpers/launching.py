@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sys.executable).parent
 PATIENCE = 300.0  # seconds; a run here takes a few, on a busy machine half a minute
 MARK = "FASTDIT_TEST_RUN"
-TIMES = {"seconds", "seconds_per_step", "images_per_sec", "mfu"}  # what may differ between equal runs
+TIMES = {"seconds", "seconds_per_step", "images_per_sec", "memory_gb", "mfu"}  # what may differ between equal runs
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
 # Of a launcher, or a `make`, that the tests themselves run under.
 NOT_OURS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL"}
