@@ -30,7 +30,7 @@ from fastdit.evaluation.open_run import (
 )
 from fastdit.methods.denoising import Shape
 from fastdit.models import LatentDecoder, open_autoencoder, open_network
-from fastdit.noise import PROCESSES, NoiseProcess
+from fastdit.noise import DDPM, PROCESSES, NoiseProcess
 from fastdit.parser import load as load_settings
 from fastdit.rundir import eval_log
 from fastdit.rundir.checkpoint_files import SAMPLED_EMA, choose, manifest
@@ -127,7 +127,7 @@ class Run(Model):
             weights=None if feature_weights is None else str(feature_weights),
             seed=whole("seed", seed),
         )
-        sampler = self._choose(settings)
+        sampler = self.choose(settings)
         config = replace(self._sampled, eval=chosen, sample=sampler)
         alone = Runtime(rank=0, world=1, local_rank=0, device=self.device)
         evaluator = Evaluator(config, self.shape, alone, decoder=self.decoder, live=progress)
@@ -239,7 +239,8 @@ def from_pretrained(
     # Hold it with its classes and its latents' scale.
     shape = Shape(network.channels, *network.input_size, network.classes)
     names = names_or_numbers(told.get("class_names", ()), shape.classes)
-    model = Pretrained(network, found, shape, names, place, SampleConfig(), str(path), network.null_class)
+    settings = SampleConfig(steps=250) if isinstance(found, DDPM) else SampleConfig()  # as the original DiT draws
+    model = Pretrained(network, found, shape, names, place, settings, str(path), network.null_class)
     if autoencoder is not None:
         model.scale, model.shift = told.get("latent_scale"), told.get("latent_shift")
         model.autoencoder = str(autoencoder)

@@ -1,6 +1,7 @@
 """Draw samples from a run: `python fastdit/sample.py --run runs/x --classes 0,3 --n 64 --guidance 2 --out grid.png`.
 
-It also runs under `deepspeed` or `torchrun`, whose ranks share the work.
+Without a run, `--weights` names a file or folder of weights, or published ones (`--weights dit-xl-2-256`). It also runs
+under `deepspeed` or `torchrun`, whose ranks share the work.
 """
 
 import math
@@ -17,13 +18,13 @@ import torch
 from jsonargparse import Namespace
 from tqdm import tqdm
 
-from fastdit import distributed, run_parts
+from fastdit import api, distributed, run_parts
 from fastdit.command_line import OneLineParser
 from fastdit.config import Config, SampleConfig
 from fastdit.errors import UserError, run_command
 from fastdit.evaluation import draw_samples, grids, sample_requests
 from fastdit.evaluation.open_run import (
-    SampledRun,
+    SAMPLER_FLAGS,
     add_batch_flag,
     add_run_flags,
     add_sampler_flags,
@@ -36,9 +37,18 @@ from fastdit.evaluation.sample_files import Files, check_replaceable, save_pictu
 from fastdit.evaluation.sample_requests import Place
 from fastdit.files import prepare_file, prepare_folder, sha256_of
 from fastdit.models import LatentDecoder
-from fastdit.rundir.checkpoint_files import MANIFEST
+from fastdit.models.known_weights import KNOWN, verified_weights
+from fastdit.noise import DDPM, EDM, Flow, NoiseProcess
+from fastdit.rundir.checkpoint_files import MANIFEST, SAMPLED_EMA
 
 PICTURES = 64  # on a grid, by default
+NOISES: dict[str, NoiseProcess] = {  # of `--noise`, and of published weights
+    "ddpm": DDPM(),
+    "edm": EDM(),
+    "flow": Flow(),
+    "sit": Flow(convention="sit"),
+    "repa": Flow(convention="repa"),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,8 +59,14 @@ def main(argv: list[str] | None = None) -> None:
 def _parser() -> OneLineParser:
     """Return the parser of the command's flags."""
     parser = OneLineParser(prog="fastdit-sample", description="Draw samples with a run's EMA weights.")
-    add_run_flags(parser)
-    add_weights_flag(parser, "--weights")
+    add_run_flags(parser, required=False)
+    add_weights_flag(parser, "--weights", "; without --run a file, a folder, or a name that fastdit-data weights knows")
+    parser.add_argument(
+        "--noise",
+        type=Literal["ddpm", "edm", "flow", "sit", "repa"] | None,
+        default=None,
+        help="without --run: noise process, where the file does not tell it; sit and repa are conventions of flow",
+    )
     parser.add_argument(
         "--out",
         type=str,
@@ -96,23 +112,33 @@ class Drawing:
     """Hold what samples are drawn with.
 
     Args:
-        opened: the run, with its network in the dtype and on the device of sampling.
-        decoder: decoder of its latents, on the device, or None.
+        network: the network, in the dtype and on the device of sampling.
+        noise: its noise process.
+        settings: those of the sampler.
+        shape: shape of a sample.
+        origin: the checkpoint, or the weights.
+        identity: text that differs where the weights differ.
+        names: names of the classes.
+        decoder: decoder of latents, on the device, or None.
         runtime: the ranks that share the work.
         batch: samples in a batch.
-        names: names of the classes.
     """
 
-    opened: SampledRun
+    network: torch.nn.Module
+    noise: NoiseProcess
+    settings: SampleConfig
+    shape: run_parts.Shape
+    origin: Path
+    identity: str
+    names: Sequence[str]
     decoder: LatentDecoder | None
     runtime: distributed.Runtime
     batch: int
-    names: Sequence[str]
 
     @property
     def size(self) -> tuple[int, int, int]:
         """Return the height, width and channels of a picture."""
-        shape, decoder = self.opened.shape, self.decoder
+        shape, decoder = self.shape, self.decoder
         factor, channels = (decoder.autoencoder.factor, 3) if decoder else (1, shape.channels)
         return factor * shape.height, factor * shape.width, channels
 
@@ -121,10 +147,10 @@ class Drawing:
     ) -> np.ndarray:
         """Return the samples `ids` of a request with these labels, uint8 (len(ids), H, W, C)."""
         x = draw_samples.draw(
-            self.opened.network,
-            run_parts.build_noise(self.opened.config),
-            settings or self.opened.config.sample,
-            self.opened.shape,
+            self.network,
+            self.noise,
+            settings or self.settings,
+            self.shape,
             labels,
             indices=ids,
             seed=seed,
@@ -157,15 +183,15 @@ def _sample(argv: list[str]) -> None:
             f"--out {args.out}: several seeds or guidance scales make a grid; name a .png, or give one each"
         )
     args.guidance = guidances[0] if guidances else None
-    config = settings_of(args)
-    settings = [replace(config.sample, guidance=scale) for scale in guidances or [config.sample.guidance]]
+    config = _settings(args)
 
     # Join the other ranks, and see whether the result can be written.
     runtime = _join(args, config)
     runtime.decide(lambda: _check_place(place))
 
-    # Open the run.
-    drawing = _open(args, config, runtime)
+    # Open the run, or the weights.
+    drawing = _open_run(args, config, runtime) if args.run else _open_weights(args, runtime)
+    settings = [replace(drawing.settings, guidance=scale) for scale in guidances or [drawing.settings.guidance]]
     classes = sample_requests.classes_of(args.classes, drawing.names)
     n = args.n or (PICTURES if not swept else len(classes) if args.classes else 1)
     labels = draw_samples.balanced_labels(n, classes)
@@ -181,7 +207,7 @@ def _sample(argv: list[str]) -> None:
         _write_one(drawing, labels, seeds[0], place)
     if runtime.first:
         count = f"{n} samples" if not swept else f"{n} x {len(seeds)} x {len(settings)} samples"
-        print(f"{count} of {drawing.opened.checkpoint} in {args.out}")
+        print(f"{count} of {drawing.origin} in {args.out}")
     if runtime.world > 1:
         runtime.leave()
 
@@ -208,7 +234,20 @@ def _check_place(place: Place) -> None:
             print(f"{place.path}: was interrupted and begins anew; a folder or shards would go on", flush=True)
 
 
-def _open(args: Namespace, config: Config, runtime: distributed.Runtime) -> Drawing:
+def _settings(args: Namespace) -> Config:
+    """Return the settings of the run, or the defaults without one. Raises UserError if flags contradict each other."""
+    if args.run:
+        if args.noise:
+            raise UserError("--noise: is for weights without a run; a run knows its noise process")
+        return settings_of(args)
+    if args.weights == SAMPLED_EMA:
+        raise UserError("--run: name the folder of a run, or weights without one: --weights FILE")
+    if args.checkpoint:
+        raise UserError("--checkpoint: belongs to a run; give --run too")
+    return Config()
+
+
+def _open_run(args: Namespace, config: Config, runtime: distributed.Runtime) -> Drawing:
     """Open the run, its autoencoder and the names of its classes. Raises UserError."""
     opened = open_run(args, config, runtime.decide, args.weights)
     decoder, run = run_parts.build_decoder(config, opened.shape), Path(args.run)
@@ -217,13 +256,55 @@ def _open(args: Namespace, config: Config, runtime: distributed.Runtime) -> Draw
             f"{run}: samples are latents of {opened.shape.channels} channels; a picture needs their autoencoder: give "
             "--autoencoder here, or --data.autoencoder to the run"
         )
-    network = draw_samples.prepare(opened.network, config.sample, runtime.device)
     return Drawing(
-        replace(opened, network=network),
-        decoder.to(runtime.device) if decoder else None,
-        runtime,
-        args.batch or draw_samples.BATCH[runtime.device.type],
-        class_names(run, config, opened.shape.classes),
+        network=draw_samples.prepare(opened.network, config.sample, runtime.device),
+        noise=run_parts.build_noise(config),
+        settings=config.sample,
+        shape=opened.shape,
+        origin=opened.checkpoint,
+        identity=sha256_of(opened.checkpoint / MANIFEST),
+        names=class_names(run, config, opened.shape.classes),
+        decoder=decoder.to(runtime.device) if decoder else None,
+        runtime=runtime,
+        batch=args.batch or draw_samples.BATCH[runtime.device.type],
+    )
+
+
+def _open_weights(args: Namespace, runtime: distributed.Runtime) -> Drawing:
+    """Open weights that belong to no run, and the autoencoder. Raises UserError."""
+    # Find them.
+    path, noise = Path(args.weights), NOISES[args.noise] if args.noise else None
+    if args.weights in KNOWN and not path.exists():
+        path = runtime.decide(lambda: verified_weights(args.weights))
+        noise = noise or (KNOWN[args.weights].network and NOISES[KNOWN[args.weights].network.outputs])
+    if not path.exists():
+        raise UserError(
+            f"--weights {args.weights}: no such file or folder, nor a name that `fastdit-data weights` lists; for the "
+            "weights of a run, give --run"
+        )
+
+    # Open them.
+    model = api.from_pretrained(path, noise=noise, autoencoder=args.autoencoder, device=runtime.device)
+    if model.noise is None:
+        raise UserError(f"--weights {args.weights}: does not tell its noise process; give --noise, as ddpm for a DiT")
+    if model.decoder is None and model.shape.channels not in (1, 3):
+        raise UserError(
+            f"--weights {args.weights}: samples are latents of {model.shape.channels} channels; a picture needs their "
+            "autoencoder: give --autoencoder, such as models/sd-vae-ft-ema"
+        )
+    settings = model.choose({name: getattr(args, name) for name in SAMPLER_FLAGS})
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return Drawing(
+        network=draw_samples.prepare(model.network, settings, runtime.device),
+        noise=model.noise,
+        settings=settings,
+        shape=model.shape,
+        origin=path,
+        identity=" ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files),
+        names=model.class_names,
+        decoder=model.decoder,
+        runtime=runtime,
+        batch=args.batch or draw_samples.BATCH[runtime.device.type],
     )
 
 
@@ -289,16 +370,16 @@ def _write_files(drawing: Drawing, labels: np.ndarray, seed: int, place: Place, 
 
 def _describe(drawing: Drawing, labels: np.ndarray, seed: int, args: Namespace) -> dict:
     """Return all that samples in files depend on, as JSON can hold it."""
-    config, sample = drawing.opened.config, drawing.opened.config.sample
+    sample = drawing.settings
     return {
-        "checkpoint": str(drawing.opened.checkpoint.resolve()),
-        "checkpoint_manifest": sha256_of(drawing.opened.checkpoint / MANIFEST),
+        "checkpoint": str(drawing.origin.resolve()),
+        "checkpoint_manifest": drawing.identity,
         "weights": args.weights,
         "n": len(labels),
         "size": list(drawing.size),
         "labels": [int(label) for label in labels[: len(np.unique(labels))]],  # they repeat
         "seed": seed,
-        "sampler": sample.describe_sampler(run_parts.build_noise(config)),
+        "sampler": sample.describe_sampler(drawing.noise),
         "steps": sample.steps,
         "guidance": sample.guidance,
         "interval": list(sample.interval) if sample.interval else None,

@@ -1,4 +1,7 @@
-"""README and docs: links lead somewhere, flags exist, generated pages are current, and the README's commands run."""
+"""README and docs: links lead somewhere, flags exist, generated pages are current, and the README's commands run.
+
+The block of a day's commands runs as it stands, in one shell, with flags added that make networks and numbers small.
+"""
 
 import importlib
 import re
@@ -6,7 +9,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from launching import ROOT
+from data_helpers import encode, picture
+from launching import PATIENCE, ROOT, Launched
 
 from fastdit import parser as training_parser
 from fastdit.parser import parse
@@ -86,3 +90,63 @@ def test_the_page_of_settings_is_current(capsys):
     assert capsys.readouterr().out == page.read_text(), (
         "run: python fastdit/train.py --help markdown > docs/configuration.md"
     )
+
+
+# What is added to the README's commands, by program and, where it matters, by preset.
+SMALL = {
+    "train": "--device cpu --threads 1 --data.threads 1 --model.depth 2 --model.width 32 --model.heads 2 --batch 4 "
+    "--log_every 1 --sample.steps 2 --sample.per_class 1 --sample.agreement 0",
+    "sample": "--steps 2 --n 3",
+    "evaluate": "--steps 2 --n 8 --n_real 20",
+    "encode": "--size 16 --device cpu",
+    "export": "",
+}
+LATENTS = "--data.size 16 --data.channels 3 --data.latent_scale 1 --sd_dit.decoder split --sadm.psi_warm_steps 2"
+
+
+@pytest.mark.launch
+def test_the_commands_of_a_day(tmp_path, two_classes):
+    """Every line of the block, one after the other; data/train and the autoencoder are small ones."""
+    # Make the commands small, and let them write into a folder of the test.
+    page = PAGES[0].read_text()
+    block = page[page.index("## A day with it") : page.index("Open `runs/mine/report.html`")]
+    lines = [line.strip() for line in re.findall(r"^    (\S.*)$", block, re.MULTILINE)]
+    assert len(lines) == 8
+    script = ["set -e"]
+    for line in lines:
+        (program,) = re.findall(r"fastdit/(\w+)\.py", line)
+        steps = "--steps 2" if "--steps" not in line else ""
+        more = f"{SMALL[program]} {steps if program == 'train' else ''} {LATENTS if 'imagenet256' in line else ''}"
+        line = line.partition("  #")[0].replace("--steps 2000", "--steps 4")
+        line = line.replace("models/sd-vae", "identity").replace("--dry_run", "--dry_run true")
+        for name in ("runs/", "data/", "grid.png", "dit.safetensors"):
+            line = re.sub(rf"(?<=[ =]){re.escape(name)}", f"{tmp_path}/{name}", line)
+        script.append(f"{line.replace('deepspeed fastdit', 'deepspeed --quiet fastdit')} {more}")
+    (tmp_path / "data").mkdir()
+    two_classes.rename(tmp_path / "data" / "train")
+
+    # Run them.
+    with Launched(["bash", "-c", "\n".join(script)], tmp_path / "log") as started:
+        text = started.wait(3 * PATIENCE).succeeded().text
+    assert "step 4/4" in text
+    assert "(a dry run: nothing is written)" in text
+    assert "sd_dit+sadm on 6 samples" in text
+    for name in ("grid.png", "dit.safetensors", "runs/mine/eval.json", "runs/xl2/report.html"):
+        assert (tmp_path / name).exists(), name
+
+    # Run the lines of Python.
+    code = page[page.index("In Python:") : page.index("| page | |")]
+    lines = re.findall(r"^    (\S.*)$", code, re.MULTILINE)
+    names: dict = {}
+    exec("\n".join(lines).replace("runs/", f"{tmp_path}/runs/"), names)
+    assert names["images"].shape == (8, 28, 28, 1)
+
+
+@pytest.fixture
+def two_classes(tmp_path) -> Path:
+    """A folder of two classes of three pictures each."""
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(3):
+            (tmp_path / "images" / name / f"{i}.png").write_bytes(encode(picture(16, 16), "PNG"))
+    return tmp_path / "images"

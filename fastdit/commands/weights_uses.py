@@ -32,8 +32,15 @@ def _fine_tune(name: str, known: KnownWeights, path: str) -> str:
         f"{launched('train')} {known.flags} --init_from {path} --finetune all --data.source data/latents "
         f"--data.autoencoder {vae} --out runs/from-{name}"
     )
-    lines = ["train them on your images (for ImageNet's own classes, leave --finetune all out):"]
-    return "\n".join([*lines, *_obtain(VAE, known), f"  {_encode(vae, pixels)}", f"  {train}"])
+    draw = f"{program('sample')} --weights {path} {_noise(known)}--autoencoder {vae} --guidance 4 --n 8 --out grid.png"
+    lines = ["draw with them:", *_obtain(VAE, known), f"  {draw}"]
+    lines += ["train them on your images (for ImageNet's own classes, leave --finetune all out):"]
+    return "\n".join([*lines, f"  {_encode(vae, pixels)}", f"  {train}"])
+
+
+def _noise(known: KnownWeights) -> str:
+    """Return the flag of `sample.py` for the noise process of a network, which its file may not tell."""
+    return f"--noise {known.network.outputs} "
 
 
 def _obtain(name: str, known: KnownWeights) -> list[str]:

@@ -116,7 +116,7 @@ class Model:
             raise UserError(f"output: {output!r} is unknown; give one of {', '.join(get_args(Output))}")
         labels, seed = self.labels(classes, n), whole("seed", seed, least=0)
         batch = None if batch is None else whole("batch", batch, least=1)
-        settings = self._choose(
+        settings = self.choose(
             {
                 "guidance": guidance,
                 "steps": steps,
@@ -198,7 +198,7 @@ class Model:
             )
         return self.decoder
 
-    def _choose(self, chosen: dict[str, object]) -> SampleConfig:
+    def choose(self, chosen: dict[str, object]) -> SampleConfig:
         """Return the sampler's settings with the values of `chosen` that are not None. Raises UserError."""
         if self.noise is None:
             raise UserError(

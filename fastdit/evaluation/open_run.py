@@ -64,13 +64,13 @@ def add_run_flags(parser: OneLineParser, required: bool = True) -> None:
     )
 
 
-def add_weights_flag(parser: OneLineParser, name: str) -> None:
-    """Add the flag `name`, which chooses the weights in a checkpoint."""
+def add_weights_flag(parser: OneLineParser, name: str, more: str = "") -> None:
+    """Add the flag `name`, which chooses the weights in a checkpoint; `more` goes on in its help text."""
     parser.add_argument(
         name,
         type=str,
         default=SAMPLED_EMA,
-        help=f"{SAMPLED_EMA}, {RAW} (those that are trained), or another EMA's name",
+        help=f"{SAMPLED_EMA}, {RAW} (those that are trained), or another EMA's name{more}",
     )
 
 

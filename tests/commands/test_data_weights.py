@@ -25,6 +25,7 @@ from fastdit.errors import UserError
 from fastdit.models import open_autoencoder, weight_content
 from fastdit.models.known_weights import KNOWN, verified_weights
 from fastdit.parser import parse
+from fastdit.sample import _parser as _draw_parser
 
 DIT, WEIGHTS = "DiT-XL-2-256x256.pt", "diffusion_pytorch_model.safetensors"
 Usage = namedtuple("Usage", "total used free")
@@ -107,8 +108,11 @@ def test_a_download_is_verified_and_ends_with_commands_that_parse(monkeypatch, s
     assert server.asked == [(DIT, None)]
     assert {file.name for file in path.parent.iterdir()} == {DIT, "verified.json"}
     assert verified_weights("dit-xl-2-256") == path
-    obtain, encode, train = (line.strip() for line in text.splitlines()[-3:])
+    obtain, draw, _, encode, train = (line.strip() for line in text.splitlines()[-5:])
     assert obtain == "fastdit-data weights sd-vae-ft-ema"
+    words = shlex.split(draw)
+    drawn = _draw_parser().parse(words[words.index("--weights") :])
+    assert (drawn.weights, drawn.noise, drawn.autoencoder) == (str(path), "ddpm", "models/sd-vae-ft-ema")
     assert "--size 256 --autoencoder models/sd-vae-ft-ema --out data/latents" in encode
     words = shlex.split(train)
     config = parse(words[words.index("--preset") :])

@@ -13,9 +13,11 @@ from data_helpers import latent_source
 from launching import averages, forked, pieces
 from PIL import Image
 
-from fastdit import run_parts
+from fastdit import from_pretrained, run_parts
 from fastdit.errors import UserError
 from fastdit.evaluation import draw_samples
+from fastdit.export import _export
+from fastdit.models import DiT, save_official
 from fastdit.parser import load
 from fastdit.sample import _sample
 
@@ -291,3 +293,71 @@ def test_the_command_itself_without_deepspeed(run, tmp_path):
     said, complaint = bad.communicate()
     assert (bad.returncode, said) == (2, "")
     assert complaint.strip().startswith("error: --out x.gif: must end in .png or .npz, be a name of shards such as")
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory) -> Path:
+    """The EMA weights of the run, as a file that tells its noise process."""
+    path = tmp_path_factory.mktemp("weights") / "it.safetensors"
+    _export(["--run", str(run), "--out", str(path)])
+    return path
+
+
+def test_weights_without_a_run_draw_what_the_run_draws(exported, two, tmp_path):
+    flags = ["--weights", str(exported), "--device", "cpu", "--n", "2", "--steps", "2", "--guidance", "2"]
+    _sample([*flags, "--out", str(tmp_path / "x.npz")])
+    assert np.array_equal(np.load(tmp_path / "x.npz")["images"], two)
+
+
+def test_files_of_other_weights_are_not_mixed(exported, tmp_path):
+    """A folder of samples goes on with the same file only."""
+    weights = shutil.copy(exported, tmp_path / "mine.safetensors")
+    command = [
+        "--weights",
+        str(weights),
+        "--device",
+        "cpu",
+        "--steps",
+        "2",
+        "--n",
+        "2",
+        "--out",
+        str(tmp_path / "made"),
+    ]
+    _sample(command)
+    _sample(command)
+    weights.touch()
+    with pytest.raises(UserError, match=r"samples.json: was begun with checkpoint_manifest"):
+        _sample(command)
+
+
+def test_an_original_file_needs_its_noise_process(tmp_path, capsys):
+    network = DiT(input_size=(4, 4), patch=2, channels=3, out_channels=6, width=384, depth=12, heads=6, classes=10)
+    save_official(network.state_dict(), tmp_path / "dit.pt", grid=network.grid)
+    flags = ["--weights", str(tmp_path / "dit.pt"), "--device", "cpu", "--n", "2", "--out", str(tmp_path / "x.npz")]
+    with pytest.raises(UserError, match=r"dit.pt: does not tell its noise process; give --noise, as ddpm for a DiT$"):
+        _sample(flags)
+    _sample([*flags, "--noise", "ddpm", "--steps", "2"])
+    drawn = np.load(tmp_path / "x.npz")["images"]
+    expected = from_pretrained(tmp_path / "dit.pt", noise="ddpm", device="cpu").sample(n=2, steps=2)
+    assert np.array_equal(drawn, expected)
+    assert (
+        capsys.readouterr().out.splitlines()[-1].endswith(f"2 samples of {tmp_path / 'dit.pt'} in {tmp_path / 'x.npz'}")
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("", ["--run: name the folder of a run", "--weights FILE"]),
+        ("--weights nowhere.pt", ["nowhere.pt", "no such file", "fastdit-data weights"]),
+        ("--weights dit-xl-2-256", ["holds no verified weights", "run: fastdit-data weights dit-xl-2-256"]),
+        ("--weights x --checkpoint y", ["--checkpoint: belongs to a run"]),
+        ("--run RUN --noise ddpm", ["--noise: is for weights without a run"]),
+    ],
+)
+def test_weights_and_runs_that_do_not_fit(run, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as refused:
+        _sample(["--device", "cpu", *flags.replace("RUN", str(run)).split()])
+    assert [word for word in words if word not in str(refused.value)] == [], refused.value
