@@ -236,6 +236,12 @@ def from_pretrained(
         check_noise=check_noise,
     )
 
+    if found is not None and network.out_channels != (outputs := found.out_channels(network.channels)):
+        raise UserError(
+            f"{path}: has {network.out_channels} outputs, and the noise process {found.name} has {outputs}; give "
+            f"another one of {_names()}"
+        )
+
     # Hold it with its classes and its latents' scale.
     shape = Shape(network.channels, *network.input_size, network.classes)
     names = names_or_numbers(told.get("class_names", ()), shape.classes)

@@ -246,6 +246,10 @@ def test_a_network_of_ones_own():
         ({"classes": [-1]}, "classes: -1 is out of range"),
         ({"classes": [1.5]}, "classes: expected a whole number, got 1.5"),
         ({"classes": []}, "classes: is empty"),
+        ({"classes": [True]}, "classes: expected a whole number, got True"),
+        ({"precision": "fp8"}, "precision: 'fp8' is unknown; give one of auto, bf16, tf32, fp32"),
+        ({"precision": "tf32"}, "tf32 is for GPUs"),
+        ({"batch": 0}, "batch: must be at least 1, got 0"),
         ({"n": 0}, "n: must be at least 1, got 0"),
         ({"n": "x"}, "n: expected a whole number, got 'x'"),
         ({"seed": -1}, "seed: must be at least 0"),
@@ -291,6 +295,11 @@ def test_mistakes_of_opening_and_evaluating(folder, run, tmp_path):
             work()
         assert words in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_a_noise_process_with_another_number_of_outputs(exported):
+    with pytest.raises(fastdit.UserError, match=r"has 1 outputs, and the noise process ddpm has 2; give another"):
+        fastdit.from_pretrained(exported / "w.pt", noise="ddpm", heads=2, device="cpu")
 
 
 def test_an_export_of_another_noise_process_or_none(exported, tmp_path):

@@ -195,6 +195,7 @@ class DiffusersExport:
         steps = min(max(sample.steps, DRAWN_STEPS), getattr(self.config.noise.process, "steps", sample.steps + 1000))
         labels = list(range(min(2, shape.classes)))
         device = 'device = "cuda" if torch.cuda.is_available() else "cpu"'
+        device = f'# "{title}" is this folder: run this beside it, or give its path.\n{device}'
         if pipeline:
             lines = [
                 "import torch",

@@ -7,6 +7,8 @@ from fastdit.errors import UserError, run_command
 from fastdit.files import prepare_file
 
 COMPARISON = "comparison.html"
+MARK = '<meta name="generator" content="fastdit">'  # at the head of every page
+HEAD = 1000  # bytes in which it stands
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,12 +38,21 @@ def _report(argv: list[str]) -> None:
     if out is None and len(runs) > 1:
         out = Path(COMPARISON)
     if out is not None:
-        prepare_file(out, f"--out {out}")
+        _check_place(out)
 
     from fastdit.rundir.report import write_report
     from fastdit.rundir.report_compare import write_comparison
 
     print(write_report(runs[0], path=out) if len(runs) == 1 else write_comparison(runs, out))
+
+
+def _check_place(out: Path) -> None:
+    """Raise UserError unless `out` can become a page, and does not replace a file that is none of fastdit's."""
+    if out.suffix not in (".html", ".htm"):
+        raise UserError(f"--out {out}: must end in .html")
+    prepare_file(out, f"--out {out}")
+    if out.exists() and MARK.encode() not in out.read_bytes()[:HEAD]:
+        raise UserError(f"--out {out}: is a file that was not made by this command; remove it, or choose another name")
 
 
 if __name__ == "__main__":

@@ -240,6 +240,8 @@ class Model:
 def whole(name: str, value: object, least: int | None = None) -> int:
     """Return a whole number. Raises UserError if it is none, or is below `least`."""
     try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
         found = operator.index(value)
     except TypeError:
         raise UserError(f"{name}: expected a whole number, got {value!r}") from None

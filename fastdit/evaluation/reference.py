@@ -189,6 +189,10 @@ def read_archive(path: str, remedy: str) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {remedy}") from None
+    except (ValueError, AttributeError):  # pickled objects, plain text, or a single array
+        raise UserError(f"{path}: is no .npz file of plain arrays; {remedy}") from None
     except _UNREADABLE as error:
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); {remedy}") from None
 

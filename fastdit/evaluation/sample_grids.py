@@ -77,7 +77,8 @@ def finish(session: Session) -> None:
         run.recorder.summarize(run.config.steps, flat_settings(run.config), final)
         report = run.report.finish(figures | _facts(session))
         run.say(_farewell(session, report, figures))
-        run.say(run.describe_skipped(run.config.steps))
+        if run.meter.skipped:
+            run.say(run.describe_skipped(run.config.steps))
         if fault := describe_divergence(read_metrics(run.folder)):
             run.say(f"warning: {fault}, so the weights are of no use; train again with a lower --lr")
     session.runtime.barrier()

@@ -57,13 +57,13 @@ def place_of(out: str, form: str) -> Place:
 
 def numbers(flag: str, text: str, kind: Callable[[str], float]) -> list:
     """Return the numbers in a list such as 1,1.5,2. kind: int or float. Raises UserError."""
-    words = "whole numbers, such as 0,1,2" if kind is int else "numbers, such as 1,1.5,2"
+    words = "a whole number, or several, such as 0,1,2" if kind is int else "a number, or several, such as 1,1.5,2"
     try:
         found = [kind(part) for part in text.strip("[]").split(",")]
         if not all(map(math.isfinite, found)):
             raise ValueError
     except ValueError:
-        raise UserError(f"--{flag}: expected one of, or several, {words}; got {text}") from None
+        raise UserError(f"--{flag}: expected {words}; got {text}") from None
     if len(set(found)) < len(found):
         raise UserError(f"--{flag} {text}: has a number twice; give each once")
     return found

@@ -158,8 +158,8 @@ def transformer_config(network: DiT) -> dict[str, object]:
 def read_folder(path: Path, weights: str | None) -> Read:
     """Return the weights in a folder of diffusers, in our layout. Raises ValueError if its model is another one."""
     # Read the settings.
-    if (path / "model_index.json").exists() and (path / "transformer").is_dir():
-        path = path / "transformer"  # of a whole pipeline
+    if not (path / "config.json").exists() and (path / "transformer" / "config.json").exists():
+        path = path / "transformer"  # of a pipeline, or of an export that no pipeline fits
     if (path / "checkpoints").is_dir() and (path / "config.yaml").exists():
         raise ValueError(
             f"it is a run; export its weights first: fastdit-export --run {path} --out weights.safetensors"

@@ -121,6 +121,9 @@ def read_run(folder: Path) -> RunRecord:
     if faults:
         some = ", ".join(map(str, faults[:5])) + (", ..." if len(faults) > 5 else "")
         notes.append(f"{folder / METRICS}: lines that cannot be read are left out: {some}")
+    training = trains(folder)
+    if not training and _is_cut(folder / METRICS):
+        notes.append(f"{folder / METRICS}: its last line is cut off, and left out")
     texts = [folder / FACTS, folder / VERSIONS]
     facts, versions = (attempt(read_texts, path, missing={}) if path.exists() else {} for path in texts)
     config, settings = folder / CONFIG_FILE, {}
@@ -139,7 +142,7 @@ def read_run(folder: Path) -> RunRecord:
         settings=settings,
         config=config.read_bytes().decode(errors="replace") if config.is_file() else "",
         grids=_grids(folder),
-        training=trains(folder),
+        training=training,
         notes=notes,
     )
 
@@ -211,6 +214,15 @@ def panels(metrics: list[dict]) -> list[tuple[str, Curves]]:
         title: {label: series[key] for key, label in labels.items() if key in series} for title, labels in known.items()
     }
     return [(title, curves) for title, curves in filled.items() if curves]
+
+
+def _is_cut(metrics: Path) -> bool:
+    """Return whether the file of metrics ends within a line, as a run that was killed may leave it."""
+    try:
+        text = metrics.read_bytes()
+    except OSError:
+        return False
+    return bool(text) and not text.endswith(b"\n")
 
 
 def is_finite(value: object) -> bool:

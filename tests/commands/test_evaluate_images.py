@@ -11,7 +11,7 @@ from launching import Launched, forked, torchrun
 from PIL import Image
 from test_evaluate import cheap_net
 
-from fastdit.data import write_shards
+from fastdit.data import UNFINISHED, write_shards
 from fastdit.errors import UserError
 from fastdit.evaluate import _evaluate
 from fastdit.evaluation import class_agreement, evaluator
@@ -135,7 +135,12 @@ def test_each_mismatch_is_one_line(home, tmp_path):
             tmp_path / "bad.npz"
         )
     assert "/gone: no such file or folder" in tried("/gone")
-    assert "/gone.npz: cannot be read" in tried("/gone.npz")
+    assert "/gone.npz: no such file; give an .npz" in tried("/gone.npz")
+    (tmp_path / "text.npz").write_text("no archive")
+    assert "text.npz: is no .npz file of plain arrays; give an .npz" in tried(tmp_path / "text.npz")
+    part = folder(tmp_path / "part", images(3), classes=())
+    (part / UNFINISHED).mkdir()
+    assert "holds a part of the samples only; repeat the command that draws them" in tried(part)
     assert "--guidance: is for sampling a run" in tried(odd, "--guidance", 2)
     assert "needs the real images to compare with; give --data" in refusal("--samples_from", odd)
     assert "--run: names the run to evaluate; or give --samples_from" in refusal("--data", odd)

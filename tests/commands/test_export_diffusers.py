@@ -249,6 +249,10 @@ def test_the_loop_in_the_card_draws_the_same_images(tmp_path, monkeypatch, flags
     card = (folder / "README.md").read_text()
     assert "DiTPipeline cannot draw with it: it " in card
     assert reason in card
+    read = fastdit.from_pretrained(
+        folder, noise=config.noise.process, device="cpu"
+    )  # the folder, not only its transformer
+    assert all(torch.equal(weight, read.network.state_dict()[name]) for name, weight in network.state_dict().items())
     names = code_of(folder, monkeypatch)
     steps = 30 if sampler == "ddim" else 50
     assert names["steps"] == steps

@@ -54,6 +54,16 @@ def test_the_page_may_be_elsewhere(runs, tmp_path):
     assert (runs[1] / "report.html").exists() == before
 
 
+def test_only_pages_of_this_command_are_replaced(runs, tmp_path):
+    page, mine = tmp_path / "page.html", tmp_path / "mine.html"
+    for _ in range(2):
+        report._report([*map(str, runs), "--out", str(page)])
+    mine.write_text("<!doctype html><p>mine")
+    with pytest.raises(UserError, match=r"mine.html: is a file that was not made by this command; remove it"):
+        report._report([*map(str, runs), "--out", str(mine)])
+    assert mine.read_text() == "<!doctype html><p>mine"
+
+
 def test_names_tell_runs_apart(tmp_path):
     assert unique_names([Path("x/a"), Path("x/b")]) == ["a", "b"]
     assert unique_names([tmp_path / "one/run", tmp_path / "two/run"]) == ["one/run", "two/run"]
@@ -66,7 +76,8 @@ def test_names_tell_runs_apart(tmp_path):
         (["{home}/nowhere"], "nowhere: is no folder; name the folder of a run"),
         (["{home}"], "holds no run; name a folder with config.yaml and metrics.jsonl"),
         (["{a}", "{a}"], "a: is named more than once; name each run once"),
-        (["{a}", "--out", "{home}"], "is a folder; name a file"),
+        (["{a}", "--out", "{a}/config.yaml/x.html"], "config.yaml"),
+        (["{a}", "--out", "{a}/config.yaml"], "config.yaml: must end in .html"),
         (["{a}", "--outt", "x"], "--outt: no such setting; did you mean --out?"),
     ],
 )

@@ -201,7 +201,7 @@ def test_an_archive_begins_anew_and_says_so(run, tmp_path, capsys):
         ("--per_shard 0", "--per_shard 0: must be at least 1"),
         ("--samples 0", "take n from 1"),
         ("--format tiff", "format: expected one of"),
-        ("--seed 1,x", "seed: expected one of, or several, whole numbers"),
+        ("--seed 1,x", "seed: expected a whole number, or several"),
         ("--seed 1,1", "--seed 1,1: has a number twice"),
     ],
 )

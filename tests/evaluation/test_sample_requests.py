@@ -46,9 +46,9 @@ def test_numbers():
     assert numbers("seed", "0,1, 5", int) == [0, 1, 5]
     assert numbers("guidance", "[1,1.5]", float) == [1.0, 1.5]
     for text in ("", "a", "1,", "nan", "inf", "1;2"):
-        with pytest.raises(UserError, match="guidance: expected one of, or several, numbers"):
+        with pytest.raises(UserError, match="guidance: expected a number, or several, such as"):
             numbers("guidance", text, float)
-    with pytest.raises(UserError, match="seed: expected one of, or several, whole numbers"):
+    with pytest.raises(UserError, match="seed: expected a whole number, or several"):
         numbers("seed", "1.5", int)
     with pytest.raises(UserError, match="twice"):
         numbers("seed", "1,1", int)

@@ -101,6 +101,8 @@ def test_damaged_metrics_are_left_out_and_named(tmp_path, tail):
     (folder / METRICS).write_text("\n".join([good[0], "{half", "[]", good[1], '{"step": "x"}', good[2], tail]))
     page = page_of(folder)
     assert f"{folder / METRICS}: lines that cannot be read are left out: 2, 3, 5" in page.text
+    cut = f"{folder / METRICS}: its last line is cut off, and left out"
+    assert (cut in page.text) == (not tail.endswith("\n"))
     assert page.plots()[0][0]["x"] == [1, 2, 3]
 
 
