@@ -24,7 +24,7 @@ WITH ?=
 PIECE_MB ?=
 WHEELHOUSE ?= wheelhouse
 
-.PHONY: setup quickstart test lint wheelhouse
+.PHONY: setup quickstart test test-fast lint wheelhouse
 
 setup: $(VENV)/ready
 
@@ -46,6 +46,10 @@ quickstart: setup
 
 test: setup
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Three quarters of the tests, the quick ones: no launcher, no Triton interpreter, no benchmark.
+test-fast: setup
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
 
 # Collect what a machine with PyTorch and without network lacks (docs/offline.md). Neither .venv nor torch is needed.
 wheelhouse:

@@ -21,8 +21,15 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests of the longest files first."""
+    """Put the tests of the longest files first, and mark as slow what `make test-fast` leaves out.
+
+    These are runs by a launcher, the longest files, benchmarks, and kernels in Triton's interpreter.
+    """
     place = {name: k for k, name in enumerate(LONGEST)}
+    for item in items:
+        slow = item.path.stem in place or item.path.parent.name == "benchmarks" or "triton" in item.name
+        if slow or item.get_closest_marker("launch"):
+            item.add_marker("slow")
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 

@@ -155,7 +155,7 @@ class WandbRun:
             self._recent.append(send)
             self._call(wandb, config, send)
         self._call(wandb, config, self._finish)
-        with suppress(Exception):
+        with suppress(Exception, SystemExit):
             wandb.teardown()  # or the library would do so at the end of the process, and wait there
 
     def _call(self, wandb, config: dict[str, object], work: Callable) -> None:
@@ -200,7 +200,7 @@ class WandbRun:
         """End wandb-core, and let the library forget it."""
         for core in _cores():
             core.kill()
-        with suppress(Exception):
+        with suppress(Exception, SystemExit):  # it calls sys.exit with the code of the wandb-core that was killed
             wandb.teardown()
         wandb.setup(wandb.Settings(silent=True, console="off"))
 

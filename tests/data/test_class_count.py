@@ -59,7 +59,7 @@ def test_a_preset_trains_the_classes_of_the_data_and_keeps_their_names(photos, t
         out = tmp_path / "x.npz"
         _sample(["--run", str(run), "--device", "cpu", "--n", str(len(labels)), "--classes", asked, "--out", str(out)])
         assert np.load(out)["labels"].tolist() == labels
-    with pytest.raises(UserError, match=r"--classes cow: must be numbers or names .* the run has cat, dog, owl, barn"):
+    with pytest.raises(UserError, match=r"cow: must be numbers, ranges or names .* the run has cat, dog, owl, barn"):
         _sample(["--run", str(run), "--device", "cpu", "--classes", "cow", "--out", str(out)])
 
 

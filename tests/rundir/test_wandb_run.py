@@ -104,6 +104,7 @@ def test_a_server_that_cannot_be_reached(tmp_path, answers):
         told = log_lines(tmp_path, WANDB_BASE_URL=place, WANDB_API_KEY=KEY, WANDB_NAME="mine")
     assert told["longest"] < 0.5
     assert told["end"] < 20
+    assert len(told["messages"]) == 2, told["messages"]
     first, last = told["messages"]
     assert first.startswith("warning: W&B cannot be reached (")
     assert first.endswith(f"); the run goes on, and its files for W&B go into {tmp_path / 'wandb'}")
