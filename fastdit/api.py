@@ -30,13 +30,17 @@ from fastdit.evaluation.open_run import (
 )
 from fastdit.methods.denoising import Shape
 from fastdit.models import LatentDecoder, open_autoencoder, open_network
-from fastdit.noise import DDPM, PROCESSES, NoiseProcess
+from fastdit.noise import DDPM, PROCESSES, Flow, NoiseProcess
 from fastdit.parser import load as load_settings
 from fastdit.rundir import eval_log
 from fastdit.rundir.checkpoint_files import SAMPLED_EMA, choose, manifest
 from fastdit.rundir.metrics_log import read_metrics
 from fastdit.rundir.run_files import CHECKPOINTS
 from fastdit.weights_description import check_process, read_description
+
+# Noise processes by name: those of `--noise.name`, and the conventions of flow that published weights have.
+NOISES: dict[str, NoiseProcess] = {name: process() for name, process in PROCESSES.items()}
+NOISES |= {convention: Flow(convention=convention) for convention in ("sit", "repa")}
 
 
 class Run(Model):
@@ -272,9 +276,9 @@ def _process(noise: NoiseProcess | str | None) -> NoiseProcess | None:
     """Return the noise process of that name, or the one that is given. Raises UserError for an unknown name."""
     if not isinstance(noise, str):
         return noise
-    if noise not in PROCESSES:
+    if noise not in NOISES:
         raise UserError(f"noise: unknown process {noise!r}; choose one of {_names()}")
-    return PROCESSES[noise]()
+    return NOISES[noise]
 
 
 def _told_process(trained: dict | None, asked: NoiseProcess | None, path: Path) -> NoiseProcess | None:
@@ -296,4 +300,4 @@ def _told_process(trained: dict | None, asked: NoiseProcess | None, path: Path) 
 
 
 def _names() -> str:
-    return ", ".join(PROCESSES)
+    return ", ".join(NOISES)

@@ -38,17 +38,10 @@ from fastdit.evaluation.sample_requests import Place
 from fastdit.files import prepare_file, prepare_folder, sha256_of
 from fastdit.models import LatentDecoder
 from fastdit.models.known_weights import KNOWN, verified_weights
-from fastdit.noise import DDPM, EDM, Flow, NoiseProcess
+from fastdit.noise import NoiseProcess
 from fastdit.rundir.checkpoint_files import MANIFEST, SAMPLED_EMA
 
 PICTURES = 64  # on a grid, by default
-NOISES: dict[str, NoiseProcess] = {  # of `--noise`, and of published weights
-    "ddpm": DDPM(),
-    "edm": EDM(),
-    "flow": Flow(),
-    "sit": Flow(convention="sit"),
-    "repa": Flow(convention="repa"),
-}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -63,9 +56,9 @@ def _parser() -> OneLineParser:
     add_weights_flag(parser, "--weights", "; without --run a file, a folder, or a name that fastdit-data weights knows")
     parser.add_argument(
         "--noise",
-        type=Literal["ddpm", "edm", "flow", "sit", "repa"] | None,
+        type=str | None,
         default=None,
-        help="without --run: noise process, where the file does not tell it; sit and repa are conventions of flow",
+        help=f"without --run: noise process, where the file does not tell it: {', '.join(api.NOISES)}",
     )
     parser.add_argument(
         "--out",
@@ -98,9 +91,7 @@ def _parser() -> OneLineParser:
         "--seed", type=str, default="0", help="seed of the noise; sample i depends on it and on i; or several: 0,1,2"
     )
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, or one of several, such as cuda:1")
-    parser.add_argument(
-        "--threads", type=int, default=0, help="CPU threads per rank; 0: torch's choice, or a fair share"
-    )
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads per rank; 0 shares the cores evenly")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     add_batch_flag(parser)
     add_sampler_flags(parser, lists=True)
@@ -213,14 +204,10 @@ def _sample(argv: list[str]) -> None:
 
 
 def _join(args: Namespace, config: Config) -> distributed.Runtime:
-    """Return the ranks. One rank needs no process group, and so no DeepSpeed. Raises UserError."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        return distributed.Runtime(0, 1, 0, distributed.choose_device(args.device))
-    if args.device not in ("auto", "cpu", "cuda"):
+    """Return the ranks. Raises UserError."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {args.device}: every rank takes a device of its own; give cuda, cpu or auto")
-    return distributed.start(replace(config, device=args.device, threads=args.threads))
+    return distributed.start_sampling(replace(config, device=args.device, threads=args.threads))
 
 
 def _check_place(place: Place) -> None:
@@ -273,10 +260,10 @@ def _open_run(args: Namespace, config: Config, runtime: distributed.Runtime) -> 
 def _open_weights(args: Namespace, runtime: distributed.Runtime) -> Drawing:
     """Open weights that belong to no run, and the autoencoder. Raises UserError."""
     # Find them.
-    path, noise = Path(args.weights), NOISES[args.noise] if args.noise else None
+    path, noise = Path(args.weights), args.noise
     if args.weights in KNOWN and not path.exists():
         path = runtime.decide(lambda: verified_weights(args.weights))
-        noise = noise or (KNOWN[args.weights].network and NOISES[KNOWN[args.weights].network.outputs])
+        noise = noise or (KNOWN[args.weights].network and KNOWN[args.weights].network.outputs)
     if not path.exists():
         raise UserError(
             f"--weights {args.weights}: no such file or folder, nor a name that `fastdit-data weights` lists; for the "
@@ -372,8 +359,8 @@ def _describe(drawing: Drawing, labels: np.ndarray, seed: int, args: Namespace) 
     """Return all that samples in files depend on, as JSON can hold it."""
     sample = drawing.settings
     return {
-        "checkpoint": str(drawing.origin.resolve()),
-        "checkpoint_manifest": drawing.identity,
+        "origin": str(drawing.origin.resolve()),
+        "identity": drawing.identity,
         "weights": args.weights,
         "n": len(labels),
         "size": list(drawing.size),

@@ -110,6 +110,7 @@ def open_source(
     if path.partition(":")[0] == "synthetic":
         samples, kind, names = SyntheticSamples.parse(path), "synthetic", ()
     elif isinstance(location := locate(path), Path):
+        check_finished(location)
         samples, kind = FolderSamples(location, labels, unlabeled), "image"
         names = samples.class_names
         notes += (f"{path}: not taken: {samples.left_out}",) if samples.left_out else ()
@@ -183,9 +184,9 @@ def locate(path: str) -> Path | list[Path]:
 
 
 def check_finished(folder: Path, report: Report = refuse) -> None:
-    """Report an error if the shards in `folder` are still being written."""
+    """Report an error if the shards or pictures in `folder` are still being written."""
     if (folder / UNFINISHED).exists():
-        report(UserError(f"{folder}: not all of its shards are written yet; run again what writes them"))
+        report(UserError(f"{folder}: not all of its samples are written yet; run again what writes them"))
 
 
 def check_apart(source: Source, out: Path, flag: str, around: bool = True) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastdit.data import UNFINISHED, Source, open_source
+from fastdit.data import Source, open_source
 from fastdit.data.pillow_images import Header, decode, read_header
 from fastdit.errors import UserError
 from fastdit.evaluation import reference
@@ -103,8 +103,6 @@ def _of_source(path: str, check: bool, columns: dict) -> GivenSamples:
     """Open files of images. Raises UserError."""
     if not Path(path).exists() and not any(sign in path for sign in "*{"):
         raise UserError(f"{FLAG} {path}: no such file or folder")
-    if (Path(path) / UNFINISHED).exists():
-        raise UserError(f"{FLAG} {path}: holds a part of the samples only; repeat the command that draws them")
     source = open_source(path, flat=True, **columns)
     if source.kind != "image":
         raise UserError(f"{FLAG} {path}: holds {source.kind}s; give images")

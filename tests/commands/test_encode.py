@@ -211,7 +211,7 @@ def test_it_goes_on_where_it_was_stopped(encode, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "out"
     begun = sorted(folder.glob("*.tar"))
     assert [path.name for path in begun] == ["latents-00000.tar", "latents-00001.tar"]
-    assert "not all of its shards are written yet" in refusal(open_source, str(folder))
+    assert "not all of its samples are written yet" in refusal(open_source, str(folder))
     times = {path: path.stat().st_mtime_ns for path in begun}
     encodings.clear()
     limit = 1000

@@ -140,7 +140,7 @@ def test_each_mismatch_is_one_line(home, tmp_path):
     assert "text.npz: is no .npz file of plain arrays; give an .npz" in tried(tmp_path / "text.npz")
     part = folder(tmp_path / "part", images(3), classes=())
     (part / UNFINISHED).mkdir()
-    assert "holds a part of the samples only; repeat the command that draws them" in tried(part)
+    assert "not all of its samples are written yet; run again what writes them" in tried(part)
     assert "--guidance: is for sampling a run" in tried(odd, "--guidance", 2)
     assert "needs the real images to compare with; give --data" in refusal("--samples_from", odd)
     assert "--run: names the run to evaluate; or give --samples_from" in refusal("--data", odd)

@@ -327,7 +327,7 @@ def test_files_of_other_weights_are_not_mixed(exported, tmp_path):
     _sample(command)
     _sample(command)
     weights.touch()
-    with pytest.raises(UserError, match=r"samples.json: was begun with checkpoint_manifest"):
+    with pytest.raises(UserError, match=r"samples.json: was begun with identity"):
         _sample(command)
 
 

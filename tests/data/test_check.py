@@ -303,7 +303,7 @@ def test_all_problems_of_samples_are_told(tmp_path, capsys):
     (folder / ".unfinished").mkdir()
     lines = problems(capsys, str(folder))
     patterns = [
-        r"x: not all of its shards are written yet",
+        r"x: not all of its samples are written yet",
         r"a-0.tar: byte \d+: 'b' has no label",
         r"a-0.tar: byte \d+: 'c' has no image",
         r"a-0.tar: byte \d+: 'd.cls' holds no class number",

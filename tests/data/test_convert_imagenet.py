@@ -155,7 +155,7 @@ def test_interrupted_it_goes_on_without_redoing(at, monkeypatch):
     done = {path: path.stat().st_mtime_ns for path in Path("d").glob("*.tar")}
     assert len(done) == at // 4
     if done:
-        with pytest.raises(UserError, match="not all of its shards"):
+        with pytest.raises(UserError, match="not all of its samples"):
             open_source("d")
         assert "begun with per_shard 4, now it is 5" in refusal("--out d --per_shard 5")
     convert()

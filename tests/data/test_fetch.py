@@ -340,7 +340,7 @@ def test_interrupted_it_runs_again(at, raw, server, monkeypatch):
             fetch("fashion-mnist --out d")
     half = Path("d/train" if at < TRAIN else "d/test")
     if list(half.glob("*.tar")):
-        with pytest.raises(UserError, match="not all of its shards"):
+        with pytest.raises(UserError, match="not all of its samples"):
             open_source(str(half))
     server.files = {}
     fetch("fashion-mnist --out d")

@@ -140,7 +140,7 @@ def test_a_conversion_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(tables.TableSamples, "read", fail)
     with pytest.raises(KeyboardInterrupt):
         data_convert.run(arguments)
-    assert "not all of its shards" in refusal(tmp_path / "out")
+    assert "not all of its samples" in refusal(tmp_path / "out")
     first = (tmp_path / "out/images-00000.tar").stat().st_mtime_ns
     monkeypatch.undo()
     with pytest.raises(UserError, match="was begun with per_shard 5"):

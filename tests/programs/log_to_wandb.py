@@ -15,9 +15,11 @@ import psutil
 from fastdit.rundir import wandb_run
 from fastdit.wandb_settings import WandbSettings
 
+START_SECONDS = 4  # that W&B may take to answer; the time that a call would take if it waited
+
 
 def main(folder: str, trouble: str) -> None:
-    wandb_run.START_SECONDS, wandb_run.FINISH_SECONDS = 4, 3
+    wandb_run.START_SECONDS, wandb_run.FINISH_SECONDS = START_SECONDS, 3
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)]
     settings = WandbSettings("project")
     wandb_run.check(settings)

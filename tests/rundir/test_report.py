@@ -238,9 +238,10 @@ def test_a_live_report_takes_a_small_share_of_the_time(tmp_path, writes, monkeyp
     live.update(print)
     assert len(writes) == 1, "the first page has just been written"
     time.sleep(0.5)
+    begun = time.monotonic()
     live.update(print)
     assert len(writes) == 2
-    assert live.next_time - time.monotonic() == pytest.approx(20, abs=2), "a hundred times as long as a write"
+    assert live.next_time - begun >= 20, "a hundred times as long as a write"
     live.update(print)
     assert len(writes) == 2
     live.end("Stopped", print)

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import wandb_files
+from log_to_wandb import START_SECONDS
 
 from fastdit.errors import UserError
 from fastdit.rundir import wandb_run
@@ -54,7 +55,7 @@ def left_processes(folder: Path) -> list:
 def test_an_offline_run_is_kept_on_disk(tmp_path):
     told = log_lines(tmp_path, WANDB_MODE="offline")
     assert told["handlers"]
-    assert told["longest"] < 0.5
+    assert told["longest"] < START_SECONDS, "no call waits for W&B"
     first, last = told["messages"]
     assert first == f"W&B: offline, into {tmp_path / 'wandb'}"
     assert last.startswith(
@@ -74,7 +75,7 @@ def test_an_offline_run_is_kept_on_disk(tmp_path):
 def test_trouble_with_the_librarys_process(tmp_path, trouble):
     """Its death, as by a launcher that is stopped: nothing is lost. Or a wandb-core that never answers again."""
     told = log_lines(tmp_path, trouble, WANDB_MODE="offline")
-    assert told["longest"] < 0.5
+    assert told["longest"] < START_SECONDS, "no call waits for W&B"
     assert told["end"] < 30
     assert told["handlers"]
     warnings = [line for line in told["messages"] if line.startswith("warning: W&B")]
@@ -102,7 +103,7 @@ def test_a_server_that_cannot_be_reached(tmp_path, answers):
     with silent_server() as address:
         place = address if answers else "http://127.0.0.1:9"
         told = log_lines(tmp_path, WANDB_BASE_URL=place, WANDB_API_KEY=KEY, WANDB_NAME="mine")
-    assert told["longest"] < 0.5
+    assert told["longest"] < START_SECONDS, "no call waits for W&B"
     assert told["end"] < 20
     assert len(told["messages"]) == 2, told["messages"]
     first, last = told["messages"]
