@@ -1,10 +1,8 @@
 """Test `fastdit-data weights` against a server on this machine that publishes small files of the same layouts."""
 
-import contextlib
 import errno
 import fcntl
 import hashlib
-import io
 import os
 import re
 import shlex
@@ -15,13 +13,11 @@ from pathlib import Path
 
 import pytest
 from autoencoder_helpers import diffusers_model
-from fetch_helpers import Server
+from fetch_helpers import Server, printed, refused
 from safetensors.torch import load, save
 from weights_helpers import diffusers_folder, dit, publish, reference_batch, saved, sit, small_networks
 
-from fastdit.commands.data_tools import _data
 from fastdit.data.sets import download
-from fastdit.errors import UserError
 from fastdit.models import open_autoencoder, weight_content
 from fastdit.models.known_weights import KNOWN, verified_weights
 from fastdit.parser import parse
@@ -64,16 +60,11 @@ def world(tmp_path, monkeypatch):
 
 def weights(command: str = "") -> str:
     """Return the text that the command prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        _data(["weights", *shlex.split(command)])
-    return out.getvalue()
+    return printed("weights", *shlex.split(command))
 
 
 def refusal(command: str) -> str:
-    with pytest.raises(UserError) as caught:
-        weights(command)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return refused("weights", *shlex.split(command))
 
 
 def sha(content: bytes) -> str:

@@ -4,10 +4,8 @@ The raw files are small and in the official formats, the server runs on this mac
 scripts. The checksums and addresses in `known_sets.SETS` are replaced by those of these files.
 """
 
-import contextlib
 import gzip
 import hashlib
-import io
 import json
 import os
 import re
@@ -22,9 +20,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_helpers import decode
-from fetch_helpers import CIFAR, FASHION, TEST, TRAIN, Server, labels, raw_files, tgz
+from fetch_helpers import CIFAR, FASHION, TEST, TRAIN, Server, labels, printed, raw_files, refused, tgz
 
-from fastdit.commands.data_tools import _data
 from fastdit.data import open_source
 from fastdit.data.sets import download, image_sets
 from fastdit.data.sets.known_sets import SETS
@@ -100,16 +97,11 @@ def folder(files: dict[str, bytes], name: str = "user") -> Path:
 
 def fetch(command: str) -> str:
     """Return the text that the command prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        _data(["fetch", *shlex.split(command)])
-    return out.getvalue()
+    return printed("fetch", *shlex.split(command))
 
 
 def refusal(command: str) -> str:
-    with pytest.raises(UserError) as caught:
-        fetch(command)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return refused("fetch", *shlex.split(command))
 
 
 def images(path: Path | str) -> tuple[np.ndarray, list[int]]:

@@ -1,5 +1,6 @@
 """Make small raw files in the formats that `fastdit-data fetch` reads, and serve them."""
 
+import contextlib
 import gzip
 import http.server
 import io
@@ -9,7 +10,11 @@ import tarfile
 import threading
 
 import numpy as np
+import pytest
 from data_helpers import encode, picture
+
+from fastdit.commands.data_tools import _data
+from fastdit.errors import UserError
 
 TRAIN, TEST = 13, 5  # images; shards of 4
 RNG = np.random.default_rng(0)
@@ -94,3 +99,18 @@ class Server:
     def close(self):
         self.http.shutdown()
         self.http.server_close()
+
+
+def printed(*words: str) -> str:
+    """Return the text that `fastdit-data WORDS` prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        _data(list(words))
+    return out.getvalue()
+
+
+def refused(*words: str) -> str:
+    """Return the one line with which `fastdit-data WORDS` ends."""
+    with pytest.raises(UserError) as caught:
+        printed(*words)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
