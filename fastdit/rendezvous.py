@@ -41,7 +41,7 @@ def join(backend: str) -> None:
     if published and rank:
         os.environ["MASTER_PORT"] = _read_port(published, end)
     try:
-        store = _open_store(rank, world, end, free=published is not None and not _port_is_chosen())
+        store = _open_store(rank, world, end, free=(published is not None or world == 1) and not _port_is_chosen())
         if published and not rank:
             _write_port(published, os.environ["MASTER_PORT"])
         _wait_for_all(store, rank, world, end)
@@ -143,7 +143,7 @@ def _wait_for_all(store: dist.Store, rank: int, world: int, end: float) -> None:
 
 
 def _published_port() -> Path | None:
-    """Return the file in which rank 0 publishes its port; None unless `deepspeed` started all ranks on this node."""
+    """Return the file for rank 0's port; None unless `deepspeed` started all ranks, two or more, on this node."""
     launcher = _launcher()
     if launcher is None or os.environ.get("LOCAL_SIZE") != os.environ["WORLD_SIZE"] or os.environ["WORLD_SIZE"] == "1":
         return None

@@ -34,9 +34,10 @@ def surroundings(monkeypatch):
 
 
 @pytest.mark.launch
-def test_the_default_port_is_in_use(tmp_path):
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_the_default_port_is_in_use(ranks, tmp_path):
     """Case R6: nobody chose it, so the ranks take another one."""
-    command = [str(SCRIPTS / "deepspeed"), "--num_gpus", "2", "fastdit/train.py", *TINY, "--sample.agreement", "0"]
+    command = [str(SCRIPTS / "deepspeed"), "--num_gpus", ranks, "fastdit/train.py", *TINY, "--sample.agreement", "0"]
     with listening(rendezvous.DEEPSPEED_PORT), pytest.MonkeyPatch.context() as patch:
         patch.delenv(rendezvous.TIMEOUT)
         patch.setenv("TMPDIR", str(tmp_path))

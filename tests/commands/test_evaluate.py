@@ -402,7 +402,7 @@ def mistake(folder: Path, **settings) -> str:
 def test_data_that_does_not_fit(trained, cheap, tmp_path):
     assert "config.yaml: cannot be read" in refusal("--run", tmp_path)
     assert "/gone: no such file or folder" in mistake(trained, data="/gone")
-    assert "/gone.npz: cannot be read" in mistake(trained, data="/gone.npz")
+    assert "/gone.npz: no such file" in mistake(trained, data="/gone.npz")
     assert "has 10000 images, 10001 are asked for (n_real)" in mistake(trained, n_real=10_001)
     assert "holds neither mu and sigma nor images" in mistake(trained, data=archive(tmp_path, a=np.zeros(3)))
     cut = archive(tmp_path, arr_0=some_images(11)[:, :27])
