@@ -13,7 +13,16 @@ LAUNCHERS = {"zero1": deepspeed, "zero2": torchrun}  # the ranks of every other 
 # The files that take minutes come first, so that no process is left alone with one of them at the end.
 LONGEST = (
     *("test_train", "test_sd_dit_training", "test_gpu_suite", "test_sadm_training", "test_resume", "test_zero"),
-    *("test_made_up", "test_sample", "test_evaluate", "test_tables", "test_qk_norm_rope", "test_dry_run", "test_stop"),
+    *(
+        "test_made_up",
+        "test_recipes",
+        "test_sample",
+        "test_evaluate",
+        "test_tables",
+        "test_qk_norm_rope",
+        "test_dry_run",
+        "test_stop",
+    ),
     *("test_new_method", "test_convergence", "test_warm_start", "test_benchmarks", "test_run_lock", "test_elastic"),
     *("test_sample_files", "test_evaluate_images"),
     *("test_grad_checkpoint", "test_count_launches", "test_cache", "test_graphs", "test_psi_alignment", "test_rates"),

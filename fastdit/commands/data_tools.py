@@ -8,6 +8,7 @@ COMMANDS = {
     "fetch": "fastdit.commands.data_fetch",
     "convert": "fastdit.commands.data_convert",
     "convert-imagenet": "fastdit.commands.data_convert_imagenet",
+    "convert-set": "fastdit.commands.data_convert_set",
     "check": "fastdit.commands.data_check",
     "weights": "fastdit.commands.data_weights",
 }

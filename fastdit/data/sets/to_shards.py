@@ -1,4 +1,4 @@
-"""Write the images of any source to shards, for `fastdit-data convert`. The bytes of the images stay as they are.
+"""Write images to shards, for `fastdit-data convert` and `convert-set`. The bytes of the images stay as they are.
 
 out/images-00000.tar ...           each appears when it is whole
 out/.unfinished/settings.json      until all are there
@@ -7,7 +7,8 @@ out/manifest.json, classes.json    at the end
 
 import io
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -19,15 +20,34 @@ from fastdit.errors import UserError
 
 
 def convert(source: Source, out: Path, settings: dict, per_shard: int, progress: Callable[[int], object]) -> dict:
+    """Write the samples of a source as `write_folder` does, and return the manifest.
+
+    settings: fields of the manifest that tell what the source was.
+    """
+    settings = settings | {"samples": source.n, "per_shard": per_shard}
+    return write_folder(out, settings, source.class_names, source.classes, partial(_samples, source), progress)
+
+
+def write_folder(
+    out: Path,
+    settings: dict,
+    class_names: Sequence[str],
+    classes: int,
+    samples: Callable[[range], Iterable[Sample]],
+    progress: Callable[[int], object],
+) -> dict:
     """Write the shards that `out` still lacks, and the manifest, and return the manifest.
 
-    settings: fields of the manifest that tell what the source was; they must be those that an earlier call had.
-    progress: called with the number of samples that were written since the last call.
+    class_names: empty if the classes have no names.
+    settings: fields of the manifest; they must be those that an earlier call had. `samples` is the number of samples,
+        and `per_shard` that of a shard.
+    samples: returns the samples with the given numbers. The ranges come in rising order, not all of them after an
+        interruption.
+    progress: called with the number of samples that were done since the last call.
 
-    Raises UserError if `out` holds other shards, or if an image cannot be read.
+    Raises UserError if `out` holds other shards.
     """
     # Check that the work can begin or continue.
-    settings = settings | {"samples": source.n, "per_shard": per_shard}
     begun = out / UNFINISHED / "settings.json"
     if (out / MANIFEST).is_file():
         check_same(out / MANIFEST, settings)
@@ -40,15 +60,16 @@ def convert(source: Source, out: Path, settings: dict, per_shard: int, progress:
     write_json(begun, settings)
 
     # Write each shard that is not there, and then what lists them.
-    paths = []
-    for start in range(0, source.n, per_shard):
-        ids = range(start, min(start + per_shard, source.n))
+    paths, n, per_shard = [], settings["samples"], settings["per_shard"]
+    for start in range(0, n, per_shard):
+        ids = range(start, min(start + per_shard, n))
         paths.append(out / f"images-{start // per_shard:05d}.tar")
         if not paths[-1].is_file():
-            write_shard(paths[-1], _samples(source, ids))
+            write_shard(paths[-1], samples(ids))
         progress(len(ids))
-    manifest = settings | build_manifest(ShardSamples(paths), source.classes)
-    write_json(out / "classes.json", source.class_names)
+    manifest = settings | build_manifest(ShardSamples(paths), classes)
+    if class_names:
+        write_json(out / "classes.json", class_names)
     write_json(out / MANIFEST, manifest)
     shutil.rmtree(begun.parent)
     return manifest
@@ -58,10 +79,10 @@ def _samples(source: Source, ids: range) -> Iterator[Sample]:
     """Yield key and files of each sample: its image, and its label."""
     for i in ids:
         image = source.read(i).tobytes()
-        yield f"{i:09d}", {_extension(image): image, "cls": str(int(source.labels[i])).encode()}
+        yield f"{i:09d}", {extension(image): image, "cls": str(int(source.labels[i])).encode()}
 
 
-def _extension(image: bytes) -> str:
+def extension(image: bytes) -> str:
     """Return an extension for the kind of an image, which its header tells; readers go by the header too."""
     try:
         with Image.open(io.BytesIO(image)) as opened:
