@@ -39,14 +39,22 @@ TINY = shlex.split(
     "--log_every 1 --sample.steps 2 --sample.per_class 1"
 )
 
-# What a run imports.
+# What a run imports, in the end also on its way.
 PRELOADED = [
     "fastdit.train",
     "fastdit.evaluation.evaluator",
     "fastdit.evaluation.sample_grids",
     "fastdit.training.loop",
     "fastdit.data.pipeline",
+    "fastdit.training.dry_run",
     "deepspeed.module_inject.auto_ep_config",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "docstring_parser",
+    "matplotlib.backends.backend_agg",
+    "narwhals.dataframe",
+    "plotly.offline",
+    "torch._dynamo",
 ]
 
 # Every schedule at work, and a log interval that the checkpoint at half way cuts through. A large eps: some gradients
