@@ -78,6 +78,10 @@ class AdamWEMA(torch.optim.Optimizer):
         self._squared_norm: Tensor | None = None
         self.forget_nonfinite()
 
+    def add_param_group(self, param_group: dict) -> None:
+        """Do as torch does, without its decorator, which imports torch's compiler: 2 s of a process's time."""
+        super().add_param_group.__wrapped__(self, param_group)
+
     def forget_nonfinite(self) -> None:
         """Reset `nonfinite` to zero, and forget the losses of `require_finite`."""
         # A CPU scalar mixes with tensors on any device without a sync. ZeRO-3's groups are empty between steps, so the

@@ -1,12 +1,11 @@
 """Operators step aside where nothing watches them, and only there."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from kernel_checks import DEVICE, normal
+from launching import TINY, python, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,13 +26,18 @@ class Seen(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def double() -> Operator:
+@pytest.fixture(scope="module")
+def registered() -> Operator:
     made = operator("fastdit_tests::double")(_double)
     made.register_fake(lambda x: torch.empty_like(x))
     made.register_autograd(lambda ctx, grad: 2 * grad)
-    made.op = Counted(made.op)
     return made
+
+
+@pytest.fixture
+def double(registered, monkeypatch) -> Operator:
+    monkeypatch.setattr(registered, "op", Counted(registered.op))
+    return registered
 
 
 def _double(x: torch.Tensor) -> torch.Tensor:
@@ -92,7 +96,7 @@ def test_the_compiler_sees_the_operator(double):
 
 def test_every_operator_is_registered_here():
     folder = Path(adaln.__file__).parent
-    assert [path.name for path in folder.glob("*.py") if "custom_op(" in path.read_text()] == ["_operator.py"]
+    assert [path.name for path in folder.glob("*.py") if "torch.library" in path.read_text()] == ["_operator.py"]
 
 
 def test_a_blocks_layers_do_without_the_dispatcher(monkeypatch):
@@ -119,6 +123,17 @@ def test_a_constant_result_is_what_torch_makes_of_it():
     assert vars(constant_result(lambda: 0)) == vars(torch.compiler.assume_constant_result(lambda: 0)) != {}
 
 
-def test_a_start_does_not_import_the_compiler():
-    code = "import sys, fastdit.sample, fastdit.evaluate, fastdit.parser; print('torch._dynamo' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+COMMANDS = """
+import sys, fastdit.evaluate, fastdit.sample, fastdit.train
+fastdit.train._train({train})
+fastdit.sample._sample({sample})
+print("torch._dynamo" in sys.modules)
+"""
+
+
+@pytest.mark.launch
+def test_training_and_sampling_do_not_import_the_compiler(tmp_path):
+    train = [*TINY, "--steps", "1", "--out", str(tmp_path / "run"), "--sample.agreement", "0"]
+    sample = ["--run", str(tmp_path / "run"), "--n", "2", "--out", str(tmp_path / "grid.png"), "--device", "cpu"]
+    outcome = run(python("-c", COMMANDS.format(train=train, sample=sample)), tmp_path / "log").succeeded()
+    assert outcome.text.rstrip().endswith("False")
