@@ -180,8 +180,9 @@ def read_settings(path: str | Path) -> dict:
 def _load_yaml(text: str) -> object:
     """Return the content of a YAML document. Raises YAMLError, ValueError, or RecursionError.
 
-    Aliases may name a value many times. A file of a few lines whose aliases multiply to more than MOST_VALUES, or that
-    holds itself, is refused before it is built.
+    A name that is given twice in a section is an error: YAML would take the last. Aliases may name a value many times.
+    A file of a few lines whose aliases multiply to more than MOST_VALUES, or that holds itself, is refused before it is
+    built.
     """
     loader = yaml.SafeLoader(text)
     try:
@@ -193,11 +194,24 @@ def _load_yaml(text: str) -> object:
                 raise ValueError(f"it holds more than {MOST_VALUES:,} values")
             if isinstance(node, yaml.MappingNode):
                 waiting += [part for pair in node.value for part in pair]
+                _check_names(node)
             elif isinstance(node, yaml.SequenceNode):
                 waiting += node.value
         return None if root is None else loader.construct_document(root)
     finally:
         loader.dispose()
+
+
+def _check_names(section: yaml.MappingNode) -> None:
+    """Raise ValueError that names a key with two values, and its lines."""
+    lines: dict[str, int] = {}
+    for key, _ in section.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            raise ValueError(f"{key.value} is given twice, on line {lines[key.value]} and on line {line}")
+        lines[key.value] = line
 
 
 def _rename(values: dict, renamed: dict[str, str]) -> None:

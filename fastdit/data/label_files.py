@@ -204,7 +204,7 @@ def _columns(path: Path, names: list[str]) -> tuple[int, int | None]:
     place = names.index(next(name for name in _PATHS if name in names))
     others = [k for k in range(len(names)) if k != place]
     known = [k for k in others if names[k] in _LABELS]
-    if len(known) != 1 and (len(others) > 1 or any(names[k] in _NO_LABELS for k in others)):
+    if len(known) != 1 and (len(others) > 1 or any(names[k] in _NO_LABELS | set(_PATHS) for k in others)):
         which = "none is called label" if not known else "several may be the label"
         raise UserError(f"{path}: has the columns {', '.join(names)}, and {which}; keep a path and a label")
     return place, (known or others or [None])[0]

@@ -34,6 +34,7 @@ from .weight_entries import (
 from .weight_files import State, read_content
 from .weight_fit import (
     USUAL_CLASSES,
+    check_finite,
     check_fits,
     fit_labels,
     fit_outputs,
@@ -106,6 +107,7 @@ def load_checkpoint(
             state[labels], line = fit_labels(state[labels], fresh, classes or read.classes, new_labels)
             lines.append(line)
         check_fits(model, state)
+        check_finite(state)
         if read.positions is not None:
             lines.append(fit_positions(encoder, read.positions))
         lines.append(other_grid(read.grid, encoder.grid) if read.grid else None)

@@ -19,8 +19,8 @@ from .autoencoders import open_autoencoder
 from .dit import SIZES, DiT
 from .known_weights import KnownWeights, Network
 from .pretrained import read_weights
-from .weight_files import State, read_tensors
-from .weight_fit import fit_outputs, fit_positions, misfit
+from .weight_files import read_tensors
+from .weight_fit import check_finite, fit_outputs, fit_positions, misfit
 
 CHANNELS, PATCH, CLASSES = 4, 2, 1000
 # Settings of Stable Diffusion's autoencoder that its tensors and the scale of its latents depend on.
@@ -74,7 +74,7 @@ def _check_network(path: Path, network: Network) -> str:
         raise ValueError(fault)
     if read.positions is not None and (fault := fit_positions(model, read.positions)):
         raise ValueError(fault.partition(", and")[0])
-    _check_finite(read.state)
+    check_finite(read.state)
     return f"{tensors} tensors with the names and shapes of a DiT-{network.size}/{PATCH}, all finite"
 
 
@@ -86,13 +86,6 @@ def _check_sample_size(config: Path, latents: int) -> None:
         raise ValueError(f"config.json cannot be read ({error})") from None
     if size != latents:
         raise ValueError(f"sample_size is {size} in config.json, not {latents}")
-
-
-def _check_finite(state: State) -> None:
-    """Raise ValueError that names a tensor with a value that is not finite."""
-    for name, value in state.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(f"{name} holds values that are not finite")
 
 
 def _check_autoencoder(folder: Path) -> str:
@@ -109,7 +102,7 @@ def _check_autoencoder(folder: Path) -> str:
         if (list(found) if isinstance(found, tuple) else found) != value:
             raise ValueError(f"{name} is {found} in config.json, not {value}")
     state = autoencoder.state_dict()
-    _check_finite(state)
+    check_finite(state)
     return f"{len(state)} tensors with the names and shapes of Stable Diffusion's AutoencoderKL, all finite"
 
 
@@ -119,7 +112,7 @@ def _check_inception(path: Path) -> str:
     for name, shape in _INCEPTION.items():
         if name not in state or tuple(state[name].shape) != shape:
             raise ValueError(f"it has no {name} of shape {shape}, as the Inception network of 2015 has")
-    _check_finite(state)
+    check_finite(state)
     return f"{len(state)} tensors, among them the first and last layer of the Inception network of 2015"
 
 

@@ -20,6 +20,13 @@ _SIT = "--noise.name flow --noise.flow.convention sit"
 USUAL_CLASSES = (10, 100, 1000)
 
 
+def check_finite(state: State) -> None:
+    """Raise ValueError that names a tensor with a value that is not finite."""
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{name} holds values that are not finite; copy the file again, or give an earlier one")
+
+
 def check_fits(model: DiT | Encoder | EncoderDecoder, state: State) -> None:
     """Raise ValueError unless `state` (ours) has exactly the model's tensors, for the most telling difference first."""
     expected = model.state_dict()

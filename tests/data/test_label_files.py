@@ -117,6 +117,8 @@ def test_a_file_overrules_class_folders_and_splits(tmp_path):
         ("x.csv", "a.png,0,1\n", ["3 columns and no header", "path and label"]),
         ("x.csv", "path,breed,color\na.png,0,1\n", ["path, breed, color", "none is called label"]),
         ("x.csv", "path,Caption\na.png,a cat\n", ["path, caption", "none is called label"]),
+        ("x.csv", "filename,id\na.png,1\n", ["filename, id", "none is called label"]),
+        ("x.csv", "image,name\na.png,a\n", ["image, name", "none is called label"]),
         ("x.jsonl", '{"file_name": "a.png", "text": "a cat"}\n', ["file_name, text", "none is called label"]),
         ("x.csv", "a.png,0.5\nb.png,1\n", ["the label '0.5'", "whole numbers, or names"]),
         ("x.csv", "a.png,caf\u00e9\nb.png,dog\n".encode("latin-1"), ["line 1", "'caf\\xe9'", "save the file as UTF-8"]),

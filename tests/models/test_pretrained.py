@@ -317,6 +317,15 @@ def test_another_size_is_refused(tmp_path, changes, message):
     assert_refused(model, tmp_path / "folder", message)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(tmp_path, value):
+    """A damaged file that holds all tensors in their shapes; training would end at its first step."""
+    state = make_official(SMALL)
+    state["blocks.1.attn.qkv.weight"][3, 4] = value
+    torch.save(state, tmp_path / "dit.pt")
+    assert_refused(DiT(**SMALL), tmp_path / "dit.pt", "blocks.1.qkv.weight holds values that are not finite; copy the")
+
+
 @pytest.mark.parametrize("size", [16, 8, (8, 18), (8, 12)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_another_image_size_loads(tmp_path, size, dtype):
