@@ -117,11 +117,19 @@ class OneLineParser(ArgumentParser):
         except Exception as error:  # jsonargparse raises ArgumentError, TypeError, KeyError
             raise UserError(where + self._explained(error)) from None
 
+    def _called(self, name: str) -> str:
+        """Return what a user calls an argument: its flag, or the name of a word without a flag."""
+        flags = (action.option_strings for action in self._actions if action.dest == name)
+        return next((strings[0] for strings in flags if strings), name)
+
     def _explained(self, message: object) -> str:
         """Return jsonargparse's message, or its exception, as one line in this project's words."""
         text = _one_line(message)
         for pattern, words in _REWORDED:
             text = re.sub(pattern, words, text)
+        if found := re.fullmatch(r"the following arguments are required: (.*)", text):
+            missing = [self._called(name) for name in found[1].split(", ")]
+            return f"{' and '.join(missing)}: must be given; --help tells what {'they are' if missing[1:] else 'it is'}"
         if text.endswith(": no such setting"):
             dashes, name = re.match(r"(-*)(.*): no", text).groups()
             if stands := self.foreign(name):

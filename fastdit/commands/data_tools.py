@@ -4,13 +4,14 @@ import importlib
 
 from fastdit.errors import UserError, run_command
 
+# Each command's module, and what it does.
 COMMANDS = {
-    "fetch": "fastdit.commands.data_fetch",
-    "convert": "fastdit.commands.data_convert",
-    "convert-imagenet": "fastdit.commands.data_convert_imagenet",
-    "convert-set": "fastdit.commands.data_convert_set",
-    "check": "fastdit.commands.data_check",
-    "weights": "fastdit.commands.data_weights",
+    "fetch": ("fastdit.commands.data_fetch", "obtain Fashion-MNIST or CIFAR-10, or learn how to get ImageNet"),
+    "convert": ("fastdit.commands.data_convert", "write the images of a source to shards"),
+    "convert-imagenet": ("fastdit.commands.data_convert_imagenet", "write ImageNet's official tar to shards"),
+    "convert-set": ("fastdit.commands.data_convert_set", "write the download of Food-101, CelebA and others to shards"),
+    "check": ("fastdit.commands.data_check", "verify shards, labels, checksums and images"),
+    "weights": ("fastdit.commands.data_weights", "obtain published weights, and verify them"),
 }
 
 
@@ -22,9 +23,13 @@ def main(argv: list[str] | None = None) -> None:
 def _data(argv: list[str]) -> None:
     """Call `run(argv)` of the module that COMMANDS names. Raises UserError for an unknown command."""
     if argv[:1] in ([], ["-h"], ["--help"]):
-        print("\n".join(["fastdit-data COMMAND --help", *(f"  {name}" for name in COMMANDS)]))
+        print(
+            "\n".join(
+                ["fastdit-data COMMAND --help", *(f"  {name:16}  {does}" for name, (_, does) in COMMANDS.items())]
+            )
+        )
     elif argv[0] in COMMANDS:
-        importlib.import_module(COMMANDS[argv[0]]).run(argv[1:])
+        importlib.import_module(COMMANDS[argv[0]][0]).run(argv[1:])
     else:
         raise UserError(f"{argv[0]}: no such command; fastdit-data knows {', '.join(COMMANDS)}")
 

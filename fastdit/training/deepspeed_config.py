@@ -164,7 +164,10 @@ def _solve(batch, micro, accumulation, world) -> tuple[int, int, int]:
     or both batches are None.
     """
     if batch is None and micro is None:
-        raise UserError("batch: not set; give --batch, or train_batch_size in the DeepSpeed file")
+        raise UserError(
+            "batch: not set; take a preset (--preset quickstart trains on images that ship with fastdit), or give "
+            "--batch, or train_batch_size in the DeepSpeed file"
+        )
     if batch is None:
         return micro * (accumulation or 1) * world, micro, accumulation or 1
     if micro is None:

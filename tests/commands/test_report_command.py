@@ -72,7 +72,7 @@ def test_names_tell_runs_apart(tmp_path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "the following arguments are required: runs"),
+        ([], "runs: must be given; --help tells what it is"),
         (["{home}/nowhere"], "nowhere: is no folder; name the folder of a run"),
         (["{home}"], "holds no run; name a folder with config.yaml and metrics.jsonl"),
         (["{a}", "{a}"], "a: is named more than once; name each run once"),

@@ -238,6 +238,6 @@ def test_wrong_arguments():
         (("--out d", "nothing.tar"), "nothing.tar: cannot be read"),
         (("--out d --per_shard 0",), "--per_shard 0: must be at least 1"),
         (("--out busy",), "--out busy: holds other shards"),
-        (("",), "the following arguments are required: out"),
+        (("",), "--out: must be given; --help tells what it is"),
     ]:
         assert refusal(*arguments).startswith(words)
