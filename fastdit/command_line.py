@@ -213,14 +213,14 @@ def _load_yaml(text: str) -> object:
 
 def _check_names(section: yaml.MappingNode) -> None:
     """Raise ValueError that names a key with two values, and its lines."""
-    lines: dict[str, int] = {}
+    lines: dict[tuple[str, str], int] = {}
     for key, _ in section.value:
-        if not isinstance(key, yaml.ScalarNode):
+        if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
             continue
-        line = key.start_mark.line + 1
-        if key.value in lines:
-            raise ValueError(f"{key.value} is given twice, on line {lines[key.value]} and on line {line}")
-        lines[key.value] = line
+        name, line = (key.tag, key.value), key.start_mark.line + 1
+        if name in lines:
+            raise ValueError(f"{key.value} is given twice, on line {lines[name]} and on line {line}")
+        lines[name] = line
 
 
 def _rename(values: dict, renamed: dict[str, str]) -> None:

@@ -34,14 +34,27 @@ class Operator:
         torch.library.impl(name, "default", _untraced(function))
         namespace, _, short = name.partition("::")
         self.op = getattr(getattr(torch.ops, namespace), short).default
+        self._backward, self._save = self._refuse, None
+        torch.library.register_autograd(name, self._differentiate, setup_context=self._keep)
 
     def register_fake(self, function: Callable) -> Callable:
         """Register the function that returns empty results, and return it."""
         return torch.library.register_fake(self.name, function)
 
     def register_autograd(self, backward: Callable, *, setup_context: Callable | None = None) -> None:
-        """Register the backward pass, as `torch.library.register_autograd` does."""
-        torch.library.register_autograd(self.name, backward, setup_context=setup_context)
+        """Register the backward pass, as `torch.library.register_autograd` does. Without one, it raises an error."""
+        self._backward, self._save = backward, setup_context
+
+    def _differentiate(self, ctx, *grads):
+        return self._backward(ctx, *grads)
+
+    def _keep(self, ctx, inputs, output) -> None:
+        if self._save is not None:
+            self._save(ctx, inputs, output)
+
+    def _refuse(self, ctx, *grads):
+        """Raise RuntimeError. Else torch would leave this part of a gradient out, with a warning."""
+        raise RuntimeError(f"{self.name} has no backward pass")
 
     def __call__(self, *args):
         return self.op(*args) if _watched(args) else self.function(*args)

@@ -222,6 +222,7 @@ def test_each_mistake_is_one_line_that_names_the_field_and_the_remedy(argv, word
         (b"lr: 1\nsteps: [", ["cannot be read", "line 2"]),
         (b"lr: 1\nsteps: 3\nlr: 2", ["cannot be read", "lr is given twice, on line 1 and on line 3"]),
         (b"model:\n  depth: 3\n  depth: 4", ["depth is given twice, on line 2 and on line 3"]),
+        (b"<<: {lr: 1}\n<<: {lr: 2}\nstepss: 1", ["stepss: no such setting"]),
         (b"model: {depth: 3, depth: 4}", ["depth is given twice"]),
         (b"? [lr, steps]\n: 3\n", []),
         (b"\xff\xfe\x00", ["cannot be read", "utf-8"]),

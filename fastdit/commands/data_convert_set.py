@@ -1,5 +1,6 @@
 """Convert the download of a well-known set to shards: `fastdit-data convert-set food101 --from DOWNLOADS`."""
 
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -8,7 +9,15 @@ from tqdm import tqdm
 
 from fastdit.command_line import OneLineParser
 from fastdit.data.sets.celeba_crops import BOXES, face
-from fastdit.data.sets.official_sets import OFFICIAL_SETS, OfficialSet, convert, find_files, read_plan, wrong_sums
+from fastdit.data.sets.official_sets import (
+    OFFICIAL_SETS,
+    OfficialSet,
+    convert,
+    find_files,
+    fingerprint,
+    read_plan,
+    wrong_sums,
+)
 from fastdit.errors import UserError
 from fastdit.files import prepare_folder
 
@@ -43,12 +52,15 @@ def run(argv: list[str]) -> None:
     prepare_folder(out, f"--out {out}")
 
     # Write the splits.
-    warnings = list(wrong_sums(known, files))
+    for warning in wrong_sums(known, files):
+        print(f"warning: {warning}", flush=True)
+    warnings = []
     plan, places = read_plan(args.name, known, files)
     settings = {"dataset": args.name, "per_shard": args.per_shard, "crop": crop, "source": known.home}
-    settings |= {"files": {path.name: path.stat().st_size for path in files if path.is_file()}}
+    settings |= {"files": {path.name: fingerprint(path) for path in files}}
     settings |= {"licence": known.license, "citation": known.citation}
     for split, labels in plan.splits.items():
+        prepare_folder(out / split, f"--out {out / split}")
         with tqdm(total=len(labels), desc=split, unit="image", disable=None) as bar:
             change = partial(face, crop=crop) if crop else None
             manifest = convert(out / split, plan, places, split, settings, change, bar.update)
@@ -64,10 +76,11 @@ def _summarize(known: OfficialSet, out: Path, warnings: list[str]) -> None:
     """Print what is suspicious, license, citation, and what to run next."""
     for warning in warnings:
         print(f"warning: {warning}")
+    train, latents = shlex.quote(str(out / "train")), shlex.quote(f"{out}-latents")
     print(f"license: {known.license}\ncite: {known.citation}")
     if known.train:
-        print(f"train on it: {known.train} --data.source {out / 'train'}")
+        print(f"train on it: {known.train} --data.source {train}")
     else:
-        encode = f"python fastdit/encode.py --source {out / 'train'} --size 256 --autoencoder models/sd-vae-ft-ema"
-        print(f"encode: {encode} --out {out}-latents")
-        print(f"then fine-tune: --preset finetune --data.source {out}-latents")
+        encode = f"python fastdit/encode.py --source {train} --size 256 --autoencoder models/sd-vae-ft-ema"
+        print(f"encode: {encode} --out {latents}")
+        print(f"then fine-tune: --preset finetune --data.source {latents}")

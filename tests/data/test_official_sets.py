@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import io
 import json
+import os
 import shlex
 import shutil
 import tarfile
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_helpers import decode, encode
-from official_downloads import DOWNLOADS, STEP, image, pack, write_download
+from official_downloads import DOWNLOADS, STEP, image, mat, pack, write_download
 from PIL import Image
 
 from fastdit.commands.data_tools import _data
@@ -235,6 +236,94 @@ def test_a_file_that_is_there_twice():
     with zipfile.ZipFile("from/thumbnails128x128.zip", "a") as opened, pytest.warns(UserWarning, match="Duplicate"):
         opened.writestr("thumbnails128x128/00000/00000.png", image(1, "PNG"))
     assert "'thumbnails128x128/00000/00000.png' is there twice; download it again" in refusal("ffhq64")
+
+
+def test_a_download_that_was_replaced():
+    """A mended archive of the same size is not taken for the one that was converted."""
+    download = write_download("artbench10", Path("from"))
+    file = Path("from/artbench-10-imagefolder-split.tar")
+    good = file.read_bytes()
+    file.write_bytes(
+        good.replace(download.folders[file.name]["artbench-10-imagefolder-split/train/baroque/b.jpg"][-99:], bytes(99))
+    )
+    convert("artbench10")
+    file.write_bytes(good)
+    os.utime(file, (1e9, 1e9))
+    assert "was begun with files" in refusal("artbench10")
+    shutil.unpack_archive(file, "from")
+    file.unlink()
+    convert("artbench10", "--from from --out folder")
+    image_file = Path("from/artbench-10-imagefolder-split/train/baroque/b.jpg")
+    os.utime(image_file, (2e9, 2e9))
+    assert "was begun with files" in refusal("artbench10", "--from from --out folder")
+
+
+def test_a_packed_archive_with_a_wrong_checksum():
+    """gzip compares it at its end, which lies behind the end of the tar."""
+    write_download("df20-mini", Path("from"))
+    file = Path("from/DF20M-images.tar.gz")
+    content = bytearray(file.read_bytes())
+    content[-8] ^= 1
+    file.write_bytes(content)
+    assert f"{file}: cannot be read (CRC check failed" in refusal("df20-mini")
+
+
+def test_an_archive_with_a_password():
+    write_download("ffhq64", Path("from"))
+    file = Path("from/thumbnails128x128.zip")
+    content = bytearray(file.read_bytes())
+    for mark, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        start = content.find(mark)
+        while start >= 0:
+            content[start + at] |= 1
+            start = content.find(mark, start + 4)
+    file.write_bytes(content)
+    message = refusal("ffhq64")
+    assert "password required" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("before", ["./", "/"])
+@pytest.mark.parametrize("name", ["ffhq64", "cub200"])
+def test_names_in_an_archive_that_begin_in_another_way(name, before):
+    download = write_download(name, Path("from"))
+    ((file, files),) = download.folders.items()
+    Path("from", file).write_bytes(pack(file, {before + member: content for member, content in files.items()}))
+    convert(name)
+    assert numbers(Path("out/train")) == download.expected["train"]
+
+
+def test_classes_of_one_name_are_told_apart():
+    download = write_download("cars", Path("from"))
+    files = download.folders["car_devkit.tgz"]
+    names = mat(class_names=np.array([["Audi", "Audi"]], object))
+    Path("from/car_devkit.tgz").write_bytes(pack("a.tgz", files | {"devkit/cars_meta.mat": names}))
+    convert("cars")
+    assert json.loads(Path("out/train/classes.json").read_text()) == ["Audi (0)", "Audi (1)"]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "change", "words"),
+    [
+        (
+            "cub200",
+            "CUB_200_2011.tgz",
+            {"CUB_200_2011/classes.txt": b"1 001.Albatross\n"},
+            "has the label 1 of 1 classes",
+        ),
+        (
+            "cub200",
+            "CUB_200_2011.tgz",
+            {"CUB_200_2011/image_class_labels.txt": b"1 0\n2 1\n3 1\n4 1\n5 1"},
+            "the label -1",
+        ),
+        ("celeba64", "list_eval_partition.txt", {"": b"000001.jpg -1\n"}, "its lists are not as published (KeyError"),
+    ],
+)
+def test_labels_out_of_range(name, file, change, words):
+    download = write_download(name, Path("from"))
+    Path("from", file).write_bytes(pack(file, download.folders[file] | change))
+    assert words in refusal(name)
 
 
 def test_a_page_in_the_place_of_an_archive():

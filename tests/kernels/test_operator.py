@@ -70,6 +70,17 @@ def test_autograd_sees_the_operator(double):
     assert torch.equal(x.grad, torch.full_like(x, 2))
 
 
+def test_an_operator_without_a_backward_pass_refuses(double):
+    """Also where its own function would be differentiable: a second derivative must not lose a part."""
+    made = operator("fastdit_tests::no_backward")(_double)
+    with pytest.raises(RuntimeError, match="fastdit_tests::no_backward has no backward pass"):
+        made(normal(2, 3, seed=1).requires_grad_()).sum().backward()
+    x, vector = normal(2, 3, 8, seed=1).requires_grad_(), normal(2, 8, seed=2)
+    (first,) = torch.autograd.grad((adaln.modulate(x, vector, vector) * x.detach()).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="adaln_backward has no backward pass"):
+        (first.square().sum() + x.square().sum()).backward()
+
+
 def test_dispatch_modes_and_fake_tensors_see_the_operator(double):
     x = normal(2, 3, seed=1)
     with torch.no_grad():

@@ -326,6 +326,16 @@ def test_values_that_are_not_finite_are_refused(tmp_path, value):
     assert_refused(DiT(**SMALL), tmp_path / "dit.pt", "blocks.1.qkv.weight holds values that are not finite; copy the")
 
 
+def test_weights_in_fp8_load(tmp_path):
+    state = make_official(SMALL)
+    for name in [name for name in state if name.endswith("qkv.weight")]:
+        state[name] = state[name].to(torch.float8_e4m3fn)
+    torch.save(state, tmp_path / "dit.pt")
+    model = DiT(**SMALL)
+    load_checkpoint(model, tmp_path / "dit.pt")
+    assert torch.equal(model.blocks[1].qkv.weight, state["blocks.1.attn.qkv.weight"].float())
+
+
 @pytest.mark.parametrize("size", [16, 8, (8, 18), (8, 12)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_another_image_size_loads(tmp_path, size, dtype):

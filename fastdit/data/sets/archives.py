@@ -5,6 +5,7 @@ A .tar.gz inside a zip is read too, as Caltech-101 comes. A file that is no arch
 
 import gzip
 import io
+import lzma
 import tarfile
 import zipfile
 import zlib
@@ -22,7 +23,9 @@ from fastdit.files import stand_in
 Read = Callable[[], bytes]
 GZIP = b"\x1f\x8b"  # browsers unpack some downloads and keep the name
 _PACKED = (".tar.gz", ".tgz")
-_FAULTS = (OSError, EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
+_BLOCK = 1 << 20
+_FAULTS = (OSError, EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+_FAULTS += (RuntimeError,)  # of zipfile: a password is needed, or the kind of compression is not known
 
 
 def files_in(path: Path) -> Iterator[tuple[str, Read]]:
@@ -32,7 +35,10 @@ def files_in(path: Path) -> Iterator[tuple[str, Read]]:
     leave behind (`__MACOSX`, `._*`) is no file. Raises UserError, also while a file is read, if the archive is damaged.
     """
     with _readable(path):
-        yield from ((name, _guarded(path, read)) for name, read in _files(path) if not _is_leftover(name))
+        for stored, read in _files(path):
+            name = stored.removeprefix("./").lstrip("/")
+            if not _is_leftover(name):
+                yield name, _guarded(path, read)
 
 
 def _files(path: Path) -> Iterator[tuple[str, Read]]:
@@ -61,9 +67,11 @@ def _in_tar(stream: IO[bytes], packed: bool) -> Iterator[tuple[str, Read]]:
     with tarfile.open(fileobj=content, mode="r|") as tar:
         for member in tar:
             if member.isfile():
-                yield member.name.removeprefix("./"), tar.extractfile(member).read
+                yield member.name, tar.extractfile(member).read
     if content.last.strip(b"\0"):  # `tarfile` takes a cut between two members for the end
         raise EOFError("it was cut")
+    while content.read(_BLOCK):  # gzip compares its checksum at its own end
+        pass
 
 
 class _Tail:

@@ -69,7 +69,7 @@ def sun397(listing: Listing) -> Plan:
     folders = [line[0] for line in listing.lines("ClassName.txt")]
     labels = {folder: label for label, folder in enumerate(folders)}
     found = {}
-    for match in listing.matching(r"SUN397(/\w/.+)/[^/]+\.jpg"):
+    for match in listing.matching(r"SUN397(/\w/.+)/[^/]+\.(?i:jpg)"):
         if match[1] not in labels:
             raise UserError(f"{match[0]}: its folder is not in ClassName.txt; give SUN397.tar.gz as it came")
         found[match[0]] = labels[match[1]]
@@ -77,7 +77,7 @@ def sun397(listing: Listing) -> Plan:
 
 
 def df20_mini(listing: Listing) -> Plan:
-    """Read `DF20M/*.JPG`; two CSV files have the columns image_path, class_id and species (or scientificName)."""
+    """Read `DF20M/*.JPG`; two CSV files have the columns image_path, class_id and scientificName."""
     names: dict[int, str] = {}
     splits = {}
     for split, file in (("train", "DF20M-train_metadata_PROD.csv"), ("test", "DF20M-public_test_metadata_PROD.csv")):
@@ -86,16 +86,16 @@ def df20_mini(listing: Listing) -> Plan:
         for row in csv.DictReader(io.StringIO(text, newline="")):
             try:
                 image, label = row["image_path"], int(float(row["class_id"]))
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, OverflowError):
                 raise UserError(f"{file}: a row has no image_path and class_id; download it again") from None
             splits[split][f"DF20M/{image}"] = label
-            names[label] = row.get("species") or row.get("scientificName") or str(label)
+            names.setdefault(label, row.get("scientificName") or row.get("species") or str(label))
     return Plan([names.get(label, str(label)) for label in range(max(names, default=-1) + 1)], splits)
 
 
 def caltech101(listing: Listing) -> Plan:
     """Read `101_ObjectCategories/CLASS/image_0001.jpg`, without `BACKGROUND_Google`, which is no class. No split."""
-    found = listing.matching(r"101_ObjectCategories/([^/]+)/[^/]+\.jpg")
+    found = listing.matching(r"101_ObjectCategories/([^/]+)/[^/]+\.(?i:jpg)")
     matches = [match for match in found if match[1] != "BACKGROUND_Google"]
     names = sorted({match[1] for match in matches})
     return Plan(names, {"train": {match[0]: names.index(match[1]) for match in matches}})
@@ -117,7 +117,7 @@ def cub200(listing: Listing) -> Plan:
 
 def artbench10(listing: Listing) -> Plan:
     """Read `artbench-10-imagefolder-split/train/CLASS/*.jpg` and `test`."""
-    matches = list(listing.matching(r"artbench-10-imagefolder-split/(train|test)/([^/]+)/[^/]+\.jpg"))
+    matches = list(listing.matching(r"artbench-10-imagefolder-split/(train|test)/([^/]+)/[^/]+\.(?i:jpg)"))
     names = sorted({match[2] for match in matches})
     splits: dict[str, dict[str, int]] = {"train": {}, "test": {}}
     for match in matches:
@@ -153,10 +153,10 @@ def celeba(listing: Listing) -> Plan:
     """Read `img_align_celeba/000001.jpg`; `list_eval_partition.txt` has 0, 1 or 2 for train, val and test."""
     splits: dict[str, dict[str, int]] = {"train": {}, "val": {}, "test": {}}
     for image, part in listing.lines("list_eval_partition.txt"):
-        splits[list(splits)[int(part)]][f"img_align_celeba/{image}"] = 0
+        splits[{"0": "train", "1": "val", "2": "test"}[part]][f"img_align_celeba/{image}"] = 0
     return Plan((), splits)
 
 
 def ffhq(listing: Listing) -> Plan:
     """Read `thumbnails128x128/00000/00000.png`, 1,000 in a folder. All are for training, as in the paper of the set."""
-    return Plan((), {"train": {match[0]: 0 for match in listing.matching(r"thumbnails128x128/(?:\d+/)?\d+\.png")}})
+    return Plan((), {"train": {match[0]: 0 for match in listing.matching(r"thumbnails128x128/(?:\d+/)?\d+\.(?i:png)")}})

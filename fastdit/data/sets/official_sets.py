@@ -3,7 +3,9 @@
 Archives are read from their start to their end, once to list them and once for each split, and never unpacked.
 """
 
+import csv
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -104,16 +106,33 @@ def read_plan(name: str, known: OfficialSet, files: Sequence[Path]) -> tuple[Pla
     # Read the lists.
     try:
         plan = known.layout(Listing(list(places), lists))
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         problem = f"its lists are not as published ({type(error).__name__}: {error})"
         raise UserError(f"{name}: {problem}; download the files again from {known.home}") from error
+    plan = plan._replace(class_names=_distinct(plan.class_names))
     for split, labels in plan.splits.items():
+        for image, label in labels.items():
+            if label < 0 or (plan.class_names and label >= len(plan.class_names)):
+                problem = f"{image} has the label {label} of {len(plan.class_names)} classes"
+                raise UserError(f"{name}: {problem}; download the files again from {known.home}")
         if not labels:
             raise UserError(f"{name}: no image of the split {split} is in {a_few(map(str, files))}; give other files")
         if missing := [image for image in labels if image not in places]:
             some = f"{len(missing):,} of the {len(labels):,} images of the split {split} (such as {missing[0]})"
             raise UserError(f"{name}: {some} are not in {a_few(map(str, files))}; download these files again")
     return plan, places
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Return names of classes, with its label behind each that several classes have."""
+    count = Counter(names)
+    return [f"{name} ({label})" if count[name] > 1 else name for label, name in enumerate(names)]
+
+
+def fingerprint(path: Path) -> list[int]:
+    """Return the number of files of a download, or of an unpacked folder, their bytes, and the newest one's time."""
+    files = [file.stat() for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path.stat()]
+    return [len(files), sum(file.st_size for file in files), max((int(file.st_mtime) for file in files), default=0)]
 
 
 def convert(
