@@ -166,7 +166,7 @@ def test_bad_input_ends_with_code_2():
     ended = forked("--steps", "3", program="fine_tuning")
     assert ended.code == 2
     assert ended.text.strip().count("\n") == 0
-    assert "required: out" in ended.text
+    assert "--out: must be given" in ended.text
 
 
 def test_a_failed_part_ends_the_command(tmp_path):

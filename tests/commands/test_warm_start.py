@@ -150,7 +150,7 @@ def test_a_preset_gives_what_is_not_given():
         (f"{FASHION} --steps 9 --lr 1e30", ["--lr 1e+30", "not finite", "lower it"]),
         (f"{FASHION} --stepz 1 --steps 1", ["--stepz", "--steps?"]),
         (f"{FASHION} --steps x", ["steps", "expected a whole number", "x"]),
-        (FASHION, ["steps", "required"]),
+        (FASHION, ["--steps", "must be given"]),
         ("--preset nope --steps 1", ["--preset nope", "quickstart"]),
         ("--preset imagenet256 --steps 1", ["data/imagenet256: no such"]),
         (f"{FASHION} --steps 1 --data.channels 3", ["1 channels", "model takes 3"]),
