@@ -179,7 +179,8 @@ def read_settings(path: str | Path) -> dict:
         values = _load_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         reason = "it is nested too deep" if isinstance(error, RecursionError) else _one_line(error)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else reason
+        if isinstance(error, OSError):
+            reason = error.strerror or reason
         raise UserError(f"{path}: cannot be read ({reason}); give a run, or a file of settings") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds no settings; write one `name: value` a line, as in a run's config.yaml")

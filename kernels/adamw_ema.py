@@ -79,8 +79,9 @@ class AdamWEMA(torch.optim.Optimizer):
         self.forget_nonfinite()
 
     def add_param_group(self, param_group: dict) -> None:
-        """Do as torch does, without its decorator, which imports torch's compiler: 2 s of a process's time."""
-        super().add_param_group.__wrapped__(self, param_group)
+        """Do as torch does, without its decorator, which imports torch's compiler (see `_operator.py`)."""
+        method = torch.optim.Optimizer.add_param_group
+        getattr(method, "__wrapped__", method)(self, param_group)
 
     def forget_nonfinite(self) -> None:
         """Reset `nonfinite` to zero, and forget the losses of `require_finite`."""

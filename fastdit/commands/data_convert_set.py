@@ -64,12 +64,16 @@ def run(argv: list[str]) -> None:
         with tqdm(total=len(labels), desc=split, unit="image", disable=None) as bar:
             change = partial(face, crop=crop) if crop else None
             manifest = convert(out / split, plan, places, split, settings, change, bar.update)
-        classes = f" of {len(manifest['counts']):,} classes" if known.classes > 1 else ""
-        print(f"{out / split}: {len(labels):,} images{classes} in {len(manifest['shards'])} shards")
-        if (len(labels), len(manifest["counts"])) != (known.images[split], known.classes):
-            classes = f" of {known.classes} classes" if known.classes > 1 else ""
-            warnings.append(f"{split} of {known.title} has {known.images[split]:,} images{classes}; is all of it here?")
+        found, expected = _count(len(labels), plan.classes), _count(known.images[split], known.classes)
+        print(f"{out / split}: {found} in {len(manifest['shards'])} shards")
+        if found != expected:
+            warnings.append(f"{split} of {known.title} has {expected}; is all of it here?")
     _summarize(known, out, warnings)
+
+
+def _count(images: int, classes: int) -> str:
+    """Return a number of images, and of their classes if there are any."""
+    return f"{images:,} images" + (f" of {classes:,} classes" if classes > 1 else "")
 
 
 def _summarize(known: OfficialSet, out: Path, warnings: list[str]) -> None:

@@ -23,11 +23,9 @@ def main(argv: list[str] | None = None) -> None:
 def _data(argv: list[str]) -> None:
     """Call `run(argv)` of the module that COMMANDS names. Raises UserError for an unknown command."""
     if argv[:1] in ([], ["-h"], ["--help"]):
-        print(
-            "\n".join(
-                ["fastdit-data COMMAND --help", *(f"  {name:16}  {does}" for name, (_, does) in COMMANDS.items())]
-            )
-        )
+        print("fastdit-data COMMAND --help")
+        for name, (_, does) in COMMANDS.items():
+            print(f"  {name:16}  {does}")
     elif argv[0] in COMMANDS:
         importlib.import_module(COMMANDS[argv[0]][0]).run(argv[1:])
     else:

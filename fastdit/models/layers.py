@@ -66,7 +66,7 @@ def _bias_of(layer: nn.Linear, passes_on: bool) -> Tensor:
 def uninitialized(kind: type[nn.Module], *sizes: int, **options: bool) -> nn.Module:
     """Build a module without initial values, which would take time and global random numbers; see `init_weights`.
 
-    `nn.utils.skip_init` does so too, but imports torch's compiler: 2 s of processor time.
+    `nn.utils.skip_init` does so too, but imports torch's compiler (see kernels/_operator.py).
     """
 
     class Uninitialized(kind):

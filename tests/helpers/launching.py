@@ -39,7 +39,7 @@ TINY = shlex.split(
     "--log_every 1 --sample.steps 2 --sample.per_class 1"
 )
 
-# What a run imports, in the end also on its way.
+# What a run imports, at its start or later.
 PRELOADED = [
     "fastdit.train",
     "fastdit.evaluation.evaluator",

@@ -4,7 +4,6 @@ A .tar.gz inside a zip is read too, as Caltech-101 comes. A file that is no arch
 """
 
 import gzip
-import io
 import lzma
 import tarfile
 import zipfile
@@ -21,7 +20,7 @@ from fastdit.errors import UserError
 from fastdit.files import stand_in
 
 Read = Callable[[], bytes]
-GZIP = b"\x1f\x8b"  # browsers unpack some downloads and keep the name
+_GZIP = b"\x1f\x8b"  # browsers unpack some downloads and keep the name
 _PACKED = (".tar.gz", ".tgz")
 _BLOCK = 1 << 20
 _FAULTS = (OSError, EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
@@ -54,7 +53,7 @@ def _files(path: Path) -> Iterator[tuple[str, Read]]:
             raise UserError(f"{path}: {fault}")
         if path.name.endswith((".tar", *_PACKED)):
             with tqdm.wrapattr(file, "read", path.stat().st_size, desc=path.name, leave=False, disable=None) as counted:
-                yield from _in_tar(counted, packed=head.startswith(GZIP))
+                yield from _in_tar(counted, packed=head.startswith(_GZIP))
         elif path.suffix == ".zip":
             yield from _in_zip(file)
         else:
@@ -121,15 +120,3 @@ def _readable(path: Path) -> Iterator[None]:
     except _FAULTS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: cannot be read ({reason}); download it again") from None
-
-
-def matlab(content: bytes, name: str) -> dict:
-    """Return the variables of a MATLAB file, dimensions of length 1 left out. Raises UserError."""
-    try:
-        from scipy.io import loadmat
-    except ModuleNotFoundError:
-        raise UserError(f"{name}: scipy reads it, which is not installed; pip install scipy") from None
-    try:
-        return loadmat(io.BytesIO(content), squeeze_me=True)
-    except Exception as error:  # scipy's parser fails in many ways
-        raise UserError(f"{name}: is no MATLAB file that scipy reads ({error}); download it again") from None

@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from fastdit.data.sets.archives import matlab
 from fastdit.errors import UserError
 
 
@@ -34,6 +33,18 @@ class Listing(NamedTuple):
         text = self.content(ending).decode("utf-8", errors="replace")
         return [line.split() for line in text.splitlines() if line.strip()]
 
+    def matlab(self, ending: str) -> dict:
+        """Return the variables of a list in MATLAB's format, dimensions of length 1 left out. Raises UserError."""
+        try:
+            from scipy.io import loadmat
+        except ModuleNotFoundError:
+            raise UserError(f"{ending}: scipy reads it, which is not installed; pip install scipy") from None
+        content = self.content(ending)
+        try:
+            return loadmat(io.BytesIO(content), squeeze_me=True)
+        except Exception as error:  # scipy's parser fails in many ways
+            raise UserError(f"{ending}: is no MATLAB file that scipy reads ({error}); download it again") from None
+
     def matching(self, pattern: str) -> Iterator[re.Match]:
         """Yield the matches of the names that have the pattern from their start, or from a folder's, to their end."""
         compiled = re.compile(rf"(?:.*/)?{pattern}")
@@ -45,6 +56,11 @@ class Plan(NamedTuple):
 
     class_names: Sequence[str]
     splits: Mapping[str, Mapping[str, int]]
+
+    @property
+    def classes(self) -> int:
+        """Return the number of classes of all splits."""
+        return len(self.class_names) or 1 + max(max(labels.values(), default=0) for labels in self.splits.values())
 
 
 Layout = Callable[[Listing], Plan]
@@ -130,8 +146,8 @@ def flowers102(listing: Listing) -> Plan:
 
     The files name no classes.
     """
-    labels = matlab(listing.content("imagelabels.mat"), "imagelabels.mat")["labels"]
-    ids = matlab(listing.content("setid.mat"), "setid.mat")
+    labels = listing.matlab("imagelabels.mat")["labels"]
+    ids = listing.matlab("setid.mat")
     splits = {
         split: {f"jpg/image_{i:05d}.jpg": int(labels[i - 1]) - 1 for i in ids[field].ravel().tolist()}
         for split, field in (("train", "trnid"), ("val", "valid"), ("test", "tstid"))
@@ -143,9 +159,9 @@ def stanford_cars(listing: Listing) -> Plan:
     """Read `cars_train/00001.jpg` and `cars_test`; annotations in MATLAB files have fname, and class from 1."""
     splits = {}
     for split, file in (("train", "cars_train_annos.mat"), ("test", "cars_test_annos_withlabels.mat")):
-        rows = matlab(listing.content(file), file)["annotations"].ravel()
+        rows = listing.matlab(file)["annotations"].ravel()
         splits[split] = {f"cars_{split}/{row['fname']}": int(row["class"]) - 1 for row in rows}
-    names = matlab(listing.content("cars_meta.mat"), "cars_meta.mat")["class_names"].ravel()
+    names = listing.matlab("cars_meta.mat")["class_names"].ravel()
     return Plan([str(name) for name in names], splits)
 
 

@@ -154,7 +154,7 @@ def convert(
     archives = list(dict.fromkeys(places[image] for image in labels))
     stream = _Stream(archives, labels, split, change)
     settings = settings | {"split": split, "samples": len(labels)}
-    return write_folder(out, settings, plan.class_names, max(labels.values()) + 1, stream.samples, progress)
+    return write_folder(out, settings, plan.class_names, plan.classes, stream.samples, progress)
 
 
 class _Stream:
@@ -176,7 +176,7 @@ class _Stream:
 
 _CALTECH = "https://data.caltech.edu"
 _FUNGI = "http://ptak.felk.cvut.cz/plants/DanishFungiDataset"
-_FINE_TUNE_NOTE = "research use; the images belong to their owners"
+_ON_ITS_PAGE = "not repeated here; see the set's page"
 OFFICIAL_SETS = {
     "food101": OfficialSet(
         "Food-101",
@@ -186,7 +186,7 @@ OFFICIAL_SETS = {
         images={"train": 75_750, "test": 25_250},
         classes=101,
         home="https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
-        license=_FINE_TUNE_NOTE,
+        license=_ON_ITS_PAGE,
         citation="Bossard, Guillaumin, Van Gool: Food-101 - Mining Discriminative Components with Random Forests. ECCV "
         "2014",
         md5={"food-101.tar.gz": "85eeb15f3717b99a5da872d97d918f87"},
@@ -199,7 +199,7 @@ OFFICIAL_SETS = {
         images={"train": 108_754},
         classes=397,
         home="https://vision.princeton.edu/projects/2010/SUN/",
-        license=_FINE_TUNE_NOTE,
+        license=_ON_ITS_PAGE,
         citation="Xiao, Hays, Ehinger, Oliva, Torralba: SUN Database: Large-scale Scene Recognition from Abbey to Zoo. "
         "CVPR 2010",
         md5={"SUN397.tar.gz": "8ca2778205c41d23104230ba66911c7a"},
@@ -224,7 +224,7 @@ OFFICIAL_SETS = {
         images={"train": 8_677},
         classes=101,
         home=f"{_CALTECH}/records/mzrjq-6wc02",
-        license="CC BY 4.0",
+        license=_ON_ITS_PAGE,
         citation="Li, Andreeto, Ranzato, Perona: Caltech 101. CaltechDATA, 2022",
         md5={"101_ObjectCategories.tar.gz": "b224c7392d521a49829488ab0f1120d9"},
     ),
@@ -238,7 +238,7 @@ OFFICIAL_SETS = {
         images={"train": 5_994, "test": 5_794},
         classes=200,
         home=f"{_CALTECH}/records/65de6-vp158",
-        license="non-commercial research and education",
+        license=_ON_ITS_PAGE,
         citation="Wah, Branson, Welinder, Perona, Belongie: The Caltech-UCSD Birds-200-2011 Dataset. CNS-TR-2011-001",
         md5={"CUB_200_2011.tgz": "97eceeb196236b17998738112f37df78"},
     ),
@@ -250,7 +250,7 @@ OFFICIAL_SETS = {
         images={"train": 50_000, "test": 10_000},
         classes=10,
         home="https://artbench.eecs.berkeley.edu/files/artbench-10-imagefolder-split.tar",
-        license="fair use; see the set's page",
+        license=_ON_ITS_PAGE,
         citation="Liao, Li, Liu, Keutzer: The ArtBench Dataset: Benchmarking Generative Models with Artworks. 2022",
         md5={},
     ),
@@ -262,7 +262,7 @@ OFFICIAL_SETS = {
         images={"train": 1_020, "val": 1_020, "test": 6_149},
         classes=102,
         home="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
-        license=_FINE_TUNE_NOTE,
+        license=_ON_ITS_PAGE,
         citation="Nilsback, Zisserman: Automated Flower Classification over a Large Number of Classes. ICVGIP 2008",
         md5={
             "102flowers.tgz": "52808999861908f626f3c1f4e79d11fa",
@@ -283,7 +283,7 @@ OFFICIAL_SETS = {
         images={"train": 8_144, "test": 8_041},
         classes=196,
         home="https://ai.stanford.edu/~jkrause/cars/car_dataset.html (no longer there; mirrors have the files)",
-        license=_FINE_TUNE_NOTE,
+        license=_ON_ITS_PAGE,
         citation="Krause, Stark, Deng, Fei-Fei: 3D Object Representations for Fine-Grained Categorization. 3dRR 2013",
         md5={
             "cars_train.tgz": "065e5b463ae28d29e77c1b4b166cfe61",
